@@ -1,0 +1,1 @@
+"""Measurements: always ratios taken in one run, since machines are shared and noisy."""

@@ -1,0 +1,73 @@
+"""Arrays of every framework under one roof: how to make one, and how to read it back. Frameworks load on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Framework:
+    """array: (NumPy array, dtype name) -> its own array. numpy: back, in float64 or complex128. dtypes: those it has."""
+
+    name: str
+    array: Callable[[np.ndarray, str], Array]
+    numpy: Callable[[Array], np.ndarray]
+    dtypes: tuple[str, ...] = ("float32", "float64", "complex64", "complex128")
+
+    def nearest(self, dtype: str) -> str:
+        """The dtype itself, or float32 for a half precision that the framework lacks."""
+        return dtype if dtype in self.dtypes else "float32"
+
+
+def _wide(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def _torch_array(x: np.ndarray, dtype: str) -> Array:
+    torch = import_module("torch")
+    return torch.as_tensor(np.array(x)).to(getattr(torch, dtype))
+
+
+def _torch_numpy(x: Array) -> np.ndarray:
+    torch = import_module("torch")
+    x = x.detach()
+    return x.to(torch.complex128 if x.is_complex() else torch.float64).cpu().numpy()
+
+
+def _jax_array(x: np.ndarray, dtype: str) -> Array:
+    return import_module("jax.numpy").asarray(x, dtype=dtype)
+
+
+def _strict_array(x: np.ndarray, dtype: str) -> Array:
+    xp = import_module("array_api_strict")
+    return xp.asarray(np.array(x), dtype=getattr(xp, dtype))
+
+
+HALVES = ("bfloat16", "float16")
+FRAMEWORKS: dict[str, Framework] = {
+    f.name: f
+    for f in (
+        Framework("numpy", lambda x, dtype: np.array(x, dtype=dtype), lambda x: _wide(np.asarray(x))),
+        Framework("strict", _strict_array, lambda x: _wide(np.asarray(x))),
+        Framework("torch", _torch_array, _torch_numpy, (*Framework.dtypes, *HALVES)),
+        Framework("jax", _jax_array, lambda x: _wide(np.asarray(x)), (*Framework.dtypes, *HALVES)),
+    )
+}
+
+
+@contextmanager
+def double_precision(*names: str) -> Iterator[None]:
+    """Let JAX keep float64 while in the block, if it is one of the names; its setting is put back after."""
+    if not any(name.startswith("jax") for name in names):
+        yield
+        return
+    with import_module("jax").enable_x64(True):
+        yield

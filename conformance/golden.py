@@ -1,0 +1,354 @@
+"""Replays recorded runs of the published implementations through the core, with their recorded random draws.
+
+A folder holds `index.json` and one `.npz` a case; the schema is described in `conformance/golden/README.md`. Each family of cases
+has a function here that yields what the core computed beside what was recorded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import inf, prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conformance.frameworks import Framework, double_precision
+from psgd import criterion, kron, pipeline, rotate, schedule, shapes
+from psgd._xp import make, namespace
+from psgd.geometry import GEOMETRIES
+from psgd.methods import METHODS, Method
+from psgd.spectral import NormBound, TraceBound, norm_bound
+
+Case = Mapping[str, Any]
+Data = Mapping[str, np.ndarray]
+Compared = tuple[str, Any, np.ndarray]  # name, what the core computed, what was recorded
+Replay = Callable[["Player"], Iterator[Compared]]
+
+FAMILIES: dict[str, Replay] = {}
+PRIMITIVES: dict[str, Callable[["Player", int], Any]] = {}
+
+
+@dataclass(frozen=True)
+class Result:
+    """error: max |x - y| / max|y| over all arrays of the case, less the slack `atol`. where: the array of that error."""
+
+    case: str
+    family: str
+    error: float
+    rtol: float
+    where: str
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.rtol
+
+
+class Recording:
+    """Draws that were recorded, in call order: normal numbers and coins apart, since coins are decided on the host."""
+
+    def __init__(self, player: Player, t: int) -> None:
+        kinds = [k.split(":")[0] for k in player.case["draws"].get(str(t), [])]
+        values = [player.data[f"draw/{t}/{i}"] for i in range(len(kinds))]
+        is_coin = [kind in ("rand", "uniform") for kind in kinds]
+        self.player = player
+        self.coins = [float(v) for v, c in zip(values, is_coin, strict=True) if c]
+        self.normals = [v for v, c in zip(values, is_coin, strict=True) if not c]
+
+    def toss(self, role: str) -> float:
+        return self.coins.pop(0)
+
+    def normal(self, role: str, shape: Sequence[int], like: Any, skip: Any = None) -> Any:
+        """The next recorded array; where it is not used none was recorded, and zeros come back."""
+        if skip is not None and bool(skip):
+            return make(like, "zeros", tuple(shape))
+        value = self.normals.pop(0)
+        if value.size != prod(shape):
+            raise ValueError(f"recorded draw for {role} has shape {value.shape}, the step asks for {tuple(shape)}")
+        return namespace(like).astype(self.player.array(value.reshape(shape)), like.dtype)
+
+    def spent(self) -> None:
+        if self.normals or self.coins:
+            raise ValueError(f"{len(self.normals)} recorded draws and {len(self.coins)} coins were not asked for")
+
+
+@dataclass(frozen=True)
+class Player:
+    """A case, its arrays and the framework that replays it."""
+
+    case: Case
+    data: Data
+    framework: Framework
+
+    @property
+    def steps(self) -> range:
+        return range(1, self.case["steps"] + 1)
+
+    @property
+    def geometry(self) -> Any:
+        return GEOMETRIES[self.case["geometry"]]
+
+    def array(self, x: np.ndarray, dtype: str | None = None) -> Any:
+        dtype = self.case["dtype"] if dtype is None else dtype
+        if "/" in dtype:  # primitives of mixed dtype
+            dtype = "complex128" if np.iscomplexobj(x) else "float64"
+        return self.framework.array(x, self.framework.nearest(dtype))
+
+    def read(self, name: str) -> Any:
+        return self.array(self.data[name])
+
+    def state(self, t: int, kind: str, arrays: Sequence[Any]) -> Iterator[Compared]:
+        """State arrays of step t beside the recorded ones, where step t was recorded."""
+        for i, x in enumerate(arrays):
+            name = f"{kind}/{t}/{i}"
+            if name in self.data:
+                yield name, self.framework.numpy(x).reshape(self.data[name].shape), self.data[name]
+
+
+def number(value: Any) -> Any:
+    """A recorded option: "inf" stands for infinity, a list for a tuple."""
+    return inf if value == "inf" else tuple(value) if isinstance(value, list) else value
+
+
+def family(*names: str) -> Callable[[Replay], Replay]:
+    def register(replay: Replay) -> Replay:
+        FAMILIES.update(dict.fromkeys(names, replay))
+        return replay
+
+    return register
+
+
+# ---- functions: one tensor, one fit a step ----------------------------------------------
+@family("kron_whiten", "kron_newton")
+def replay_kron(player: Player) -> Iterator[Compared]:
+    """psgd_torch's `update_precond_kron_*` and `precond_grad_kron`."""
+    options = {k: number(v) for k, v in player.case["hyperparameters"].items()}
+    dense = kron.DenseRule(options["max_size"], options["max_skew"])(tuple(player.case["shapes"][0]))
+    yield from replay_function(player, options, dense, options["Scale"], NormBound(), coin=True)
+
+
+@family("dense_newton")
+def replay_dense(player: Player) -> Iterator[Compared]:
+    """psgd_torch's `update_precond_dense_*`: the Kronecker update of a vector with one dense factor."""
+    options = player.case["hyperparameters"]
+    yield from replay_function(player, options, (True,), options["init_scale"], TraceBound(), coin=False)
+
+
+def replay_function(
+    player: Player, options: Mapping[str, Any], dense: Sequence[bool], scale: float, bound: NormBound, *, coin: bool
+) -> Iterator[Compared]:
+    geometry = player.geometry
+    shape = (-1,) if bound == TraceBound() else tuple(player.case["shapes"][0])
+    first = player.array(player.data["grad/1/0"].reshape(shape))
+    factors = kron.rescaled(geometry, kron.init(dense, first), scale)
+    yield from player.state(0, "Q", factors.Q)
+    for t in player.steps:
+        draws = Recording(player, t)
+        g, v, h = (
+            player.array(player.data[f"{kind}/{t}/0"].reshape(shape)) if f"{kind}/{t}/0" in player.data else None
+            for kind in ("grad", "v", "h")
+        )
+        e = draws.normal("damping", g.shape, g)
+        if h is None:
+            pair = criterion.whitening(geometry, g, e, options["damping"])
+        else:
+            pair = criterion.newton(v, h, e, options["damping"])
+        factors = kron.fit(geometry, bound, factors, pair, options["lr"], options["betaL"], draws)
+        if coin and not geometry.balance_first:
+            factors = factors._replace(Q=rotate.balanced(factors.Q, draws.toss("balance") < 0.01))
+        draws.spent()
+        yield from player.state(t, "Q", factors.Q)
+        yield from player.state(t, "L", factors.L)
+        yield from player.state(t, "out", [geometry.precondition(factors.Q, g)])
+
+
+# ---- optimizers: several tensors, whole steps --------------------------------------------
+@family("quad_torch_procrustes", "quad_torch_quad")
+def replay_quad_torch(player: Player) -> Iterator[Compared]:
+    method = METHODS[player.case["hyperparameters"]["psgd_type"]]
+    return replay_optimizer(player, method, {"psgd_type": None})
+
+
+@family("class_KronWhiten")
+def replay_kron_whiten(player: Player) -> Iterator[Compared]:
+    return replay_optimizer(player, METHODS["kron_whiten"], {"lr_params": "lr"})
+
+
+def replay_optimizer(
+    player: Player, method: type[Method], renamed: Mapping[str, str | None]
+) -> Iterator[Compared]:
+    """A method's pipeline, tensor after tensor, in the order in which the recorded run drew its numbers."""
+    n = len(player.case["shapes"])
+    groups = player.case.get("groups") or [{"params": list(range(n))}]
+    options: dict[int, Method] = {}
+    for group in groups:
+        given = player.case["hyperparameters"] | {k: v for k, v in group.items() if k != "params"}
+        kept = {renamed.get(k, k): number(v) for k, v in given.items()}
+        kept.pop(None, None)
+        if kept.get("dtype"):
+            kept["dtype"] = player.framework.nearest(kept["dtype"])
+        options |= dict.fromkeys(group["params"], method.of(**kept))
+    params = [player.read(f"param/0/{i}") for i in range(n)]
+    states: list[Any] = [None] * n
+    for t in player.steps:
+        draws = Recording(player, t)
+        tensors = [player.read(f"grad/{t}/{i}") for i in range(n)]
+        if t == 1:
+            states = start(options, groups, tensors)
+        plans = _plans(options, groups, t, draws)
+        for i, g in enumerate(tensors):
+            recipe = options[i].recipe()
+            flat = laid_out(recipe, g)
+            u, states[i] = pipeline.step(recipe, plans[i], flat, states[i], draws)
+            u = _reshape(u, params[i].shape)
+            params[i] = params[i] + pipeline.displacement(params[i], u, options[i].lr, options[i].weight_decay)
+        draws.spent()
+        yield from player.state(t, "Q", [q for s in states for q in s.factors.Q])
+        yield from player.state(t, "L", [x for s in states for x in s.factors.L])
+        yield from player.state(t, "m", [s.momentum for s in states])
+        yield from player.state(t, "param", params)
+
+
+def laid_out(recipe: pipeline.Recipe, x: Any) -> Any:
+    return _reshape(x, recipe.layout(tuple(x.shape)))
+
+
+def _reshape(x: Any, shape: Sequence[int]) -> Any:
+    return namespace(x).reshape(x, tuple(shape))
+
+
+def start(options: Mapping[int, Method], groups: Sequence[Any], tensors: Sequence[Any]) -> list[Any]:
+    """First state of all tensors; one automatic scale for each group."""
+    states: list[Any] = [None] * len(tensors)
+    for group in groups:
+        method = options[group["params"][0]]
+        recipe = method.recipe()
+        scale = method.start_scale()
+        if scale is None:
+            sizes = [recipe.start.size(pipeline.working(recipe, tensors[i])) for i in group["params"]]
+            scale = recipe.start(sizes, method.tempo().damping)
+        for i in group["params"]:
+            states[i] = pipeline.init(recipe, laid_out(recipe, tensors[i]), scale)
+    return states
+
+
+def _plans(options: Mapping[int, Method], groups: Sequence[Any], t: int, draws: Recording) -> dict[int, pipeline.Plan]:
+    """One decision to fit a step for all tensors, one toss for balancing each."""
+    heads: dict[str, float] = {}
+
+    def toss(role: str) -> float:
+        if role != "fit":
+            return draws.toss(role)
+        if role not in heads:
+            heads[role] = draws.toss(role)
+        return heads[role]
+
+    plans = {}
+    for i, method in sorted(options.items()):
+        fit = method.tempo().fit(t, toss)
+        # No coin for balancing was recorded where nothing was fitted.
+        plans[i] = pipeline.host_plan(method.tempo(), t, toss if fit else lambda role: heads.get(role, 1.0))
+    return plans
+
+
+# ---- primitives: each step is an independent call ----------------------------------------
+def primitive(name: str) -> Callable[[Callable[[Player, int], Any]], Callable[[Player, int], Any]]:
+    def register(call: Callable[[Player, int], Any]) -> Callable[[Player, int], Any]:
+        PRIMITIVES[name] = call
+        return call
+
+    return register
+
+
+def _bound(player: Player, t: int, positive: bool, bound: NormBound) -> Any:
+    return bound(player.read(f"in/{t}/0"), Recording(player, t), "bound", positive=positive)
+
+
+QUAD_BOUND = NormBound(probes=4, products=6, offset=1e-9)
+PRIMITIVES |= {
+    "norm_lower_bound_spd": partial(_bound, positive=True, bound=NormBound()),
+    "norm_lower_bound_skh": partial(_bound, positive=False, bound=NormBound()),
+    "_norm_lower_bound": partial(_bound, positive=True, bound=QUAD_BOUND),
+    "_norm_lower_bound (skh)": partial(_bound, positive=False, bound=QUAD_BOUND),
+}
+
+
+def _turned(player: Player, t: int, turn: Callable[..., Any], bound: NormBound) -> Any:
+    draws = Recording(player, t)
+
+    def skew_norm(r: Any, **ignored: Any) -> Any:
+        return bound(r, draws, "turn", positive=False)
+
+    return turn(player.read(f"in/{t}/0"), skew_norm)
+
+
+PRIMITIVES |= {
+    "procrustes_step2": partial(_turned, turn=rotate.procrustes2, bound=NormBound()),
+    "procrustes_step3": partial(_turned, turn=rotate.procrustes3, bound=NormBound()),
+    "_procrustes_step": partial(_turned, turn=rotate.procrustes2, bound=QUAD_BOUND),
+}
+
+
+@primitive("_merge_dims")
+def merged(player: Player, t: int) -> Any:
+    return np.array(shapes.merge(tuple(int(n) for n in player.data[f"in/{t}/0"])))
+
+
+@primitive("get_precond_lr")
+def preconditioner_lr(player: Player, t: int) -> Any:
+    peak, step = player.data[f"in/{t}/0"]
+    return np.asarray(schedule.inverse_root(np, peak, step, 10_000, 0.3))
+
+
+@family("primitive")
+def replay_primitive(player: Player) -> Iterator[Compared]:
+    call = PRIMITIVES[player.case["function"]]
+    for t in player.steps:
+        got = call(player, t)
+        got = got if isinstance(got, np.ndarray) else player.framework.numpy(got)
+        yield f"out/{t}/0", got, player.data[f"out/{t}/0"]
+
+
+# ---- running ------------------------------------------------------------------------------
+def supported(case: Case) -> bool:
+    return case["family"] in FAMILIES and (case["family"] != "primitive" or case["function"] in PRIMITIVES)
+
+
+def error(got: np.ndarray, want: np.ndarray, atol: float) -> float:
+    """Largest difference beyond `atol`, over the largest recorded modulus. NaN, or another shape, is infinitely wrong."""
+    if got.shape != want.shape:
+        return inf
+    if not want.size:
+        return 0.0
+    difference = max(float(np.max(np.abs(got - want))) - atol, 0.0)
+    scale = float(np.max(np.abs(want)))
+    relative = difference / scale if scale else (inf if difference else 0.0)
+    return relative if relative == relative else inf
+
+
+def replay(case: Case, folder: Path, framework: Framework) -> Result:
+    """Replay one case; `error` is the worst of all its arrays."""
+    with double_precision(framework.name), np.load(folder / case["file"]) as data:
+        player = Player(case, dict(data), framework)
+        worst, where = 0.0, ""
+        for name, got, want in FAMILIES[case["family"]](player):
+            this = error(got, want.astype(got.dtype), case.get("atol", 0.0))
+            if this >= worst:
+                worst, where = this, name
+        if not where:
+            raise ValueError(f"{case['file']} recorded nothing to compare with")
+    return Result(case["file"].removesuffix(".npz"), case["family"], worst, case["rtol"], where)
+
+
+def cases(folder: Path) -> list[Case]:
+    """All cases of a folder, in its order."""
+    path = Path(folder) / "index.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no index.json; give a folder of recorded cases, as conformance/golden is")
+    index = json.loads(path.read_text())
+    if index.get("schema") != 1:
+        raise ValueError(f"{path} has schema {index.get('schema')!r}; this version reads schema 1")
+    return list(index["cases"])

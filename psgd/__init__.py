@@ -1,0 +1,10 @@
+"""The mathematics of preconditioned SGD, stated once over the Python Array API.
+
+`psgd_torch_backend` and `psgd_jax_backend` make optimizers of it. Start reading at `psgd.geometry`.
+"""
+
+from psgd.geometry import GEOMETRIES, Geometry
+from psgd.methods import METHODS, Method
+
+__all__ = ["GEOMETRIES", "METHODS", "Geometry", "Method"]
+__version__ = "0.1.0"

@@ -1,0 +1,106 @@
+"""The only file that knows that frameworks differ.
+
+The core is written against the Python Array API standard. What the standard lacks (a triangular solve, a device for
+a constant, the name of a dtype) is filled in here, by the framework's own public function where it has one and by
+standard operations where it has none. No framework is imported: an array that reaches us has already loaded its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+Array = Any  # an array of any namespace that follows the standard
+
+HALF = ("bfloat16", "float16")
+
+
+def namespace(x: Array) -> ModuleType:
+    """The Array API namespace of `x`: its own, or array_api_compat's where the library has none (PyTorch)."""
+    if hasattr(x, "__array_namespace__"):
+        return x.__array_namespace__()  # type: ignore[no-any-return]
+    # A dictionary look-up and not `array_namespace`, which makes torch.compile print a warning to the user.
+    known = sys.modules.get("array_api_compat.torch")
+    return known if known is not None else importlib.import_module("array_api_compat.torch")
+
+
+def dtype_name(dtype: Any) -> str:
+    """`torch.bfloat16`, `jnp.bfloat16`, `np.dtype("float32")`, "float32": all by their plain name."""
+    name = getattr(dtype, "__name__", None) or str(dtype)
+    return name.rsplit(".", maxsplit=1)[-1]
+
+
+def dtype_of(xp: ModuleType, name: str) -> Any:
+    """The dtype of a namespace by its plain name; ValueError where the namespace has none of that name."""
+    if not hasattr(xp, name):
+        raise ValueError(f"dtype={name!r} is unknown to {xp.__name__}; use a dtype that it has, such as 'float32'")
+    return getattr(xp, name)
+
+
+def is_complex(x: Array) -> bool:
+    return bool(namespace(x).isdtype(x.dtype, "complex floating"))
+
+
+def eps(x: Array) -> float:
+    """Machine epsilon of the (real) dtype of `x`."""
+    return float(namespace(x).finfo(x.dtype).eps)
+
+
+def tiny(x: Array) -> float:
+    """Smallest normal number of the (real) dtype of `x`."""
+    return float(namespace(x).finfo(x.dtype).smallest_normal)
+
+
+def real_dtype(x: Array) -> Any:
+    """The dtype of |x|."""
+    xp = namespace(x)
+    return {"complex64": xp.float32, "complex128": xp.float64}.get(dtype_name(x.dtype), x.dtype)
+
+
+def lifted_dtype(x: Array) -> Any:
+    """The dtype of |x|, or float32 where that is a half precision: for norms, traces, bounds and solves."""
+    dtype = real_dtype(x)
+    return namespace(x).float32 if dtype_name(dtype) in HALF else dtype
+
+
+def real(x: Array) -> Array:
+    return namespace(x).real(x) if is_complex(x) else x
+
+
+def conj(x: Array) -> Array:
+    return namespace(x).conj(x) if is_complex(x) else x
+
+
+def adjoint(q: Array) -> Array:
+    """q^H of a matrix; the conjugate of a diagonal."""
+    return conj(q) if q.ndim < 2 else conj(q.mT)
+
+
+def number(value: Any, like: Array) -> Any:
+    """A number of the plan beside an array: cast to the array's real dtype unless it is Python's own."""
+    return value if isinstance(value, (int, float)) else namespace(like).astype(value, real_dtype(like))
+
+
+def make(like: Array, function: str, *args: Any, dtype: Any = None) -> Array:
+    """`ones`, `zeros`, `eye`, `arange` of the namespace of `like`, in its dtype unless told, on its device."""
+    xp = namespace(like)
+    place = {"device": like.device} if xp.__name__.endswith("torch") else {}
+    return getattr(xp, function)(*args, dtype=like.dtype if dtype is None else dtype, **place)
+
+
+def solve_adjoint(q: Array, b: Array) -> Array:
+    """Solve q^H y = b for an upper-triangular (n, n) `q` and an (n, k) `b`; half precisions are solved in float32."""
+    xp, dtype = namespace(q), b.dtype
+    if dtype_name(dtype) in HALF:
+        q, b = xp.astype(q, xp.float32), xp.astype(b, xp.float32)
+    library = xp.__name__
+    if library.endswith("torch"):
+        y = xp.linalg.solve_triangular(adjoint(q), b, upper=False)
+    elif library.startswith("jax"):
+        jsp = importlib.import_module("jax.scipy.linalg")
+        y = jsp.solve_triangular(adjoint(q), b, lower=True)
+    else:
+        y = xp.linalg.solve(adjoint(q), b)
+    return xp.astype(y, dtype)

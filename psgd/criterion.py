@@ -1,0 +1,53 @@
+"""The criteria: which pair (v, h) a preconditioner is fitted to, and how h is damped.
+
+Whitening: h is a gradient (or its momentum), v is standard normal and independent of it; P whitens h.
+Newton:    h = H v is a Hessian-vector product; P approaches |H|^-1.
+
+A geometry that knows E T2 over v needs no v in whitening (`Pair.v` is None); the others get the damping noise as their
+probe, so that damping and probe are one draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from psgd._xp import Array, eps, namespace, number
+from psgd.geometry import Geometry
+
+Damping = Callable[[Array, Array, Array | float], Array]
+
+
+class Pair(NamedTuple):
+    """h: damped, the shape of the tensor. v: the same shape, or None to take the expectation over it."""
+
+    h: Array
+    v: Array | None
+
+
+def relative(x: Array, e: Array, amount: Array | float) -> Array:
+    """x + (amount + eps |x|) e: never below rounding [psgd_torch]."""
+    return x + (amount + eps(x) * namespace(x).abs(x)) * e
+
+
+def absolute(x: Array, e: Array, amount: Array | float) -> Array:
+    """x + amount e [quad_torch]."""
+    return x + amount * e
+
+
+def proportional(x: Array, e: Array, amount: Array | float) -> Array:
+    """x + amount mean|x| e [psgd_jax kron]."""
+    xp = namespace(x)
+    return x + amount * xp.mean(xp.abs(x)) * e
+
+
+def whitening(
+    geometry: Geometry, g: Array, e: Array, amount: Array | float, damping: Damping = relative
+) -> Pair:
+    """The pair that whitens g: (None, g damped by e), or (e, g damped by e) where the geometry must see a probe."""
+    return Pair(damping(g, e, number(amount, g)), e if geometry.expected is None else None)
+
+
+def newton(v: Array, h: Array, e: Array, amount: Array | float, damping: Damping = relative) -> Pair:
+    """The pair that inverts the Hessian: (v, h damped by fresh noise e)."""
+    return Pair(damping(h, e, number(amount, h)), v)

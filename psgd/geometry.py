@@ -1,0 +1,125 @@
+"""The geometries, one record each: how a factor moves, and where its residual is measured.
+
+Fitting P to the pair (v, h), with P h = v in the mean, moves each factor against D = T1 - T2:
+
+    a = measure(Q, h),  T1 = Gram(lift(q, a))           what the preconditioner makes of h
+    b = refer(Q, v),    T2 = Gram(lift(q, b))           what it should make, or the expectation of that over v
+    q <- move(q, D, m)                                  m = mu / L, L a running bound on ||T1 + T2||
+
+Adding a geometry is adding a record to `GEOMETRIES`. Equations: arXiv 2402.11858; names: psgd_torch's `dQ`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from psgd._xp import Array, adjoint, namespace
+from psgd.axes import along, along_all, along_inverse_adjoint, outer
+from psgd.rotate import polished, procrustes2, symmetrised
+from psgd.spectral import SkewNorm
+
+Factors = Sequence[Array]
+
+
+# Where things are measured. P g is in every case a product of factors along the axes of g.
+def p_of_q(qs: Factors, g: Array) -> Array:
+    """P g, P = Q^H Q."""
+    return along_all([adjoint(q) for q in qs], along_all(qs, g))
+
+
+def p_of_hermitian_q(qs: Factors, g: Array) -> Array:
+    """P g, P = Q Q with Q taken as Hermitian: Q1 Q1 G Q2 Q2, each factor acting from its own side [quad_torch]."""
+    for axis, q in enumerate(qs):
+        side = q if axis == 0 or q.ndim < 2 else q.mT
+        g = along(side, along(side, g, axis), axis)
+    return g
+
+
+def inverse_adjoint(qs: Factors, v: Array) -> Array:
+    """Q^-H v of triangular factors."""
+    return along_all(qs, v, along_inverse_adjoint)
+
+
+def itself(qs: Factors, v: Array) -> Array:
+    return v
+
+
+def unlifted(q: Array, x: Array, axis: int) -> Array:
+    return x
+
+
+# How a dense factor moves.
+def left(q: Array, d: Array, m: Array) -> Array:
+    return q - m * (d @ q)
+
+
+def right(q: Array, d: Array, m: Array) -> Array:
+    return q - m * (q @ d)
+
+
+def triangular(q: Array, d: Array, m: Array) -> Array:
+    return q - m * (namespace(q).triu(d) @ q)
+
+
+def two_sided(q: Array, d: Array, m: Array) -> Array:
+    """q <- (1 - m D) q (1 - m D), symmetrised: stays Hermitian and, for m < 1, positive."""
+    r = left(q, d, m)
+    return symmetrised(right(r, d, m))
+
+
+def two_sided_half(q: Array, d: Array, m: Array) -> Array:
+    return two_sided(q, d, m / 2)
+
+
+# How a diagonal factor moves.
+def scaled(q: Array, d: Array, m: Array) -> Array:
+    return q * (1 - m * d)
+
+
+def scaled_twice(q: Array, d: Array, m: Array) -> Array:
+    return scaled(scaled(q, d, m), d, m)
+
+
+def scaled_twice_half(q: Array, d: Array, m: Array) -> Array:
+    return scaled_twice(q, d, m / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """One row of the table of geometries.
+
+    move: (q, D, m) -> q of a dense factor, then `turn`: (q, norm of a skew matrix) -> q, a rotation, where there is one.
+    move_diagonal: the same of a diagonal factor; all products elementwise.
+    precondition: (factors, g) -> P g.
+    measure: (factors, h) -> a; None is `precondition`.
+    refer: (factors, v) -> b.
+    lift: (q, x, axis) -> x, what factor q adds before the Gram products.
+    expected: E T2 over v ~ N(0, I), up to c = size / n: "identity", a function of q, or None where v must be drawn.
+    fits_p: the stored factors are those of P, not of Q.
+    balance_first: balances the factors before each fit (the others do it rarely, after).
+    """
+
+    move: Callable[[Array, Array, Array], Array]
+    move_diagonal: Callable[[Array, Array, Array], Array] = scaled
+    turn: Callable[[Array, SkewNorm], Array] | None = None
+    precondition: Callable[[Factors, Array], Array] = p_of_q
+    measure: Callable[[Factors, Array], Array] | None = None
+    refer: Callable[[Factors, Array], Array] = itself
+    lift: Callable[[Array, Array, int], Array] = unlifted
+    expected: str | Callable[[Array], Array] | None = "identity"
+    fits_p: bool = False
+    balance_first: bool = False
+
+
+GEOMETRIES: dict[str, Geometry] = {
+    "EQ": Geometry(move=triangular, measure=along_all, refer=inverse_adjoint, expected=None),
+    "QEP": Geometry(move=left, lift=along, expected=outer, balance_first=True),
+    "QEQ": Geometry(move=right),
+    "Q0.5EQ1.5": Geometry(move=left, turn=procrustes2),
+    "QUAD": Geometry(move=two_sided_half, move_diagonal=scaled_twice_half),
+    "PRO4P": Geometry(move=left, turn=polished, precondition=along_all, fits_p=True),
+    "QUAD4P": Geometry(
+        move=two_sided, move_diagonal=scaled_twice, precondition=along_all, fits_p=True
+    ),
+}

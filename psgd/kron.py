@@ -1,0 +1,142 @@
+"""Kronecker-factored preconditioners of one tensor: which axes are dense, how factors start, and the one `fit`.
+
+A tensor G of shape (n_1, ..., n_d) has d factors; P is the Kronecker product of Q_i^H Q_i. The dense preconditioner of
+a vector is the case of one dense factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import inf, prod
+from typing import NamedTuple
+
+from psgd._xp import Array, lifted_dtype, make, namespace, number, real_dtype, tiny
+from psgd.axes import gram
+from psgd.criterion import Pair
+from psgd.geometry import Geometry
+from psgd.noise import Draws
+from psgd.rotate import balanced
+from psgd.shapes import Shape
+from psgd.spectral import NormBound
+
+
+class Factors(NamedTuple):
+    """Q: one factor an axis, (n, n) dense or (n,) diagonal. L: one 0-d bound a factor, at least float32."""
+
+    Q: tuple[Array, ...]
+    L: tuple[Array, ...]
+
+
+@dataclass(frozen=True)
+class DenseRule:
+    """Which axes get a dense factor: n in (1, max_size], n^2 <= max_skew * size, in tensors of at least min_ndim axes."""
+
+    max_size: float = inf
+    max_skew: float = 1.0
+    min_ndim: int = 0
+
+    def __call__(self, shape: Shape) -> tuple[bool, ...]:
+        """One boolean an axis; a scalar has one diagonal factor, a tensor without elements has no factor."""
+        size = prod(shape)
+        if not shape or not size:
+            return (False,) * (1 if size else 0)
+        wide = len(shape) >= self.min_ndim
+        limit = inf if self.max_skew == inf else self.max_skew * size
+        return tuple(wide and 1 < n <= self.max_size and n * n <= limit for n in shape)
+
+
+def init(dense: Sequence[bool], like: Array) -> Factors:
+    """Identity factors, L = 0. `dense`: one boolean a factor, as `DenseRule` gives; shape, dtype and device as `like`."""
+    shapes = [(n,) for n in like.shape] or [()] * len(dense)
+    qs = tuple(
+        make(like, "eye", *shape) if full else make(like, "ones", shape)
+        for shape, full in zip(shapes, dense, strict=bool(dense))
+    )
+    return Factors(qs, tuple(make(like, "zeros", (), dtype=lifted_dtype(like)) for _ in qs))
+
+
+def rescaled(geometry: Geometry, factors: Factors, scale: Array | float, *, split: bool = True) -> Factors:
+    """Q times `scale` overall, P times its square; Python number or 0-d array.
+
+    Each of d factors takes scale^(1/d), or, with `split` false as in quad_torch, all of it.
+    Source: psgd_torch `init_kron`.
+    """
+    power = (2 if geometry.fits_p else 1) / (len(factors.Q) if split and factors.Q else 1)
+    return factors._replace(Q=tuple(q * number(scale**power, q) for q in factors.Q))
+
+
+def _terms(geometry: Geometry, q: Array, a: Array, b: Array | None, axis: int) -> tuple[Array, Array | float]:
+    """T1 and T2 of one factor; T2 is a number c where it is c times the identity."""
+    diagonal = q.ndim < 2
+    t1 = gram(geometry.lift(q, a, axis), axis, diagonal=diagonal)
+    if b is not None:
+        return t1, gram(geometry.lift(q, b, axis), axis, diagonal=diagonal)
+    c = prod(a.shape) / prod(q.shape[:1])
+    return t1, c if geometry.expected == "identity" else c * geometry.expected(q)
+
+
+def _fit_factor(
+    geometry: Geometry,
+    bound: NormBound,
+    q: Array,
+    last: Array,
+    terms: tuple[Array, Array | float],
+    rate: Array | float,
+    memory: Array | float,
+    draws: Draws,
+    axis: int,
+) -> tuple[Array, Array]:
+    """q and L of one axis after its step."""
+    xp, (t1, t2) = namespace(q), terms
+    size = partial(bound, draws=draws, role=f"bound/{axis}", positive=True)
+    if isinstance(t2, float):
+        # The bound is a sketch: of T1 + c I it is not that of T1, plus c.
+        ell, d = size(t1) + t2, t1 - (t2 if q.ndim < 2 else t2 * make(q, "eye", q.shape[0]))
+    else:
+        ell, d = size(t1 + t2), t1 - t2
+    memory, rate = number(memory, ell), number(rate, ell)
+    last = xp.maximum(memory * last + (1 - memory) * ell, ell)
+    m = xp.astype(rate / (last + tiny(last)), real_dtype(q))  # last is 0 if nothing was seen: nothing moves
+    if q.ndim < 2:
+        return geometry.move_diagonal(q, d, m), last
+    q = geometry.move(q, d, m)
+    if geometry.turn is not None:
+        def skew_norm(r: Array, sweep: int = 0, skip: Array | None = None) -> Array:
+            return bound(r, draws, f"turn/{axis}/{sweep}", positive=False, skip=skip)
+
+        q = geometry.turn(q, skew_norm)
+    return q, last
+
+
+def fit(
+    geometry: Geometry,
+    bound: NormBound,
+    factors: Factors,
+    pair: Pair,
+    rate: Array | float,
+    memory: Array | float,
+    draws: Draws,
+) -> Factors:
+    r"""Move every factor once towards fitting the pair: the one update of all geometries and both criteria.
+
+        D = T1 - T2,   ell = ||T1 + T2|| (a lower bound),   L <- max(memory L + (1 - memory) ell, ell)
+        q <- move(q, D, rate / L)
+
+    Args:
+        factors: of a tensor of the shape of `pair.h`. `a` and `b` are measured once, with the old factors.
+        rate: preconditioner learning rate mu, in (0, 1): the step is normalised, L >= ell >= ||D|| up to the bound.
+        memory: beta_L in [0, 1): how slowly L forgets large residuals. 0 is the instantaneous normaliser.
+        draws: roles "bound/i" and "turn/i/k" for axis i and sweep k.
+
+    Source: psgd_torch `update_precond_kron_whiten_*`, `update_precond_kron_newton_*`; arXiv 2402.11858.
+    """
+    qs = balanced(factors.Q) if geometry.balance_first else factors.Q
+    a = (geometry.measure or geometry.precondition)(qs, pair.h)
+    b = None if pair.v is None else geometry.refer(qs, pair.v)
+    fitted = [
+        _fit_factor(geometry, bound, q, last, _terms(geometry, q, a, b, axis), rate, memory, draws, axis)
+        for axis, (q, last) in enumerate(zip(qs, factors.L, strict=True))
+    ]
+    return Factors(tuple(q for q, _ in fitted), tuple(last for _, last in fitted))

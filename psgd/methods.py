@@ -1,0 +1,287 @@
+"""The named methods: the only place where a hyperparameter has a name, a default, a range and a sentence.
+
+A method is a frozen dataclass of hyperparameters that turns itself into a `Recipe` and a `Tempo` of the pipeline.
+Adding a method is adding a dataclass with the `method` decorator; both frameworks' optimizers, the conformance cases,
+the documentation and the benchmarks iterate `METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields, replace
+from math import inf, isnan
+from numbers import Real
+from typing import Any, ClassVar
+
+from psgd import criterion
+from psgd._xp import dtype_name
+from psgd.geometry import GEOMETRIES, Geometry, p_of_hermitian_q
+from psgd.kron import DenseRule
+from psgd.pipeline import (
+    Clip,
+    Recipe,
+    StartScale,
+    Tempo,
+    capped_average,
+    coin,
+    from_first,
+    never,
+    periodic,
+)
+from psgd.schedule import inverse_root
+from psgd.shapes import merge, squeeze
+from psgd.spectral import NormBound
+
+METHODS: dict[str, type[Method]] = {}
+
+
+# ---- hyperparameters -------------------------------------------------------------------
+def setting(default: Any, doc: str, within: str | None = None, kind: str = "number", names: Any = None) -> Any:
+    """A hyperparameter: its default, its sentence and what it may be.
+
+    within: an interval such as "[0, 1)" for numbers. kind: "number", "whole", "flag", "name", "dtype" or "pair".
+    names: for a name, the collection it must be in (None allows None); looked up at each use, so that it may grow.
+    """
+    metadata = {"doc": doc, "within": within, "kind": kind, "names": names}
+    return field(default=default, metadata=metadata)
+
+
+def outside(value: Real, within: str) -> bool:
+    """Is a number outside an interval like "[0, 1)"? NaN always is."""
+    low, high = (float(end) for end in within[1:-1].split(","))
+    above = value >= low if within[0] == "[" else value > low
+    below = value <= high if within[-1] == "]" else value < high
+    return not (above and below)
+
+
+def complaint(f: Field[Any], value: Any) -> str | None:
+    """What is wrong with a value of a hyperparameter, with the remedy; None where nothing is."""
+    kind, within, names = f.metadata["kind"], f.metadata["within"], f.metadata["names"]
+    if kind == "flag":
+        return None if isinstance(value, bool) else "must be True or False"
+    if kind == "dtype":
+        ok = value is None or value in ("bfloat16", "float16", "float32", "float64")
+        return None if ok else "must be None or one of bfloat16, float16, float32, float64"
+    if kind == "name":
+        return None if value in names() else f"must be one of {', '.join(map(repr, names()))}"
+    if kind == "pair":
+        ok = isinstance(value, tuple) and len(value) == 2 and not any(map(isnan, value)) and 0 < value[0] <= value[1]
+        return None if ok else "must be a pair of numbers, 0 < first <= second"
+    if value is None and f.default is None:
+        return None
+    if hasattr(value, "shape"):
+        return None  # an array: its value may not be known, as under a tracer
+    whole = kind == "whole"
+    if isinstance(value, bool) or not isinstance(value, Real) or (whole and value != inf and value != int(value)):
+        return f"must be a {'whole ' if whole else ''}number"
+    return f"must lie in {within}" if within and outside(value, within) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of the named methods: checks hyperparameters, compares by value, describes itself.
+
+    `lr` and `weight_decay` are applied by the adapter, in each framework's own way: p <- p - lr (u + weight_decay p).
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    complex_parameters: ClassVar[bool] = False
+
+    lr: float = setting(1e-3, "learning rate", "[0, inf)")
+    weight_decay: float = setting(
+        0.0, "decoupled weight decay: p loses lr * weight_decay of itself each step", "[0, inf)"
+    )
+    seed: int = setting(0, "seed of the noise; a structural integer", "[0, 4294967295]", "whole")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.metadata["kind"] == "dtype" and value is not None:
+                value = dtype_name(value)
+                object.__setattr__(self, f.name, value)
+            wrong = complaint(f, value)
+            if wrong:
+                raise ValueError(f"{self.name}: {f.name}={value!r} {wrong}; the default is {f.default!r}")
+
+    @classmethod
+    def of(cls, **hyperparameters: Any) -> Method:
+        """A method from keyword arguments, with an error that names the unknown ones."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(hyperparameters) - set(known))
+        if unknown:
+            raise ValueError(f"{cls.name}: unknown hyperparameter {unknown[0]!r}; it has {', '.join(known)}")
+        return cls(**hyperparameters)
+
+    def recipe(self) -> Recipe:
+        """What a step computes."""
+        raise NotImplementedError
+
+    def tempo(self) -> Tempo:
+        """When and how much."""
+        raise NotImplementedError
+
+    def start_scale(self) -> float | None:
+        """The first scale of Q; None is taken from the first gradients."""
+        return getattr(self, "preconditioner_init_scale", None)
+
+
+def method(name: str, title: str, source: str) -> Callable[[type[Method]], type[Method]]:
+    """Register a method under its name (of the optax function) and its title (of the PyTorch class)."""
+
+    def register(cls: type[Method]) -> type[Method]:
+        cls.name, cls.title, cls.source = name, title, source
+        cls.summary = (cls.__doc__ or "").strip().splitlines()[0]
+        made = dataclass(frozen=True, kw_only=True)(cls)
+        METHODS[name] = made
+        return made
+
+    return register
+
+
+def documented(method: type[Method]) -> str:
+    """A docstring of a method: its summary, each hyperparameter with default and range, and its source."""
+    lines = [method.summary, "", "Args:"]
+    for f in fields(method):
+        within = f" in {f.metadata['within']}" if f.metadata["within"] else ""
+        lines.append(f"    {f.name}: {f.metadata['doc']}{within} (default {f.default!r}).")
+    return "\n".join([*lines, "", f"Source: {method.source}."])
+
+
+def is_positive(value: Any) -> bool:
+    """Is a number positive, or unknown yet?"""
+    return not isinstance(value, Real) or value > 0
+
+
+# ---- quad_torch ------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class QuadTorch(Method):
+    """What the two optimizers of quad_torch share: whitening of the momentum, merged to a matrix, at every step.
+
+    One automatic scale serves all tensors, and every factor gets all of it, so that with the automatic scale a vector
+    starts at P = 1/rms(g) and a matrix at 1/rms(g)^2, as in quad_torch.
+    """
+
+    geometry: ClassVar[Geometry]
+
+    weight_decay: float = setting(
+        0.1, "decoupled weight decay: p loses lr * weight_decay of itself each step", "[0, inf)"
+    )
+    lr_style: str | None = setting(
+        "adam", '"adam" divides the direction by 5, so that Adam\'s learning rates fit; None does not',
+        kind="name", names=lambda: ("adam", None),
+    )
+    momentum: float = setting(0.95, "weight of the past in the average of gradients", "[0, 1)")
+    max_size_dense: float = setting(16384, "longest axis that gets a dense factor", "[1, inf]", "whole")
+    max_skew_dense: float = setting(
+        1.0, "an axis is dense if its length squared is at most this times the tensor's size", "[0, inf]"
+    )
+    preconditioner_lr: float = setting(
+        0.7, "first step size of the factors; falls as 1/sqrt(1 + step/10000) to 0.3, its floor", "(0, inf)"
+    )
+    preconditioner_init_scale: float | None = setting(
+        None, "first scale of each factor; None takes it from the first gradients", "(0, inf)"
+    )
+    noise_scale: float = setting(1e-9, "noise added to what is whitened, times a standard normal", "[0, inf)")
+    dtype: str | None = setting(None, "dtype of all state; None is the parameter's", kind="dtype")
+
+    def recipe(self) -> Recipe:
+        return Recipe(
+            geometry=self.geometry,
+            bound=NormBound(probes=4, products=6, offset=1e-9),
+            dense=DenseRule(self.max_size_dense, self.max_skew_dense, min_ndim=2),
+            layout=merge,
+            momentum=is_positive(self.momentum),
+            whiten="momentum",
+            damping=criterion.absolute,
+            balance_last=False,
+            start=StartScale(power=2, split=False),
+            clip=Clip(rms=1.1),
+            gain=0.2 if self.lr_style == "adam" else 1.0,
+            dtype=self.dtype,
+        )
+
+    def tempo(self) -> Tempo:
+        return Tempo(
+            averaging=from_first,
+            momentum=self.momentum,
+            rate=lambda xp, step: inverse_root(xp, self.preconditioner_lr, step, timescale=10_000, floor=0.3),
+            memory=0.95,
+            damping=self.noise_scale,
+            balance=periodic(100),
+            seed=self.seed,
+        )
+
+
+@method("procrustes", "Procrustes", "quad_torch `Procrustes`")
+class Procrustes(QuadTorch):
+    """Whitening by dense factors kept nearly Hermitian by rotations (geometry Q0.5EQ1.5)."""
+
+    geometry = replace(GEOMETRIES["Q0.5EQ1.5"], precondition=p_of_hermitian_q)
+
+
+@method("quad", "QUAD", "quad_torch `QUAD`")
+class Quad(QuadTorch):
+    """Whitening by Hermitian factors moved from both sides (geometry QUAD)."""
+
+    geometry = replace(GEOMETRIES["QUAD"], precondition=p_of_hermitian_q)
+
+
+# ---- psgd_torch ------------------------------------------------------------------------
+@method("kron_whiten", "KronWhiten", "psgd_torch `KronWhiten`")
+class KronWhiten(Method):
+    """Whitening of tensors of any order, complex ones too, in any of the registered geometries."""
+
+    complex_parameters = True
+
+    dQ: str = setting(
+        "Q0.5EQ1.5", "the geometry", kind="name", names=lambda: tuple(GEOMETRIES)
+    )
+    momentum: float = setting(0.0, "weight of the past in the average of gradients, at most", "[0, 1)")
+    whiten_grad: bool = setting(True, "whiten the gradient; False whitens the momentum", kind="flag")
+    update_preconditioner_first: bool = setting(True, "fit before preconditioning, or after", kind="flag")
+    preconditioner_update_probability: float = setting(1.0, "probability of a fit, by one coin a step", "(0, 1]")
+    lr_preconditioner: float = setting(0.1, "step size of the factors", "(0, 1)")
+    betaL: float = setting(0.9, "memory of the running bound on the residual", "[0, 1)")  # noqa: N815
+    damping: float = setting(1e-9, "noise added to what is whitened, beside one rounding of it", "[0, inf)")
+    preconditioner_max_size: float = setting(inf, "longest axis that gets a dense factor", "[0, inf]", "whole")
+    preconditioner_max_skew: float = setting(
+        1.0, "an axis is dense if its length squared is at most this times the tensor's size", "[0, inf]"
+    )
+    preconditioner_init_scale: float | None = setting(
+        None, "first scale of Q; None takes it from the first gradients", "(0, inf)"
+    )
+    grad_clip_max_amps: tuple[float, float] = setting(
+        (2.0, 10.0), "largest RMS, then largest entry of the direction of a tensor", kind="pair"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.whiten_grad and not is_positive(self.momentum):
+            raise ValueError(f"{self.name}: whiten_grad=False whitens the momentum; give momentum > 0 with it")
+
+    def recipe(self) -> Recipe:
+        rms, entry = self.grad_clip_max_amps
+        return Recipe(
+            geometry=GEOMETRIES[self.dQ],
+            dense=DenseRule(self.preconditioner_max_size, self.preconditioner_max_skew),
+            layout=squeeze,
+            momentum=is_positive(self.momentum),
+            whiten="gradient" if self.whiten_grad else "momentum",
+            fit_first=self.update_preconditioner_first,
+            clip=Clip(rms, entry),
+        )
+
+    def tempo(self) -> Tempo:
+        return Tempo(
+            averaging=capped_average,
+            momentum=self.momentum,
+            rate=lambda xp, step: self.lr_preconditioner,
+            memory=self.betaL,
+            damping=self.damping,
+            fit=coin("fit", self.preconditioner_update_probability),
+            balance=never if GEOMETRIES[self.dQ].balance_first else coin("balance", 0.01),
+            seed=self.seed,
+        )

@@ -1,0 +1,86 @@
+"""The only bound on a spectral norm: a lower one, by a few products with probe vectors.
+
+Every step size of a factor is divided by it, so it is computed at each fit of each dense factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from psgd._xp import Array, conj, lifted_dtype, namespace, real, tiny
+from psgd.noise import Draws
+
+
+def norm_bound(a: Array, probes: Array, *, products: int, positive: bool, offset: float = 0.0) -> Array:
+    r"""Lower bound on ||a||_2 of a Hermitian or skew-Hermitian matrix.
+
+    With S a cheap upper scale of `a` and A = a / S, the row A_j of largest norm starts the probes in the dominant
+    subspace, V_r = A_j + sgn(<A_j, v_r>) v_r, and the bound is the growth of the last of m products:
+
+        S max_r ||V_r A^m|| / ||V_r A^(m-1)||
+
+    Args:
+        a: (n, n). The zero matrix gives 0.
+        probes: (k, n) standard normal rows v_r.
+        products: m, at least 1.
+        positive: `a` is positive semidefinite: S is its largest diagonal entry, else its largest modulus.
+        offset: added to every entry of the last normalised probes; 1e-9 is what quad_torch does.
+
+    Returns: 0-d, real, in the dtype of |a|.
+
+    Source: psgd_torch `norm_lower_bound_spd`, `norm_lower_bound_skh`; quad_torch `_norm_lower_bound`.
+    """
+    xp, small = namespace(a), tiny(a)
+    scale = xp.max(real(xp.linalg.diagonal(a))) if positive else xp.max(xp.abs(a))
+    a = a / (scale + small)
+    largest = xp.argmax(xp.linalg.vector_norm(a, axis=1))
+    row = xp.reshape(xp.take(a, xp.reshape(largest, (1,)), axis=0), (-1,))
+    overlap = conj(probes) @ row
+    size = xp.abs(overlap)
+    v = row + (overlap / xp.where(size == 0, xp.ones_like(size), size))[:, None] * probes
+    for _ in range(products - 1):
+        v = v @ a
+        v = v / (xp.linalg.vector_norm(v, axis=1, keepdims=True) + small)
+    if offset:
+        v = v + offset
+    return scale * xp.max(xp.linalg.vector_norm(v @ a, axis=1))
+
+
+@dataclass(frozen=True)
+class NormBound:
+    """A choice of k probes and m products: `NormBound(32, 4)` is psgd_torch's, `NormBound(4, 6, 1e-9)` quad_torch's."""
+
+    probes: int = 32
+    products: int = 4
+    offset: float = 0.0
+
+    def __call__(
+        self, a: Array, draws: Draws, role: str, *, positive: bool, skip: Array | None = None
+    ) -> Array:
+        """`norm_bound` of an (n, n) matrix, or the largest entry of an (n,) or 0-d diagonal. Lifted from half precision."""
+        xp = namespace(a)
+        if a.ndim < 2:
+            bound = xp.max(real(a))
+        else:
+            probes = draws.normal(role, (self.probes, a.shape[0]), a, skip)
+            bound = norm_bound(
+                a, probes, products=self.products, positive=positive, offset=self.offset
+            )
+        return xp.astype(bound, lifted_dtype(a))
+
+
+@dataclass(frozen=True)
+class TraceBound(NormBound):
+    """The trace where it is asked for the norm of a positive matrix: exact if its rank is one [psgd_torch DenseNewton]."""
+
+    def __call__(
+        self, a: Array, draws: Draws, role: str, *, positive: bool, skip: Array | None = None
+    ) -> Array:
+        if not positive or a.ndim < 2:
+            return super().__call__(a, draws, role, positive=positive, skip=skip)
+        xp = namespace(a)
+        return xp.sum(xp.astype(real(xp.linalg.diagonal(a)), lifted_dtype(a)))
+
+
+SkewNorm = Callable[..., Array]  # (r, sweep=0, skip=None) -> 0-d bound on the norm of a skew-Hermitian r

@@ -1,0 +1,76 @@
+"""State in PyTorch's terms: nested dictionaries of tensors for each parameter, and stacks of them.
+
+Parameters of equal shape step in one call, for which their state must lie side by side in one tensor. What the
+optimizer's `state` shows of each parameter are views of those stacks: nothing is copied to stack it, and what is written
+to a stack is seen in the state. Once the state was replaced (loaded, copied), the stacks are made anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psgd.kron import Factors
+from psgd.pipeline import State
+
+Entry = dict[str, Any]  # {"step": ..., "momentum": ..., "Q": {"0": ...}, "L": {"0": ...}}
+
+
+def to_entry(state: State) -> Entry:
+    """The core's state of one parameter as plain nested dictionaries with string keys."""
+    entry: Entry = {} if state.momentum is None else {"momentum": state.momentum}
+    for name, tensors in state.factors._asdict().items():
+        entry[name] = {str(i): x for i, x in enumerate(tensors)}
+    return entry
+
+
+def to_state(entry: Entry) -> State:
+    """The inverse of `to_entry`."""
+    factors = {name: tuple(entry[name][str(i)] for i in range(len(entry[name]))) for name in Factors._fields}
+    return State(entry.get("momentum"), Factors(**factors))
+
+
+def leaves(state: State) -> list[Tensor]:
+    """All tensors of a state, in a fixed order."""
+    momentum = [] if state.momentum is None else [state.momentum]
+    return [*momentum, *state.factors.Q, *state.factors.L]
+
+
+def rebuilt(state: State, tensors: Sequence[Tensor]) -> State:
+    """A state of the structure of `state` from its leaves."""
+    rest: Iterator[Tensor] = iter(tensors)
+    momentum = None if state.momentum is None else next(rest)
+    q = tuple(next(rest) for _ in state.factors.Q)
+    return State(momentum, Factors(q, tuple(rest)))
+
+
+class Stack:
+    """The states of parameters of one layout, stacked along a new first axis."""
+
+    def __init__(self, states: Sequence[State]) -> None:
+        columns = list(zip(*map(leaves, states), strict=True))
+        self.stacked = rebuilt(states[0], [torch.stack(column) for column in columns])
+        rows = zip(*(x.unbind() for x in leaves(self.stacked)), strict=True)
+        self.views = [rebuilt(states[0], row) for row in rows]
+
+    def holds(self, states: Sequence[State]) -> bool:
+        """Are these states the views of this stack?"""
+        return len(states) == len(self.views) and all(
+            mine is theirs
+            for view, state in zip(self.views, states, strict=True)
+            for mine, theirs in zip(leaves(view), leaves(state), strict=False)
+        )
+
+
+def write(old: State, new: State) -> None:
+    """Overwrite the tensors of a state in place; momentum may come in another shape of as many elements."""
+    for target, source in zip(leaves(old), leaves(new), strict=True):
+        target.copy_(source.reshape(target.shape))
+
+
+def belongs(entry: Entry, layout: tuple[int, ...]) -> bool:
+    """Are the factors of a state those of a tensor of this layout?"""
+    return tuple(n for q in entry["Q"].values() for n in q.shape[:1]) == (layout if 0 not in layout else ())

@@ -1,0 +1,61 @@
+"""The core's step, called on one parameter or mapped over a stack of them, eager or compiled."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psgd import pipeline
+from psgd.pipeline import Plan, Recipe, State
+
+Step = Callable[[Plan, Any, Any, Tensor, Tensor, State], tuple[Tensor, State]]
+
+
+def make_step(recipe: Recipe, *, stacked: bool, compiled: bool) -> Step:
+    """(plan, lr, weight_decay, p, g, state) -> (what to add to p, new state), of tensors or of stacks of them."""
+
+    def step(
+        plan: Plan, lr: Any, weight_decay: Any, p: Tensor, g: Tensor, state: State
+    ) -> tuple[Tensor, State]:
+        def one(p: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
+            u, state = pipeline.step(recipe, plan, g, state)
+            return pipeline.displacement(p, u, lr, weight_decay), state
+
+        return torch.vmap(one)(p, g, state) if stacked else one(p, g, state)
+
+    if not compiled:
+        return step
+    # Each layout compiles once; without its own count, dynamo gives up after eight shapes of one function.
+    wanted = {"recompile_limit": 64, "isolate_recompiles": True}
+    known = inspect.signature(torch.compile).parameters
+    options = {name: value for name, value in wanted.items() if name in known}
+    return torch.compile(step, fullgraph=True, dynamic=False, **options)
+
+
+def on_device(plan: Plan, device: torch.device) -> Plan:
+    """The plan with its noise key as a tensor, which is all that an eager step needs."""
+    return plan._replace(key=torch.full((1,), plan.key, dtype=torch.int32, device=device))
+
+
+def as_tensors(plan: Plan, *numbers: Any) -> tuple[Any, ...]:
+    """The plan and further numbers as 0-d tensors, so that a new value is no reason to compile again."""
+
+    def tensor(x: Any) -> Tensor:
+        return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
+
+    blend = plan.momentum.blend
+    momentum = pipeline.Memory(
+        tensor(plan.momentum.past), None if blend is None else (tensor(blend[0]), tensor(blend[1]))
+    )
+    plan = plan._replace(
+        balance=torch.tensor(plan.balance),
+        momentum=momentum,
+        rate=tensor(plan.rate),
+        memory=tensor(plan.memory),
+        damping=tensor(plan.damping),
+    )
+    return plan, *map(tensor, numbers)

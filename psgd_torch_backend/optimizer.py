@@ -1,0 +1,266 @@
+"""The one generic PyTorch optimizer. Its named faces, one for each registered method, are made in `__init__`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from inspect import Parameter, Signature
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from psgd import pipeline
+from psgd.methods import Method, documented
+from psgd_torch_backend._state import Stack, belongs, to_entry, to_state, write
+from psgd_torch_backend._step import Step, as_tensors, make_step, on_device
+
+ADAPTER_DEFAULTS = {"maximize": False, "stack": True, "compile": False}
+# What a group may hold beside hyperparameters: its parameters, and what torch's own schedulers keep there.
+NOT_HYPERPARAMETERS = frozenset(
+    "params param_names initial_lr max_lr min_lr base_momentum max_momentum swa_lr".split()
+)
+KNOWN_SETTINGS = 64  # how many combinations of hyperparameters are remembered
+Group = dict[str, Any]
+
+
+class PSGD(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` over the pipeline of a registered method; use its subclasses.
+
+    Args:
+        params: an iterable of parameters, of (name, parameter) pairs, or of groups; every argument is legal in a group.
+        maximize: ascend instead of descend.
+        stack: step parameters of equal shape together (`torch.vmap`); the numbers are the same, many small
+            layers are faster.
+        compile: compile the step with `torch.compile`, once for each layout of parameters.
+
+    State of a parameter: "step", "momentum" (its shape), "Q" and "L" with one entry a factor, keyed "0", "1", ...
+    in the dtype that the method says.
+
+    Raises: ValueError for hyperparameters out of range or unknown; TypeError for parameters that are not floating
+    point; RuntimeError at a step for sparse gradients. State and parameters then stay as they were.
+    """
+
+    method: ClassVar[type[Method]]
+
+    def __init__(self, params: Iterable[Any], lr: Any = None, **hyperparameters: Any) -> None:
+        given = hyperparameters if lr is None else {"lr": lr, **hyperparameters}
+        self._forget()
+        super().__init__(params, self._complete(given))
+
+    @classmethod
+    def _complete(cls, given: Group) -> Group:
+        """Given hyperparameters, checked, with the defaults of the others."""
+        flags = {name: given.get(name, default) for name, default in ADAPTER_DEFAULTS.items()}
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{cls.__name__}: {name}={value!r} must be True or False")
+        for name in ("lr", "weight_decay"):
+            value = given.get(name)
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"{cls.__name__}: Tensor {name} must be 1-element, not of shape {tuple(value.shape)}")
+        method = cls.method.of(**{k: v for k, v in given.items() if k not in ADAPTER_DEFAULTS})
+        return {f.name: getattr(method, f.name) for f in fields(method)} | flags
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, with its own hyperparameters where it has them, also between steps."""
+        if isinstance(param_group, dict):
+            own = {k: v for k, v in param_group.items() if k not in NOT_HYPERPARAMETERS}
+            shared = {k: v for k, v in self.defaults.items() if k not in own}
+            param_group = param_group | self._complete(own | shared)
+        super().add_param_group(param_group)
+        try:
+            for name, p in self._named(self.param_groups[-1]):
+                self._check_parameter(name, p)
+        except TypeError:
+            self.param_groups.pop()
+            raise
+
+    def _named(self, group: Group) -> Iterator[tuple[str, Tensor]]:
+        names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+        return zip(names, group["params"], strict=True)
+
+    def _check_parameter(self, name: str, p: Tensor) -> None:
+        cls = type(self).__name__
+        if p.layout != torch.strided:
+            raise TypeError(f"{cls} does not support sparse parameters; {name} is {p.layout}: make it dense")
+        if p.is_complex() and not self.method.complex_parameters:
+            raise TypeError(f"{cls} does not support complex parameters; {name} is {p.dtype}: use view_as_real of it")
+        if not (p.is_floating_point() or p.is_complex()):
+            raise TypeError(f"{cls} needs floating-point parameters; {name} is {p.dtype}: leave it out")
+
+    # ---- stepping ----------------------------------------------------------------------
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step for every parameter that has a gradient. `closure`, if given, is called once; its result is returned.
+
+        All gradients are checked before anything changes.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        ready = [(group, self._with_gradients(group)) for group in self.param_groups]
+        for group, params in ready:
+            if params:
+                self._step_group(group, params)
+        return loss
+
+    def _with_gradients(self, group: Group) -> list[Tensor]:
+        cls, ready = type(self).__name__, []
+        for name, p in self._named(group):
+            g = p.grad
+            if g is None:
+                continue
+            if g.layout != torch.strided:
+                raise RuntimeError(f"{cls} does not support sparse gradients; that of {name} is {g.layout}: use a dense one")
+            if g.shape != p.shape:
+                raise RuntimeError(
+                    f"{cls}: {name} has shape {tuple(p.shape)} and a gradient of shape {tuple(g.shape)}; "
+                    "call zero_grad() and backward() again after changing a parameter's shape"
+                )
+            entry, recipe = self.state.get(p), self._settings(group)[1]
+            if entry and "Q" in entry and not belongs(entry, recipe.layout(tuple(p.shape))):
+                raise RuntimeError(
+                    f"{cls}: {name} has shape {tuple(p.shape)}, its state belongs to another; delete optimizer.state[p]"
+                )
+            ready.append(p)
+        return ready
+
+    def _settings(self, group: Group) -> tuple[Method, pipeline.Recipe, pipeline.Tempo]:
+        """Method, recipe and tempo of a group; made again when a value of it has changed."""
+        given = {f.name: group[f.name] for f in fields(self.method) if f.name not in ("lr", "weight_decay")}
+        values = tuple(given.values())
+        if values not in self._known:
+            method = self.method.of(**given)
+            while len(self._known) >= KNOWN_SETTINGS:
+                self._known.pop(next(iter(self._known)))
+            self._known[values] = (method, method.recipe(), method.tempo())
+        return self._known[values]
+
+    def _step_group(self, group: Group, params: list[Tensor]) -> None:
+        method, recipe, tempo = self._settings(group)
+        self._start(method, recipe, tempo, [p for p in params if "Q" not in self.state[p]])
+        plans: dict[int, pipeline.Plan] = {}
+        for (age, *_), bucket in self._buckets(group, params).items():
+            if age not in plans:
+                plans[age] = pipeline.host_plan(tempo, age)
+            self._step_bucket(group, recipe, plans[age], bucket)
+
+    def _start(
+        self, method: Method, recipe: pipeline.Recipe, tempo: pipeline.Tempo, new: list[Tensor]
+    ) -> None:
+        """State of parameters seen for the first time; an automatic scale is shared by those that start together."""
+        scale: Any = method.start_scale()
+        seen = [pipeline.working(recipe, p.grad) for p in new if p.numel()]
+        if scale is None and seen:
+            scale = recipe.start([recipe.start.size(g) for g in seen], tempo.damping)
+        for p in new:
+            like = p.detach().reshape(recipe.layout(tuple(p.shape)))
+            state = pipeline.init(recipe, like, 1.0 if scale is None else scale)
+            entry = to_entry(state)
+            if state.momentum is not None:
+                entry["momentum"] = state.momentum.reshape(p.shape)
+            self.state[p].update({"step": torch.zeros((), dtype=torch.int64), **entry})
+
+    def _buckets(self, group: Group, params: list[Tensor]) -> dict[tuple[Any, ...], list[Tensor]]:
+        """Parameters that step in one call, being of equal age, shape, dtype and device. All grow one step older."""
+        buckets: dict[tuple[Any, ...], list[Tensor]] = {}
+        for i, p in enumerate(params):
+            age = self.state[p]["step"] = self.state[p]["step"] + 1
+            alone = () if group["stack"] else (i,)
+            buckets.setdefault((int(age), p.shape, p.dtype, p.device, *alone), []).append(p)
+        return buckets
+
+    def _step_bucket(
+        self, group: Group, recipe: pipeline.Recipe, plan: pipeline.Plan, bucket: list[Tensor]
+    ) -> None:
+        layout, state = recipe.layout(tuple(bucket[0].shape)), self._gathered(bucket)
+        p, g = (self._joined(tensors, layout) for tensors in (bucket, [p.grad for p in bucket]))
+        if group["maximize"]:
+            g = -g
+        plan, numbers = on_device(plan, p.device), (group["lr"], group["weight_decay"])
+        if group["compile"]:
+            plan, *numbers = as_tensors(plan, *numbers)
+        step = self._step_of(recipe, len(bucket) > 1, tuple(p.shape) if group["compile"] else None)
+        flat = state if state.momentum is None else state._replace(momentum=state.momentum.reshape(p.shape))
+        change, new = step(plan, *numbers, p, g, flat)
+        write(state, new)
+        for target, part in zip(bucket, change.unbind() if len(bucket) > 1 else [change], strict=True):
+            target.add_(part.reshape(target.shape))
+
+    @staticmethod
+    def _joined(tensors: list[Tensor], layout: tuple[int, ...]) -> Tensor:
+        """Tensors of one shape in layout shape; stacked if there are several."""
+        flat = [x.detach().reshape(layout) for x in tensors]
+        return torch.stack(flat) if len(flat) > 1 else flat[0]
+
+    def _gathered(self, bucket: list[Tensor]) -> pipeline.State:
+        """The state of a bucket, to be overwritten in place: of one parameter, or the stack of them all."""
+        states = [to_state(self.state[p]) for p in bucket]
+        if len(bucket) == 1:
+            return states[0]
+        stack = self._stacks.get(id(bucket[0]))
+        if stack is None or not stack.holds(states):
+            stack = self._stacks[id(bucket[0])] = Stack(states)
+            for p, view in zip(bucket, stack.views, strict=True):
+                self.state[p].update(to_entry(view))
+        return stack.stacked
+
+    def _step_of(self, recipe: pipeline.Recipe, stacked: bool, compiled_shape: tuple[int, ...] | None) -> Step:
+        key = (recipe, stacked, compiled_shape)
+        if key not in self._steps:
+            self._steps[key] = make_step(recipe, stacked=stacked, compiled=compiled_shape is not None)
+        return self._steps[key]
+
+    # ---- saving and copying ------------------------------------------------------------
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` gave. Tensors keep their saved dtype, on the device of their parameter."""
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, p in zip(saved, own, strict=True):
+            if index in state_dict["state"]:
+                # torch casts state to the parameter's dtype; factors have their own.
+                self.state[p] = _placed(state_dict["state"][index], p.device)
+        self._forget()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what can be made again: stacks, settings, compiled steps."""
+        self._stacks: dict[int, Stack] = {}
+        self._known: dict[tuple[Any, ...], tuple[Method, pipeline.Recipe, pipeline.Tempo]] = {}
+        self._steps: dict[Any, Step] = {}
+
+
+def _placed(value: Any, device: torch.device, name: str = "") -> Any:
+    """A copy of a nested state on a device; the step stays on the host."""
+    if isinstance(value, dict):
+        return {k: _placed(v, device, k) for k, v in value.items()}
+    if isinstance(value, Tensor):
+        return value.detach().clone() if name == "step" else value.detach().to(device, copy=True)
+    return value
+
+
+def face(method: type[Method], module: str) -> type[PSGD]:
+    """The optimizer class of a method: its name, signature and documentation come from the method's record."""
+    settings = {f.name: f for f in fields(method)}
+    keyword = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=f.default) for name, f in settings.items() if name != "lr"
+    ]
+    flags = [Parameter(name, Parameter.KEYWORD_ONLY, default=x) for name, x in ADAPTER_DEFAULTS.items()]
+    first = [
+        Parameter("params", Parameter.POSITIONAL_OR_KEYWORD),
+        Parameter("lr", Parameter.POSITIONAL_OR_KEYWORD, default=settings["lr"].default),
+    ]
+    body = {
+        "method": method,
+        "__doc__": documented(method),
+        "__module__": module,
+        "__signature__": Signature([*first, *keyword, *flags]),
+    }
+    return type(method.title, (PSGD,), body)
