@@ -78,16 +78,29 @@ def adjoint(q: Array) -> Array:
     return conj(q) if q.ndim < 2 else conj(q.mT)
 
 
+def diagonal(a: Array) -> Array:
+    """The real part of the diagonal of a square matrix, as a strided slice: torch.compile warns at `diagonal` itself."""
+    n = a.shape[-1]
+    return real(namespace(a).reshape(a, (n * n,))[:: n + 1])
+
+
 def number(value: Any, like: Array) -> Any:
     """A number of the plan beside an array: cast to the array's real dtype unless it is Python's own."""
     return value if isinstance(value, (int, float)) else namespace(like).astype(value, real_dtype(like))
 
 
 def make(like: Array, function: str, *args: Any, dtype: Any = None) -> Array:
-    """`ones`, `zeros`, `eye`, `arange` of the namespace of `like`, in its dtype unless told, on its device."""
+    """`ones`, `zeros` or `arange` of the namespace of `like`, in its dtype unless told, on its device."""
     xp = namespace(like)
     place = {"device": like.device} if xp.__name__.endswith("torch") else {}
     return getattr(xp, function)(*args, dtype=like.dtype if dtype is None else dtype, **place)
+
+
+def identity(like: Array, n: int) -> Array:
+    """The (n, n) identity, by comparing counters: torch.compile warns at `eye`."""
+    xp = namespace(like)
+    i = make(like, "arange", n, dtype=xp.int32)
+    return xp.astype(i[:, None] == i, like.dtype)
 
 
 def solve_adjoint(q: Array, b: Array) -> Array:

@@ -12,7 +12,7 @@ from functools import partial
 from math import inf, prod
 from typing import NamedTuple
 
-from psgd._xp import Array, lifted_dtype, make, namespace, number, real_dtype, tiny
+from psgd._xp import Array, identity, lifted_dtype, make, namespace, number, real_dtype, tiny
 from psgd.axes import gram
 from psgd.criterion import Pair
 from psgd.geometry import Geometry
@@ -51,7 +51,7 @@ def init(dense: Sequence[bool], like: Array) -> Factors:
     """Identity factors, L = 0. `dense`: one boolean a factor, as `DenseRule` gives; shape, dtype and device as `like`."""
     shapes = [(n,) for n in like.shape] or [()] * len(dense)
     qs = tuple(
-        make(like, "eye", *shape) if full else make(like, "ones", shape)
+        identity(like, *shape) if full else make(like, "ones", shape)
         for shape, full in zip(shapes, dense, strict=bool(dense))
     )
     return Factors(qs, tuple(make(like, "zeros", (), dtype=lifted_dtype(like)) for _ in qs))
@@ -93,7 +93,7 @@ def _fit_factor(
     size = partial(bound, draws=draws, role=f"bound/{axis}", positive=True)
     if isinstance(t2, float):
         # The bound is a sketch: of T1 + c I it is not that of T1, plus c.
-        ell, d = size(t1) + t2, t1 - (t2 if q.ndim < 2 else t2 * make(q, "eye", q.shape[0]))
+        ell, d = size(t1) + t2, t1 - (t2 if q.ndim < 2 else t2 * identity(q, q.shape[0]))
     else:
         ell, d = size(t1 + t2), t1 - t2
     memory, rate = number(memory, ell), number(rate, ell)

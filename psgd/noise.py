@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from math import prod, sqrt
 from types import ModuleType
 from typing import Any, Protocol
-from zlib import crc32
 
 from psgd._xp import Array, is_complex, make, namespace, real_dtype
 
@@ -59,12 +58,20 @@ def key(xp: ModuleType, seed: int, step: Any) -> Array:
     return mix(mix(s + GOLDEN) + t * GOLDEN)
 
 
-def words(step_key: Array, role: str, n: int) -> Array:
-    """The n int32 words of a role."""
-    return mix(mix(make(step_key, "arange", n) * GOLDEN + mix(step_key ^ signed(crc32(role.encode())))))
+def role_number(role: str) -> int:
+    """A role as an int32, by the 32-bit FNV-1a hash of its characters (a loop that compilers can follow)."""
+    number = 0x811C9DC5
+    for character in role:
+        number = ((number ^ ord(character)) * 0x01000193) & 0xFFFFFFFF
+    return signed(number)
 
 
-def normal(step_key: Array, role: str, n: int, dtype: Any) -> Array:
+def words(step_key: Array, role: int, n: int) -> Array:
+    """The n int32 words of a role, given by its number."""
+    return mix(mix(make(step_key, "arange", n) * GOLDEN + (step_key ^ role)))
+
+
+def normal(step_key: Array, role: int, n: int, dtype: Any) -> Array:
     """The n nearly normal numbers of a role, shape (n,), in a real dtype."""
     xp = namespace(step_key)
     w = words(step_key, role, n)
@@ -76,7 +83,7 @@ def normal(step_key: Array, role: str, n: int, dtype: Any) -> Array:
 def uniform(step_key: Array, role: str) -> Array:
     """One number in [0, 1) with 24 bits, a 0-d float32 array: a coin."""
     xp = namespace(step_key)
-    top = shifted(words(step_key, role, 1), 8)
+    top = shifted(words(step_key, role_number(role), 1), 8)
     return xp.reshape(xp.astype(top, xp.float32) * 2.0**-24, ())
 
 
@@ -86,10 +93,14 @@ class Counter:
     def __init__(self, step_key: Array) -> None:
         self.step_key = step_key
 
+    def numbers(self, role: str, n: int, dtype: Any) -> Array:
+        """The n real numbers of a role."""
+        return normal(self.step_key, role_number(role), n, dtype)
+
     def normal(self, role: str, shape: Sequence[int], like: Array, skip: Array | None = None) -> Array:
         """See `Draws.normal`. Element i of the draw is element i of the array in row-major order."""
         xp, dtype, n = namespace(like), real_dtype(like), prod(shape)
-        z = normal(self.step_key, role, n, dtype)
+        z = self.numbers(role, n, dtype)
         if is_complex(like):
-            z = (z + 1j * normal(self.step_key, role + "/imaginary", n, dtype)) * sqrt(0.5)
+            z = (z + 1j * self.numbers(role + "/imaginary", n, dtype)) * sqrt(0.5)
         return xp.reshape(z, tuple(shape))

@@ -7,7 +7,7 @@ from functools import reduce
 from operator import and_
 from typing import Any
 
-from psgd._xp import Array, adjoint, lifted_dtype, namespace, number, real, real_dtype, tiny
+from psgd._xp import Array, adjoint, diagonal, lifted_dtype, namespace, number, real_dtype, tiny
 from psgd.spectral import SkewNorm
 
 
@@ -43,7 +43,7 @@ def _unit_skew(q: Array, norm: SkewNorm, **sweep: Any) -> Array:
 def _trace(a: Array) -> Array:
     """Re tr a, lifted from half precision."""
     xp = namespace(a)
-    return xp.sum(xp.astype(real(xp.linalg.diagonal(a)), lifted_dtype(a)))
+    return xp.sum(xp.astype(diagonal(a), lifted_dtype(a)))
 
 
 def procrustes2(q: Array, norm: SkewNorm, largest: float = 1 / 8) -> Array:

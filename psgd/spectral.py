@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from psgd._xp import Array, conj, lifted_dtype, namespace, real, tiny
+from psgd._xp import Array, conj, diagonal, lifted_dtype, namespace, real, tiny
 from psgd.noise import Draws
 
 
@@ -32,7 +32,7 @@ def norm_bound(a: Array, probes: Array, *, products: int, positive: bool, offset
     Source: psgd_torch `norm_lower_bound_spd`, `norm_lower_bound_skh`; quad_torch `_norm_lower_bound`.
     """
     xp, small = namespace(a), tiny(a)
-    scale = xp.max(real(xp.linalg.diagonal(a))) if positive else xp.max(xp.abs(a))
+    scale = xp.max(diagonal(a)) if positive else xp.max(xp.abs(a))
     a = a / (scale + small)
     largest = xp.argmax(xp.linalg.vector_norm(a, axis=1))
     row = xp.reshape(xp.take(a, xp.reshape(largest, (1,)), axis=0), (-1,))
@@ -80,7 +80,7 @@ class TraceBound(NormBound):
         if not positive or a.ndim < 2:
             return super().__call__(a, draws, role, positive=positive, skip=skip)
         xp = namespace(a)
-        return xp.sum(xp.astype(real(xp.linalg.diagonal(a)), lifted_dtype(a)))
+        return xp.sum(xp.astype(diagonal(a), lifted_dtype(a)))
 
 
 SkewNorm = Callable[..., Array]  # (r, sweep=0, skip=None) -> 0-d bound on the norm of a skew-Hermitian r

@@ -9,10 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psgd import pipeline
+from psgd import noise, pipeline
 from psgd.pipeline import Plan, Recipe, State
 
 Step = Callable[[Plan, Any, Any, Tensor, Tensor, State], tuple[Tensor, State]]
+
+
+@torch.library.custom_op("psgd::noise", mutates_args=())
+def _noise(step_key: Tensor, role: int, n: int, dtype: torch.dtype) -> Tensor:
+    """`noise.normal`, opaque to the compiler: tracing its integer arithmetic would double the time to compile."""
+    return noise.normal(step_key, role, n, dtype)
+
+
+@_noise.register_fake
+def _(step_key: Tensor, role: int, n: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty((n,), dtype=dtype, device=step_key.device)
+
+
+class _Opaque(noise.Counter):
+    """The same draws, by the opaque operation."""
+
+    def numbers(self, role: str, n: int, dtype: torch.dtype) -> Tensor:
+        return _noise(self.step_key, noise.role_number(role), n, dtype)
 
 
 def make_step(recipe: Recipe, *, stacked: bool, compiled: bool) -> Step:
@@ -22,7 +40,8 @@ def make_step(recipe: Recipe, *, stacked: bool, compiled: bool) -> Step:
         plan: Plan, lr: Any, weight_decay: Any, p: Tensor, g: Tensor, state: State
     ) -> tuple[Tensor, State]:
         def one(p: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
-            u, state = pipeline.step(recipe, plan, g, state)
+            draws = (_Opaque if compiled else noise.Counter)(plan.key)
+            u, state = pipeline.step(recipe, plan, g, state, draws)
             return pipeline.displacement(p, u, lr, weight_decay), state
 
         return torch.vmap(one)(p, g, state) if stacked else one(p, g, state)
