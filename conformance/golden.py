@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from conformance.frameworks import Framework, double_precision
+from conformance.reference import change, laid_out, start
 from psgd import criterion, kron, pipeline, rotate, schedule, shapes
 from psgd._xp import make, namespace
 from psgd.geometry import GEOMETRIES
@@ -197,42 +198,19 @@ def replay_optimizer(
         draws = Recording(player, t)
         tensors = [player.read(f"grad/{t}/{i}") for i in range(n)]
         if t == 1:
-            states = start(options, groups, tensors)
+            for indices in (group["params"] for group in groups):
+                started = start(options[indices[0]], [tensors[i] for i in indices])
+                states = [started[indices.index(i)] if i in indices else s for i, s in enumerate(states)]
         plans = _plans(options, groups, t, draws)
         for i, g in enumerate(tensors):
             recipe = options[i].recipe()
-            flat = laid_out(recipe, g)
-            u, states[i] = pipeline.step(recipe, plans[i], flat, states[i], draws)
-            u = _reshape(u, params[i].shape)
-            params[i] = params[i] + pipeline.displacement(params[i], u, options[i].lr, options[i].weight_decay)
+            u, states[i] = pipeline.step(recipe, plans[i], laid_out(recipe, g), states[i], draws)
+            params[i] = params[i] + change(options[i], params[i], u)
         draws.spent()
         yield from player.state(t, "Q", [q for s in states for q in s.factors.Q])
         yield from player.state(t, "L", [x for s in states for x in s.factors.L])
         yield from player.state(t, "m", [s.momentum for s in states])
         yield from player.state(t, "param", params)
-
-
-def laid_out(recipe: pipeline.Recipe, x: Any) -> Any:
-    return _reshape(x, recipe.layout(tuple(x.shape)))
-
-
-def _reshape(x: Any, shape: Sequence[int]) -> Any:
-    return namespace(x).reshape(x, tuple(shape))
-
-
-def start(options: Mapping[int, Method], groups: Sequence[Any], tensors: Sequence[Any]) -> list[Any]:
-    """First state of all tensors; one automatic scale for each group."""
-    states: list[Any] = [None] * len(tensors)
-    for group in groups:
-        method = options[group["params"][0]]
-        recipe = method.recipe()
-        scale = method.start_scale()
-        if scale is None:
-            sizes = [recipe.start.size(pipeline.working(recipe, tensors[i])) for i in group["params"]]
-            scale = recipe.start(sizes, method.tempo().damping)
-        for i in group["params"]:
-            states[i] = pipeline.init(recipe, laid_out(recipe, tensors[i]), scale)
-    return states
 
 
 def _plans(options: Mapping[int, Method], groups: Sequence[Any], t: int, draws: Recording) -> dict[int, pipeline.Plan]:

@@ -242,7 +242,7 @@ def _classifier(logits: Callable[[Any, Arrays, Array], Array], **fields: Any) ->
     def evaluate(params: Arrays) -> float:
         images, labels = _digits()
         params = {name: np.asarray(p, dtype=np.float64) for name, p in params.items()}
-        guesses = logits(array_namespace(images), params, images[TRAIN:])
+        guesses = logits(namespace(images), params, images[TRAIN:])
         return float(np.mean(np.argmax(guesses, axis=1) == np.argmax(labels[TRAIN:], axis=1)))
 
     return Problem(**{"batch": _digits_batch, "loss": loss, "evaluate": evaluate} | fields)

@@ -202,11 +202,12 @@ def plan(tempo: Tempo, step: Number, xp: ModuleType, toss: Toss | None = None) -
     """The plan of a step (from 1), from the namespace of `step`. `toss` replays recorded coins."""
     key = noise.key(xp, tempo.seed, step)
     toss = partial(noise.uniform, key) if toss is None else toss
+    t = step * 1.0  # an integer array would take its precision with it
     return Plan(
         fit=tempo.fit(step, toss),
         balance=tempo.balance(step, toss),
-        momentum=tempo.averaging(xp, step, tempo.momentum),
-        rate=tempo.rate(xp, step),
+        momentum=tempo.averaging(xp, t, tempo.momentum),
+        rate=tempo.rate(xp, t),
         memory=tempo.memory,
         damping=tempo.damping,
         key=key,

@@ -1,0 +1,312 @@
+"""Drivers: one training run each, in one framework and mode, all with the same four verbs.
+
+A driver starts from NumPy arrays, computes its own gradients where its framework differentiates, steps, and shows
+everything it holds as a `Snapshot` of float64 arrays; it can also be put into the state of another's snapshot.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import cache
+from importlib import import_module
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from conformance.frameworks import FRAMEWORKS, Framework
+from conformance.problems import Problem
+from conformance.reference import Reference
+from psgd.kron import Factors
+from psgd.methods import Method
+from psgd.pipeline import State
+
+Arrays = dict[str, np.ndarray]
+
+
+class Snapshot(NamedTuple):
+    """All that a run holds after a step, by name: params, the updates of that step, every leaf of state."""
+
+    params: Arrays
+    updates: Arrays
+    state: Arrays
+
+
+def flat_state(name: str, state: State, step: int, shape: tuple[int, ...], read: Callable[[Any], np.ndarray]) -> Arrays:
+    """The state of one parameter as flat names."""
+    leaves = {f"{name}/step": np.asarray(float(step))}
+    if state.momentum is not None:
+        leaves[f"{name}/momentum"] = read(state.momentum).reshape(shape)
+    for kind, tensors in state.factors._asdict().items():
+        leaves |= {f"{name}/{kind}/{i}": read(x) for i, x in enumerate(tensors)}
+    return leaves
+
+
+class Driver(ABC):
+    """Base: start with a method, a problem, a start and a dtype."""
+
+    name: ClassVar[str]
+    framework: ClassVar[Framework]
+    differentiates: ClassVar[bool] = True
+
+    def __init__(self, method: Method, problem: Problem, start: Mapping[str, np.ndarray], dtype: str) -> None:
+        self.method, self.problem, self.dtype = method, problem, self.own_dtype(dtype)
+        self.before: Arrays = {}
+        self.begin({name: self.array(x) for name, x in start.items()})
+
+    @classmethod
+    def own_dtype(cls, dtype: str) -> str:
+        """The dtype in which this driver runs when asked for one."""
+        return dtype
+
+    def array(self, x: np.ndarray) -> Any:
+        return self.framework.array(x, self.dtype)
+
+    def batch(self, data: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        return {name: self.array(x) for name, x in data.items()}
+
+    def step(self, gradients: Mapping[str, np.ndarray]) -> Snapshot:
+        """Step on given gradients."""
+        self.before = self.params()
+        self.advance({name: self.array(g) for name, g in gradients.items()})
+        return self.snapshot()
+
+    def snapshot(self) -> Snapshot:
+        params = self.params()
+        updates = {name: x - self.before[name] for name, x in params.items()} if self.before else {}
+        return Snapshot(params, updates, self.state())
+
+    @abstractmethod
+    def begin(self, params: dict[str, Any]) -> None:
+        """Make the optimizer."""
+
+    @abstractmethod
+    def advance(self, gradients: dict[str, Any]) -> None:
+        """One optimizer step."""
+
+    @abstractmethod
+    def params(self) -> Arrays:
+        """Parameters as float64."""
+
+    @abstractmethod
+    def state(self) -> Arrays:
+        """State leaves as float64; empty before the first step."""
+
+    @abstractmethod
+    def load(self, snapshot: Snapshot) -> None:
+        """Continue from another's snapshot, taken after at least one step of both."""
+
+    def gradient(self, data: Mapping[str, np.ndarray]) -> tuple[float, Arrays]:
+        """Loss and gradient at the present parameters, by the framework's own autodiff."""
+        raise NotImplementedError(f"{self.name} does not differentiate; give it another's gradients")
+
+
+# ---- the core alone ---------------------------------------------------------------------
+class NumpyOracle(Driver):
+    """The core in NumPy, always in float64: how far rounding takes the others."""
+
+    name = "numpy"
+    framework = FRAMEWORKS["numpy"]
+    differentiates = False
+
+    @classmethod
+    def own_dtype(cls, dtype: str) -> str:
+        return "float64"
+
+    def begin(self, params: dict[str, Any]) -> None:
+        self.run = Reference(self.method, params)
+
+    def advance(self, gradients: dict[str, Any]) -> None:
+        self.run.step(gradients)
+
+    def params(self) -> Arrays:
+        return {name: self.framework.numpy(p) for name, p in self.run.params.items()}
+
+    def state(self) -> Arrays:
+        flat: Arrays = {}
+        for name, state in self.run.states.items():
+            shape = tuple(self.run.params[name].shape)
+            flat |= flat_state(name, state, self.run.count, shape, self.framework.numpy)
+        return flat
+
+    def load(self, snapshot: Snapshot) -> None:
+        for name, old in self.run.states.items():
+            self.run.params[name] = self.array(snapshot.params[name])
+            self.run.states[name] = _filled(
+                name, old, snapshot, lambda x, like: self.framework.array(x.reshape(like.shape), _name(like))
+            )
+            self.run.count = int(snapshot.state[f"{name}/step"])
+
+
+def _name(x: Any) -> str:
+    return str(x.dtype).rsplit(".", maxsplit=1)[-1]
+
+
+def _filled(name: str, old: State, snapshot: Snapshot, make: Callable[[np.ndarray, Any], Any]) -> State:
+    """A state of the structure of `old` with the values of a snapshot."""
+    momentum = old.momentum
+    if momentum is not None:
+        momentum = make(snapshot.state[f"{name}/momentum"], momentum)
+    factors = {
+        kind: tuple(make(snapshot.state[f"{name}/{kind}/{i}"], x) for i, x in enumerate(tensors))
+        for kind, tensors in old.factors._asdict().items()
+    }
+    return State(momentum, Factors(**factors))
+
+
+class StrictCore(NumpyOracle):
+    """The core in array-api-strict, which has nothing but the standard."""
+
+    name = "strict"
+    framework = FRAMEWORKS["strict"]
+
+    @classmethod
+    def own_dtype(cls, dtype: str) -> str:
+        return FRAMEWORKS["strict"].nearest(dtype)
+
+
+# ---- PyTorch ----------------------------------------------------------------------------
+@cache
+def torch_class(method: type[Method]) -> Any:
+    return import_module("psgd_torch_backend.optimizer").face(method, __name__)
+
+
+class TorchEager(Driver):
+    """PyTorch, one call for all parameters of a shape."""
+
+    name = "torch"
+    framework = FRAMEWORKS["torch"]
+    flags: ClassVar[dict[str, bool]] = {}
+
+    def begin(self, params: dict[str, Any]) -> None:
+        self.torch = import_module("torch")
+        self.tensors = {name: self.torch.nn.Parameter(p) for name, p in params.items()}
+        made = {f.name: getattr(self.method, f.name) for f in fields(self.method)}
+        self.optimizer = torch_class(type(self.method))(self.tensors.items(), **made, **self.flags)
+
+    def gradient(self, data: Mapping[str, np.ndarray]) -> tuple[float, Arrays]:
+        loss = self.problem.loss(self.tensors, self.batch(data))
+        grads = self.torch.autograd.grad(loss, list(self.tensors.values()))
+        return float(loss.detach()), {n: self.framework.numpy(g) for n, g in zip(self.tensors, grads, strict=True)}
+
+    def advance(self, gradients: dict[str, Any]) -> None:
+        for name, p in self.tensors.items():
+            p.grad = gradients[name]
+        self.optimizer.step()
+
+    def params(self) -> Arrays:
+        return {name: self.framework.numpy(p).copy() for name, p in self.tensors.items()}
+
+    def state(self) -> Arrays:
+        to_state = import_module("psgd_torch_backend._state").to_state
+        flat: Arrays = {}
+        for name, p in self.tensors.items():
+            entry = self.optimizer.state.get(p)
+            if entry:
+                flat |= flat_state(
+                    name, to_state(entry), int(entry["step"]), tuple(p.shape), lambda x: self.framework.numpy(x).copy()
+                )
+        return flat
+
+    def load(self, snapshot: Snapshot) -> None:
+        to_state = import_module("psgd_torch_backend._state").to_state
+
+        def overwritten(x: np.ndarray, like: Any) -> Any:
+            return like.copy_(self.torch.as_tensor(x.reshape(tuple(like.shape))))
+
+        with self.torch.no_grad():
+            for name, p in self.tensors.items():
+                p.copy_(self.torch.as_tensor(snapshot.params[name]))
+                entry = self.optimizer.state[p]
+                _filled(name, to_state(entry), snapshot, overwritten)
+                entry["step"].fill_(int(snapshot.state[f"{name}/step"]))
+
+
+class TorchLoop(TorchEager):
+    """PyTorch, one parameter after the other."""
+
+    name = "torch-loop"
+    flags: ClassVar[dict[str, bool]] = {"stack": False}
+
+
+class TorchCompiled(TorchEager):
+    """PyTorch, the step compiled."""
+
+    name = "torch-compiled"
+    flags: ClassVar[dict[str, bool]] = {"compile": True}
+
+
+# ---- JAX --------------------------------------------------------------------------------
+@cache
+def jax_alias(method: type[Method]) -> Any:
+    return import_module("psgd_jax_backend.transform").alias(method, __name__)
+
+
+class JaxJit(Driver):
+    """JAX, the update under `jax.jit`."""
+
+    name = "jax"
+    framework = FRAMEWORKS["jax"]
+    jitted: ClassVar[bool] = True
+
+    def begin(self, params: dict[str, Any]) -> None:
+        self.jax, self.optax = import_module("jax"), import_module("optax")
+        made = {f.name: getattr(self.method, f.name) for f in fields(self.method) if f.name != "lr"}
+        self.transform = jax_alias(type(self.method))(self.method.lr, **made)
+        self.tree, self.inner = params, self.transform.init(params)
+        differentiated = self.jax.value_and_grad(self.problem.loss)
+        self.differentiated = self.jax.jit(differentiated) if self.jitted else differentiated
+        self.update = self.jax.jit(self.transform.update) if self.jitted else self.transform.update
+
+    def gradient(self, data: Mapping[str, np.ndarray]) -> tuple[float, Arrays]:
+        loss, grads = self.differentiated(self.tree, self.batch(data))
+        return float(loss), {name: self.framework.numpy(grads[name]) for name in self.tree}
+
+    def advance(self, gradients: dict[str, Any]) -> None:
+        updates, self.inner = self.update(gradients, self.inner, self.tree)
+        self.tree = self.optax.apply_updates(self.tree, updates)
+
+    def params(self) -> Arrays:
+        return {name: self.framework.numpy(p) for name, p in self.tree.items()}
+
+    def _states(self) -> tuple[Any, dict[str, State]]:
+        own = self.inner[0]
+        states = {
+            name: State(own.momentum[name] if own.momentum is not None else None, Factors(own.Q[name], own.L[name]))
+            for name in self.tree
+        }
+        return own, states
+
+    def state(self) -> Arrays:
+        own, states = self._states()
+        flat: Arrays = {}
+        for name, state in states.items():
+            flat |= flat_state(name, state, int(own.count), tuple(self.tree[name].shape), self.framework.numpy)
+        return flat if int(own.count) else {}
+
+    def load(self, snapshot: Snapshot) -> None:
+        own, states = self._states()
+        jnp = import_module("jax.numpy")
+
+        def cast(x: np.ndarray, like: Any) -> Any:
+            return jnp.asarray(x, dtype=like.dtype)
+
+        filled = {name: _filled(name, state, snapshot, cast) for name, state in states.items()}
+        self.tree = {name: self.array(snapshot.params[name]) for name in self.tree}
+        momentum = None if own.momentum is None else {name: s.momentum for name, s in filled.items()}
+        count = jnp.asarray(int(next(v for k, v in snapshot.state.items() if k.endswith("/step"))), own.count.dtype)
+        q, ell = ({name: getattr(s.factors, kind) for name, s in filled.items()} for kind in Factors._fields)
+        self.inner = (type(own)(count, momentum, q, ell), *self.inner[1:])
+
+
+class JaxEager(JaxJit):
+    """JAX, operation by operation."""
+
+    name = "jax-eager"
+    jitted = False
+
+
+DRIVERS: dict[str, type[Driver]] = {
+    d.name: d for d in (TorchEager, TorchLoop, TorchCompiled, JaxJit, JaxEager, NumpyOracle, StrictCore)
+}
