@@ -33,10 +33,11 @@ class Pair:
     judged: tuple[str, ...]
     curves: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     worst: dict[str, tuple[int, str]] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
 
     def add(self, x: Snapshot, y: Snapshot) -> None:
         for kind in KINDS:
-            difference, leaf = furthest(getattr(x, kind), getattr(y, kind))
+            difference, leaf = furthest(getattr(x, kind), getattr(y, kind), self.scales, kind)
             if difference >= max(self.curves[kind], default=0.0):
                 self.worst[kind] = (len(self.curves[kind]) + 1, leaf)
             self.curves[kind].append(difference)
@@ -98,24 +99,25 @@ class Comparison:
         return head | {"pairs": pairs}
 
 
-def furthest(x: Mapping[str, np.ndarray], y: Mapping[str, np.ndarray]) -> tuple[float, str]:
-    """Largest max|a - b| / max(|a|, |b|) over leaves of equal names, and the leaf. Other names are infinitely far."""
+def furthest(x: Arrays, y: Arrays, scales: dict[str, float], kind: str = "") -> tuple[float, str]:
+    """Largest max|a - b| / scale over leaves, and that leaf. Leaves of one side only are infinitely far.
+
+    The scale of a leaf is the largest modulus it has had so far, kept in `scales`: a scalar that crosses zero is not
+    compared with zero.
+    """
     if x.keys() != y.keys():
         return float("inf"), f"{sorted(x.keys() ^ y.keys())[0]} (in one only)"
     worst = (0.0, "")
-    for name in x:
-        difference = relative(x[name], y[name])
+    for name, a in x.items():
+        b = y[name]
+        if a.shape != b.shape:
+            return float("inf"), f"{name} ({a.shape} and {b.shape})"
+        size = max(float(np.max(np.abs(z), initial=0.0)) for z in (a, b))
+        scale = scales[f"{kind}/{name}"] = max(size, scales.get(f"{kind}/{name}", 0.0))
+        difference = float(np.max(np.abs(a - b), initial=0.0)) / scale if scale else 0.0
         if not difference <= worst[0]:
             worst = (difference, name)
     return worst
-
-
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    """max|a - b| / max(|a|, |b|), entries over the whole array; NaN where either is not finite."""
-    if a.shape != b.shape:
-        return float("inf")
-    scale = max(np.max(np.abs(a), initial=0.0), np.max(np.abs(b), initial=0.0))
-    return float(np.max(np.abs(a - b), initial=0.0) / scale) if scale else 0.0
 
 
 def method_for(name: str, problem: Problem, **hyperparameters: Any) -> Method:
@@ -218,15 +220,15 @@ def nudged(arrays: Mapping[str, np.ndarray], dtype: str, seed: int) -> Arrays:
 
 def envelope(
     method: Method, problem: Problem, start: Arrays, steps: int, dtype: str, seed: int, kind: type[Driver],
-    tick: Tick, twins: int = 3,
+    tick: Tick, twins: int = 4,
 ) -> np.ndarray:
     """How far twins that start one ulp off get from the run itself: largest relative difference up to each step."""
     starts = [start, *(nudged(start, dtype, 1000 + i) for i in range(twins))]
     runs = {str(i): kind(method, problem, s, dtype) for i, s in enumerate(starts)}
-    largest = np.zeros(steps)
+    largest, scales = np.zeros(steps), {}
     for t in range(1, steps + 1):
         batch = problem.batch(seed, t)
         params = [run.step(run.gradient(batch)[1]).params for run in runs.values()]
-        largest[t - 1] = max(furthest(params[0], twin)[0] for twin in params[1:])
+        largest[t - 1] = max(furthest(params[0], twin, scales)[0] for twin in params[1:])
         tick()
     return np.maximum.accumulate(largest)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from psgd import noise, pipeline
 from psgd.pipeline import Plan, Recipe, State
+from psgd_torch_backend._state import leaves, rebuilt
 
 Step = Callable[[Plan, Any, Any, Tensor, Tensor, State], tuple[Tensor, State]]
 
@@ -39,12 +40,15 @@ def make_step(recipe: Recipe, *, stacked: bool, compiled: bool) -> Step:
     def step(
         plan: Plan, lr: Any, weight_decay: Any, p: Tensor, g: Tensor, state: State
     ) -> tuple[Tensor, State]:
-        def one(p: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
-            draws = (_Opaque if compiled else noise.Counter)(plan.key)
-            u, state = pipeline.step(recipe, plan, g, state, draws)
-            return pipeline.displacement(p, u, lr, weight_decay), state
+        draws = (_Opaque if compiled else noise.Counter)(plan.key)
 
-        return torch.vmap(one)(p, g, state) if stacked else one(p, g, state)
+        def one(p: Tensor, g: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            u, new = pipeline.step(recipe, plan, g, rebuilt(state, tensors), draws)
+            return pipeline.displacement(p, u, lr, weight_decay), *leaves(new)
+
+        # Flat tensors in and out: torch.vmap takes no None, which is the momentum of a recipe without.
+        change, *new = (torch.vmap(one) if stacked else one)(p, g, *leaves(state))
+        return change, rebuilt(state, new)
 
     if not compiled:
         return step

@@ -1,0 +1,74 @@
+"""Damping rules to the last bit, and which pair each criterion makes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from conformance.frameworks import FRAMEWORKS, Framework, double_precision
+from psgd.criterion import absolute, newton, proportional, relative, whitening
+from psgd.geometry import GEOMETRIES
+
+X = np.array([4.0, -2.0, 0.0, 1e6])
+E = np.array([1.0, 3.0, -2.0, -1.0])
+
+
+@pytest.fixture(params=FRAMEWORKS.values(), ids=FRAMEWORKS)
+def framework(request: pytest.FixtureRequest):
+    with double_precision(request.param.name):
+        yield request.param
+
+
+def damped(framework: Framework, rule, amount: float, dtype: str = "float64", x=X, e=E) -> np.ndarray:
+    result = rule(framework.array(x, dtype), framework.array(e, dtype), amount)
+    assert dtype in str(result.dtype)
+    return framework.numpy(result)
+
+
+@pytest.mark.parametrize(("dtype", "eps"), [("float32", 2.0**-23), ("float64", 2.0**-52)])
+def test_relative_damping_is_one_rounding_of_each_entry(framework: Framework, dtype: str, eps: float):
+    # An entry of 2^k moves by its own unit in the last place for each unit of noise: exactly representable.
+    x, e = np.array([4.0, -2.0, 2.0**20, 0.0]), np.array([1.0, 3.0, -1.0, 1.0])
+    assert damped(framework, relative, 0.0, dtype, x, e).tolist() == [
+        4 + 4 * eps,
+        -2 + 6 * eps,
+        2.0**20 - 2.0**20 * eps,
+        0.0,
+    ]
+
+
+def test_relative_damping_adds_its_amount(framework: Framework):
+    assert damped(framework, relative, 0.5) == pytest.approx(X + 0.5 * E, rel=1e-14)
+
+
+def test_relative_damping_of_complex_entries_goes_by_modulus(framework: Framework):
+    x, e = np.array([3 + 4j, -8j]), np.array([1j, 1 + 0j])
+    got = damped(framework, relative, 0.0, "complex128", x, e)
+    assert got.tolist() == [3 + (4 + 5 * 2.0**-52) * 1j, 8 * 2.0**-52 - 8j]
+
+
+def test_absolute_and_proportional_damping(framework: Framework):
+    assert np.array_equal(damped(framework, absolute, 0.5), X + 0.5 * E)
+    assert damped(framework, proportional, 0.5) == pytest.approx(X + 0.5 * np.abs(X).mean() * E, rel=1e-14)
+    z = np.array([3 + 4j, 0j])
+    assert damped(framework, proportional, 1.0, "complex128", z, z) == pytest.approx(z + 2.5 * z)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_whitening_draws_a_probe_only_where_it_must(name: str):
+    geometry = GEOMETRIES[name]
+    pair = whitening(geometry, X, E, 0.1, absolute)
+    assert np.array_equal(pair.h, X + 0.1 * E)
+    assert pair.v is (E if geometry.expected is None else None)
+    assert np.array_equal(whitening(geometry, X, E, 0.1).h, relative(X, E, 0.1))
+
+
+def test_newton_keeps_the_probe_and_damps_the_product():
+    v = np.ones(4)
+    pair = newton(v, X, E, 0.1)
+    assert pair.v is v and np.array_equal(pair.h, relative(X, E, 0.1))
+
+
+def test_the_amount_may_be_an_array_of_higher_precision():
+    x = X.astype(np.float32)
+    assert whitening(GEOMETRIES["QUAD"], x, x, np.asarray(1e-3)).h.dtype == np.float32
