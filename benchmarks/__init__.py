@@ -1,1 +1,4 @@
-"""Measurements: always ratios taken in one run, since machines are shared and noisy."""
+"""Measurements: always ratios taken in one run, since machines are shared and noisy.
+
+`python -m benchmarks.step` says what a step and what its compilation cost; see docs/benchmarks.md.
+"""

@@ -121,7 +121,7 @@ def furthest(x: Arrays, y: Arrays, scales: dict[str, float], kind: str = "") -> 
 
 
 def method_for(name: str, problem: Problem, **hyperparameters: Any) -> Method:
-    """A method with its published defaults, and the learning rate at which its directions are as long as `problem.lr` means."""
+    """A method with its published defaults, and the learning rate that makes its steps as long as `problem.lr` means."""
     gain = METHODS[name].of(**hyperparameters).recipe().gain
     return METHODS[name].of(**{"lr": problem.lr / gain, **hyperparameters})
 
@@ -142,7 +142,8 @@ def compare(
 
     Raises ValueError for names that are not registered.
     """
-    for name, known in ((method, METHODS), (problem, PROBLEMS), *((d, DRIVERS) for d in drivers)):
+    registries: list[tuple[str, Mapping[str, Any]]] = [(method, METHODS), (problem, PROBLEMS)]
+    for name, known in registries + [(d, DRIVERS) for d in drivers]:
         if name not in known:
             raise ValueError(f"{name!r} is unknown; choose of {', '.join(known)}")
     if not any(DRIVERS[d].differentiates for d in drivers):
@@ -152,8 +153,15 @@ def compare(
 
 
 def _compare(
-    method: str, problem: Problem, steps: int, dtype: str, seed: int, locked: bool,
-    drivers: Sequence[str], tick: Tick, hyperparameters: dict[str, Any],
+    method: str,
+    problem: Problem,
+    steps: int,
+    dtype: str,
+    seed: int,
+    locked: bool,
+    drivers: Sequence[str],
+    tick: Tick,
+    hyperparameters: dict[str, Any],
 ) -> Comparison:
     configured = method_for(method, problem, **hyperparameters)
     start = rounded(problem.init(seed), dtype)
@@ -161,7 +169,16 @@ def _compare(
     reference = next(run for run in runs.values() if run.differentiates)
     bound = bound_for(problem, dtype, locked=locked)
     result = Comparison(
-        method, problem.name, steps, dtype, seed, "locked" if locked else "free", bound, [], {d: [] for d in runs}, {}
+        method,
+        problem.name,
+        steps,
+        dtype,
+        seed,
+        "locked" if locked else "free",
+        bound,
+        [],
+        {d: [] for d in runs},
+        {},
     )
     judged = KINDS if locked else ("params",)
     result.pairs = [Pair(a, b, np.zeros(0), judged) for a, b in combinations(runs, 2)]
@@ -178,7 +195,12 @@ def _compare(
 
 
 def walk(
-    runs: Mapping[str, Driver], reference: Driver, problem: Problem, steps: int, seed: int, locked: bool,
+    runs: Mapping[str, Driver],
+    reference: Driver,
+    problem: Problem,
+    steps: int,
+    seed: int,
+    locked: bool,
     losses: dict[str, list[float]],
 ) -> Iterable[dict[str, Snapshot]]:
     """Snapshots of all drivers after each step. Those that do not differentiate get the reference's gradients."""
@@ -219,13 +241,21 @@ def nudged(arrays: Mapping[str, np.ndarray], dtype: str, seed: int) -> Arrays:
 
 
 def envelope(
-    method: Method, problem: Problem, start: Arrays, steps: int, dtype: str, seed: int, kind: type[Driver],
-    tick: Tick, twins: int = 4,
+    method: Method,
+    problem: Problem,
+    start: Arrays,
+    steps: int,
+    dtype: str,
+    seed: int,
+    kind: type[Driver],
+    tick: Tick,
+    twins: int = 4,
 ) -> np.ndarray:
     """How far twins that start one ulp off get from the run itself: largest relative difference up to each step."""
     starts = [start, *(nudged(start, dtype, 1000 + i) for i in range(twins))]
     runs = {str(i): kind(method, problem, s, dtype) for i, s in enumerate(starts)}
-    largest, scales = np.zeros(steps), {}
+    largest = np.zeros(steps)
+    scales: dict[str, float] = {}
     for t in range(1, steps + 1):
         batch = problem.batch(seed, t)
         params = [run.step(run.gradient(batch)[1]).params for run in runs.values()]

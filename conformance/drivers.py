@@ -19,7 +19,7 @@ from conformance.frameworks import FRAMEWORKS, Framework
 from conformance.problems import Problem
 from conformance.reference import Reference
 from psgd.kron import Factors
-from psgd.methods import Method
+from psgd.methods import METHODS, Method
 from psgd.pipeline import State
 
 Arrays = dict[str, np.ndarray]
@@ -168,8 +168,8 @@ class StrictCore(NumpyOracle):
 
 # ---- PyTorch ----------------------------------------------------------------------------
 @cache
-def torch_class(method: type[Method]) -> Any:
-    return import_module("psgd_torch_backend.optimizer").face(method, __name__)
+def torch_class(name: str) -> Any:
+    return import_module("psgd_torch_backend.optimizer").face(METHODS[name], __name__)
 
 
 class TorchEager(Driver):
@@ -183,7 +183,7 @@ class TorchEager(Driver):
         self.torch = import_module("torch")
         self.tensors = {name: self.torch.nn.Parameter(p) for name, p in params.items()}
         made = {f.name: getattr(self.method, f.name) for f in fields(self.method)}
-        self.optimizer = torch_class(type(self.method))(self.tensors.items(), **made, **self.flags)
+        self.optimizer = torch_class(self.method.name)(self.tensors.items(), **made, **self.flags)
 
     def gradient(self, data: Mapping[str, np.ndarray]) -> tuple[float, Arrays]:
         loss = self.problem.loss(self.tensors, self.batch(data))
@@ -205,7 +205,11 @@ class TorchEager(Driver):
             entry = self.optimizer.state.get(p)
             if entry:
                 flat |= flat_state(
-                    name, to_state(entry), int(entry["step"]), tuple(p.shape), lambda x: self.framework.numpy(x).copy()
+                    name,
+                    to_state(entry),
+                    int(entry["step"]),
+                    tuple(p.shape),
+                    lambda x: self.framework.numpy(x).copy(),
                 )
         return flat
 
@@ -239,8 +243,8 @@ class TorchCompiled(TorchEager):
 
 # ---- JAX --------------------------------------------------------------------------------
 @cache
-def jax_alias(method: type[Method]) -> Any:
-    return import_module("psgd_jax_backend.transform").alias(method, __name__)
+def jax_alias(name: str) -> Any:
+    return import_module("psgd_jax_backend.transform").alias(METHODS[name], __name__)
 
 
 class JaxJit(Driver):
@@ -253,7 +257,7 @@ class JaxJit(Driver):
     def begin(self, params: dict[str, Any]) -> None:
         self.jax, self.optax = import_module("jax"), import_module("optax")
         made = {f.name: getattr(self.method, f.name) for f in fields(self.method) if f.name != "lr"}
-        self.transform = jax_alias(type(self.method))(self.method.lr, **made)
+        self.transform = jax_alias(self.method.name)(self.method.lr, **made)
         self.tree, self.inner = params, self.transform.init(params)
         differentiated = self.jax.value_and_grad(self.problem.loss)
         self.differentiated = self.jax.jit(differentiated) if self.jitted else differentiated

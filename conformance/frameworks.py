@@ -15,7 +15,7 @@ Array = Any
 
 @dataclass(frozen=True)
 class Framework:
-    """array: (NumPy array, dtype name) -> its own array. numpy: back, in float64 or complex128. dtypes: those it has."""
+    """array: (NumPy array, dtype name) -> its own. numpy: back, in float64 or complex128. dtypes: those it has."""
 
     name: str
     array: Callable[[np.ndarray, str], Array]

@@ -1,7 +1,7 @@
 """Replays recorded runs of the published implementations through the core, with their recorded random draws.
 
-A folder holds `index.json` and one `.npz` a case; the schema is described in `conformance/golden/README.md`. Each family of cases
-has a function here that yields what the core computed beside what was recorded.
+A folder holds `index.json` and one `.npz` a case; `conformance/golden/README.md` describes the schema. Each family
+of cases has a function here that yields what the core computed beside what was recorded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from psgd import criterion, kron, pipeline, rotate, schedule, shapes
 from psgd._xp import make, namespace
 from psgd.geometry import GEOMETRIES
 from psgd.methods import METHODS, Method
-from psgd.spectral import NormBound, TraceBound, norm_bound
+from psgd.spectral import NormBound, TraceBound
 
 Case = Mapping[str, Any]
 Data = Mapping[str, np.ndarray]
@@ -35,7 +35,7 @@ PRIMITIVES: dict[str, Callable[["Player", int], Any]] = {}
 
 @dataclass(frozen=True)
 class Result:
-    """error: max |x - y| / max|y| over all arrays of the case, less the slack `atol`. where: the array of that error."""
+    """error: max |x - y| / max|y| over all arrays of a case, less the slack `atol`. where: the array of that error."""
 
     case: str
     family: str
@@ -139,7 +139,13 @@ def replay_dense(player: Player) -> Iterator[Compared]:
 
 
 def replay_function(
-    player: Player, options: Mapping[str, Any], dense: Sequence[bool], scale: float, bound: NormBound, *, coin: bool
+    player: Player,
+    options: Mapping[str, Any],
+    dense: Sequence[bool],
+    scale: float,
+    bound: NormBound,
+    *,
+    coin: bool,
 ) -> Iterator[Compared]:
     geometry = player.geometry
     shape = (-1,) if bound == TraceBound() else tuple(player.case["shapes"][0])
@@ -152,6 +158,8 @@ def replay_function(
             player.array(player.data[f"{kind}/{t}/0"].reshape(shape)) if f"{kind}/{t}/0" in player.data else None
             for kind in ("grad", "v", "h")
         )
+        if g is None:
+            raise ValueError(f"no gradient was recorded at step {t}")
         e = draws.normal("damping", g.shape, g)
         if h is None:
             pair = criterion.whitening(geometry, g, e, options["damping"])
@@ -178,9 +186,7 @@ def replay_kron_whiten(player: Player) -> Iterator[Compared]:
     return replay_optimizer(player, METHODS["kron_whiten"], {"lr_params": "lr"})
 
 
-def replay_optimizer(
-    player: Player, method: type[Method], renamed: Mapping[str, str | None]
-) -> Iterator[Compared]:
+def replay_optimizer(player: Player, method: type[Method], renamed: Mapping[str, str | None]) -> Iterator[Compared]:
     """A method's pipeline, tensor after tensor, in the order in which the recorded run drew its numbers."""
     n = len(player.case["shapes"])
     groups = player.case.get("groups") or [{"params": list(range(n))}]
@@ -296,7 +302,7 @@ def supported(case: Case) -> bool:
 
 
 def error(got: np.ndarray, want: np.ndarray, atol: float) -> float:
-    """Largest difference beyond `atol`, over the largest recorded modulus. NaN, or another shape, is infinitely wrong."""
+    """Largest difference beyond `atol`, over the largest recorded modulus; infinite for NaN or another shape."""
     if got.shape != want.shape:
         return inf
     if not want.size:

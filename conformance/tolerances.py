@@ -1,4 +1,4 @@
-"""The one table of tolerances, each with its reason. Relative to the largest modulus a leaf has had (`compare.furthest`)."""
+"""The one table of tolerances, each with its reason; relative to the largest modulus a leaf has had."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ ENVELOPE = Bound(
 LOCKED = {
     "float64": Bound(1e-12, "one step from one state; the largest difference seen is 2e-14 (updates), 5e-15 (state)"),
     "float32": Bound(1e-4, "one step from one state; float64's differences times the ratio of the ulps, 5e8, are 1e-5"),
-    "bfloat16": Bound(0.3, "one step from one state; bfloat16 has 8 bits, and a step takes its products in another order"),
+    "bfloat16": Bound(
+        0.3, "one step from one state; bfloat16 has 8 bits, and a step takes its products in another order"
+    ),
 }
 CONTRACTIVE = {
     "float64": Bound(1e-11, "rounding is forgotten as the run converges; the largest difference seen is 8e-14"),

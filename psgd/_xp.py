@@ -79,7 +79,7 @@ def adjoint(q: Array) -> Array:
 
 
 def diagonal(a: Array) -> Array:
-    """The real part of the diagonal of a square matrix, as a strided slice: torch.compile warns at `diagonal` itself."""
+    """The real diagonal of a square matrix, as a strided slice: torch.compile warns at `diagonal` itself."""
     n = a.shape[-1]
     return real(namespace(a).reshape(a, (n * n,))[:: n + 1])
 

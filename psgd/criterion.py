@@ -41,9 +41,7 @@ def proportional(x: Array, e: Array, amount: Array | float) -> Array:
     return x + amount * xp.mean(xp.abs(x)) * e
 
 
-def whitening(
-    geometry: Geometry, g: Array, e: Array, amount: Array | float, damping: Damping = relative
-) -> Pair:
+def whitening(geometry: Geometry, g: Array, e: Array, amount: Array | float, damping: Damping = relative) -> Pair:
     """The pair that whitens g: (None, g damped by e), or (e, g damped by e) where the geometry must see a probe."""
     return Pair(damping(g, e, number(amount, g)), e if geometry.expected is None else None)
 

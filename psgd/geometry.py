@@ -45,6 +45,11 @@ def itself(qs: Factors, v: Array) -> Array:
     return v
 
 
+def isotropic(q: Array) -> float:
+    """E v v^H = I, up to c: a number stands for so many times the identity."""
+    return 1.0
+
+
 def unlifted(q: Array, x: Array, axis: int) -> Array:
     return x
 
@@ -89,13 +94,13 @@ def scaled_twice_half(q: Array, d: Array, m: Array) -> Array:
 class Geometry:
     """One row of the table of geometries.
 
-    move: (q, D, m) -> q of a dense factor, then `turn`: (q, norm of a skew matrix) -> q, a rotation, where there is one.
+    move: (q, D, m) -> q of a dense factor; then turn: (q, norm of a skew matrix) -> q, a rotation, or None.
     move_diagonal: the same of a diagonal factor; all products elementwise.
     precondition: (factors, g) -> P g.
     measure: (factors, h) -> a; None is `precondition`.
     refer: (factors, v) -> b.
     lift: (q, x, axis) -> x, what factor q adds before the Gram products.
-    expected: E T2 over v ~ N(0, I), up to c = size / n: "identity", a function of q, or None where v must be drawn.
+    expected: q -> E T2 over v ~ N(0, I), up to c = size / n; None where v must be drawn.
     fits_p: the stored factors are those of P, not of Q.
     balance_first: balances the factors before each fit (the others do it rarely, after).
     """
@@ -107,7 +112,7 @@ class Geometry:
     measure: Callable[[Factors, Array], Array] | None = None
     refer: Callable[[Factors, Array], Array] = itself
     lift: Callable[[Array, Array, int], Array] = unlifted
-    expected: str | Callable[[Array], Array] | None = "identity"
+    expected: Callable[[Array], Array | float] | None = isotropic
     fits_p: bool = False
     balance_first: bool = False
 
@@ -119,7 +124,5 @@ GEOMETRIES: dict[str, Geometry] = {
     "Q0.5EQ1.5": Geometry(move=left, turn=procrustes2),
     "QUAD": Geometry(move=two_sided_half, move_diagonal=scaled_twice_half),
     "PRO4P": Geometry(move=left, turn=polished, precondition=along_all, fits_p=True),
-    "QUAD4P": Geometry(
-        move=two_sided, move_diagonal=scaled_twice, precondition=along_all, fits_p=True
-    ),
+    "QUAD4P": Geometry(move=two_sided, move_diagonal=scaled_twice, precondition=along_all, fits_p=True),
 }

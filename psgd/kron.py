@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import inf, prod
 from typing import NamedTuple
 
-from psgd._xp import Array, identity, lifted_dtype, make, namespace, number, real_dtype, tiny
+from psgd._xp import Array, identity, lifted_dtype, make, namespace, number, tiny
 from psgd.axes import gram
 from psgd.criterion import Pair
 from psgd.geometry import Geometry
@@ -31,7 +30,7 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class DenseRule:
-    """Which axes get a dense factor: n in (1, max_size], n^2 <= max_skew * size, in tensors of at least min_ndim axes."""
+    """Which axes are dense: n in (1, max_size], n^2 <= max_skew * size, in tensors of at least min_ndim axes."""
 
     max_size: float = inf
     max_skew: float = 1.0
@@ -48,7 +47,7 @@ class DenseRule:
 
 
 def init(dense: Sequence[bool], like: Array) -> Factors:
-    """Identity factors, L = 0. `dense`: one boolean a factor, as `DenseRule` gives; shape, dtype and device as `like`."""
+    """Identity factors, L = 0, of a tensor as `like`. `dense`: one boolean a factor, as `DenseRule` gives."""
     shapes = [(n,) for n in like.shape] or [()] * len(dense)
     qs = tuple(
         identity(like, *shape) if full else make(like, "ones", shape)
@@ -67,47 +66,37 @@ def rescaled(geometry: Geometry, factors: Factors, scale: Array | float, *, spli
     return factors._replace(Q=tuple(q * number(scale**power, q) for q in factors.Q))
 
 
+class AxisNorm(NamedTuple):
+    """The norm bound with the draws of one axis."""
+
+    bound: NormBound
+    draws: Draws
+    axis: int
+
+    def positive(self, t: Array) -> Array:
+        """Of a positive semidefinite term, dense or diagonal."""
+        return self.bound(t, self.draws, f"bound/{self.axis}", positive=True)
+
+    def skew(self, r: Array, sweep: int = 0, skip: Array | None = None) -> Array:
+        """Of the skew-Hermitian generator of a rotation."""
+        return self.bound(r, self.draws, f"turn/{self.axis}/{sweep}", positive=False, skip=skip)
+
+
 def _terms(geometry: Geometry, q: Array, a: Array, b: Array | None, axis: int) -> tuple[Array, Array | float]:
     """T1 and T2 of one factor; T2 is a number c where it is c times the identity."""
     diagonal = q.ndim < 2
     t1 = gram(geometry.lift(q, a, axis), axis, diagonal=diagonal)
-    if b is not None:
-        return t1, gram(geometry.lift(q, b, axis), axis, diagonal=diagonal)
-    c = prod(a.shape) / prod(q.shape[:1])
-    return t1, c if geometry.expected == "identity" else c * geometry.expected(q)
+    if geometry.expected is not None and b is None:
+        return t1, prod(a.shape) / prod(q.shape[:1]) * geometry.expected(q)
+    return t1, gram(geometry.lift(q, b, axis), axis, diagonal=diagonal)
 
 
-def _fit_factor(
-    geometry: Geometry,
-    bound: NormBound,
-    q: Array,
-    last: Array,
-    terms: tuple[Array, Array | float],
-    rate: Array | float,
-    memory: Array | float,
-    draws: Draws,
-    axis: int,
-) -> tuple[Array, Array]:
-    """q and L of one axis after its step."""
-    xp, (t1, t2) = namespace(q), terms
-    size = partial(bound, draws=draws, role=f"bound/{axis}", positive=True)
-    if isinstance(t2, float):
-        # The bound is a sketch: of T1 + c I it is not that of T1, plus c.
-        ell, d = size(t1) + t2, t1 - (t2 if q.ndim < 2 else t2 * identity(q, q.shape[0]))
-    else:
-        ell, d = size(t1 + t2), t1 - t2
-    memory, rate = number(memory, ell), number(rate, ell)
-    last = xp.maximum(memory * last + (1 - memory) * ell, ell)
-    m = xp.astype(rate / (last + tiny(last)), real_dtype(q))  # last is 0 if nothing was seen: nothing moves
+def _moved(geometry: Geometry, q: Array, d: Array, m: Array, norm: AxisNorm) -> Array:
+    """One factor after its step along D."""
     if q.ndim < 2:
-        return geometry.move_diagonal(q, d, m), last
+        return geometry.move_diagonal(q, d, m)
     q = geometry.move(q, d, m)
-    if geometry.turn is not None:
-        def skew_norm(r: Array, sweep: int = 0, skip: Array | None = None) -> Array:
-            return bound(r, draws, f"turn/{axis}/{sweep}", positive=False, skip=skip)
-
-        q = geometry.turn(q, skew_norm)
-    return q, last
+    return q if geometry.turn is None else geometry.turn(q, norm.skew)
 
 
 def fit(
@@ -135,8 +124,17 @@ def fit(
     qs = balanced(factors.Q) if geometry.balance_first else factors.Q
     a = (geometry.measure or geometry.precondition)(qs, pair.h)
     b = None if pair.v is None else geometry.refer(qs, pair.v)
-    fitted = [
-        _fit_factor(geometry, bound, q, last, _terms(geometry, q, a, b, axis), rate, memory, draws, axis)
-        for axis, (q, last) in enumerate(zip(qs, factors.L, strict=True))
-    ]
-    return Factors(tuple(q for q, _ in fitted), tuple(last for _, last in fitted))
+    moved, bounds = [], []
+    for axis, (q, last) in enumerate(zip(qs, factors.L, strict=True)):
+        (t1, t2), norm = _terms(geometry, q, a, b, axis), AxisNorm(bound, draws, axis)
+        if isinstance(t2, float):
+            # The bound is a sketch: of T1 + c I it is not that of T1, plus c.
+            ell, d = norm.positive(t1) + t2, t1 - (t2 if q.ndim < 2 else t2 * identity(q, q.shape[0]))
+        else:
+            ell, d = norm.positive(t1 + t2), t1 - t2
+        beta = number(memory, ell)
+        last = namespace(q).maximum(beta * last + (1 - beta) * ell, ell)
+        m = number(rate, ell) / (last + tiny(last))  # last is 0 where nothing was seen, and D too
+        moved.append(_moved(geometry, q, d, number(m, q), norm))
+        bounds.append(last)
+    return Factors(tuple(moved), tuple(bounds))

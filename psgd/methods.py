@@ -46,7 +46,7 @@ def setting(default: Any, doc: str, within: str | None = None, kind: str = "numb
     return field(default=default, metadata=metadata)
 
 
-def outside(value: Real, within: str) -> bool:
+def outside(value: float, within: str) -> bool:
     """Is a number outside an interval like "[0, 1)"? NaN always is."""
     low, high = (float(end) for end in within[1:-1].split(","))
     above = value >= low if within[0] == "[" else value > low
@@ -71,10 +71,11 @@ def complaint(f: Field[Any], value: Any) -> str | None:
         return None
     if hasattr(value, "shape"):
         return None  # an array: its value may not be known, as under a tracer
-    whole = kind == "whole"
-    if isinstance(value, bool) or not isinstance(value, Real) or (whole and value != inf and value != int(value)):
-        return f"must be a {'whole ' if whole else ''}number"
-    return f"must lie in {within}" if within and outside(value, within) else None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return "must be a number"
+    if kind == "whole" and float(value) != inf and not float(value).is_integer():
+        return "must be a whole number"
+    return f"must lie in {within}" if within and outside(float(value), within) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,7 @@ def documented(method: type[Method]) -> str:
 
 def is_positive(value: Any) -> bool:
     """Is a number positive, or unknown yet?"""
-    return not isinstance(value, Real) or value > 0
+    return not isinstance(value, Real) or float(value) > 0
 
 
 # ---- quad_torch ------------------------------------------------------------------------
@@ -170,8 +171,10 @@ class QuadTorch(Method):
         0.1, "decoupled weight decay: p loses lr * weight_decay of itself each step", "[0, inf)"
     )
     lr_style: str | None = setting(
-        "adam", '"adam" divides the direction by 5, so that Adam\'s learning rates fit; None does not',
-        kind="name", names=lambda: ("adam", None),
+        "adam",
+        '"adam" divides the direction by 5, so that Adam\'s learning rates fit; None does not',
+        kind="name",
+        names=lambda: ("adam", None),
     )
     momentum: float = setting(0.95, "weight of the past in the average of gradients", "[0, 1)")
     max_size_dense: float = setting(16384, "longest axis that gets a dense factor", "[1, inf]", "whole")
@@ -236,15 +239,13 @@ class KronWhiten(Method):
 
     complex_parameters = True
 
-    dQ: str = setting(
-        "Q0.5EQ1.5", "the geometry", kind="name", names=lambda: tuple(GEOMETRIES)
-    )
+    dQ: str = setting("Q0.5EQ1.5", "the geometry", kind="name", names=lambda: tuple(GEOMETRIES))
     momentum: float = setting(0.0, "weight of the past in the average of gradients, at most", "[0, 1)")
     whiten_grad: bool = setting(True, "whiten the gradient; False whitens the momentum", kind="flag")
     update_preconditioner_first: bool = setting(True, "fit before preconditioning, or after", kind="flag")
     preconditioner_update_probability: float = setting(1.0, "probability of a fit, by one coin a step", "(0, 1]")
     lr_preconditioner: float = setting(0.1, "step size of the factors", "(0, 1)")
-    betaL: float = setting(0.9, "memory of the running bound on the residual", "[0, 1)")  # noqa: N815
+    betaL: float = setting(0.9, "memory of the running bound on the residual", "[0, 1)")
     damping: float = setting(1e-9, "noise added to what is whitened, beside one rounding of it", "[0, inf)")
     preconditioner_max_size: float = setting(inf, "longest axis that gets a dense factor", "[0, inf]", "whole")
     preconditioner_max_skew: float = setting(

@@ -1,7 +1,7 @@
 """One optimizer step of one tensor: momentum, fit?, precondition, clip.
 
-Every published PSGD optimizer is a point of one grid. A `Recipe` names the rule on each axis of the grid that shapes the
-computation; a `Tempo` holds when and how much. `plan` turns a tempo and a step number into the few scalars and
+Every published PSGD optimizer is a point of one grid. A `Recipe` names the rule on each axis of the grid that shapes
+the computation; a `Tempo` holds when and how much. `plan` turns a tempo and a step number into the few scalars and
 decisions of that step: Python numbers on the host, or traced 0-d arrays. `step` does the tensor work.
 
 State is plain data: a `State` of arrays for each tensor, and the number of steps.
@@ -217,7 +217,7 @@ def plan(tempo: Tempo, step: Number, xp: ModuleType, toss: Toss | None = None) -
 def host_plan(tempo: Tempo, step: int, toss: Toss | None = None) -> Plan:
     """The plan in Python's own numbers: no array, no device, nothing to wait for."""
     p = plan(tempo, step, np, toss)
-    blend = None if p.momentum.blend is None else tuple(float(x) for x in p.momentum.blend)
+    blend = None if p.momentum.blend is None else (float(p.momentum.blend[0]), float(p.momentum.blend[1]))
     memory = Memory(float(p.momentum.past), blend)
     return Plan(bool(p.fit), bool(p.balance), memory, float(p.rate), p.memory, p.damping, int(p.key[0]))
 

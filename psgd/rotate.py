@@ -17,7 +17,7 @@ def symmetrised(q: Array) -> Array:
 
 
 def balanced(qs: Sequence[Array], when: bool | Array = True) -> tuple[Array, ...]:
-    """Scale the factors of one tensor to equal largest entries: q_i <- q_i g / r_i, r_i = max|q_i|, g = (prod r_i)^(1/d).
+    """Scale the d factors of a tensor to equal largest entries: q_i <- q_i g / r_i, r_i = max|q_i|, g^d = prod r_i.
 
     The product of the factors, and so P, is unchanged. Where the boolean `when` is false nothing is. A factor that
     is zero leaves all as they are. Scales are computed in float32 for half precisions.
@@ -70,8 +70,8 @@ def procrustes3(q: Array, norm: SkewNorm, largest: float = 1 / 3, **sweep: Any) 
 
         q <- q + a (R q + (a/2) (R^2 q + (a/4) R^3 q)),   a = min(larger root of t1 + a t2 + (3/8) a^2 t3 = 0, 1/3)
 
-    Only where t1 > 0 > t3, else q stays. 1/8 instead of Taylor's 1/6 makes the polynomial closer to orthogonal. The root
-    is taken in the form without cancellation. Source: psgd_torch `procrustes_step3`.
+    Only where t1 > 0 > t3, else q stays. 1/8 instead of Taylor's 1/6 makes the polynomial closer to orthogonal. The
+    root is taken in the form without cancellation. Source: psgd_torch `procrustes_step3`.
     """
     xp = namespace(q)
     r = _unit_skew(q, norm, **sweep)

@@ -49,24 +49,20 @@ def norm_bound(a: Array, probes: Array, *, products: int, positive: bool, offset
 
 @dataclass(frozen=True)
 class NormBound:
-    """A choice of k probes and m products: `NormBound(32, 4)` is psgd_torch's, `NormBound(4, 6, 1e-9)` quad_torch's."""
+    """k probes, m products: `NormBound(32, 4)` is psgd_torch's, `NormBound(4, 6, 1e-9)` quad_torch's."""
 
     probes: int = 32
     products: int = 4
     offset: float = 0.0
 
-    def __call__(
-        self, a: Array, draws: Draws, role: str, *, positive: bool, skip: Array | None = None
-    ) -> Array:
+    def __call__(self, a: Array, draws: Draws, role: str, *, positive: bool, skip: Array | None = None) -> Array:
         """`norm_bound` of an (n, n) matrix, or the largest entry of an (n,) or 0-d diagonal. Lifted from half precision."""
         xp = namespace(a)
         if a.ndim < 2:
             bound = xp.max(real(a))
         else:
             probes = draws.normal(role, (self.probes, a.shape[0]), a, skip)
-            bound = norm_bound(
-                a, probes, products=self.products, positive=positive, offset=self.offset
-            )
+            bound = norm_bound(a, probes, products=self.products, positive=positive, offset=self.offset)
         return xp.astype(bound, lifted_dtype(a))
 
 
@@ -74,9 +70,7 @@ class NormBound:
 class TraceBound(NormBound):
     """The trace where it is asked for the norm of a positive matrix: exact if its rank is one [psgd_torch DenseNewton]."""
 
-    def __call__(
-        self, a: Array, draws: Draws, role: str, *, positive: bool, skip: Array | None = None
-    ) -> Array:
+    def __call__(self, a: Array, draws: Draws, role: str, *, positive: bool, skip: Array | None = None) -> Array:
         if not positive or a.ndim < 2:
             return super().__call__(a, draws, role, positive=positive, skip=skip)
         xp = namespace(a)

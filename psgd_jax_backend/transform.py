@@ -24,7 +24,7 @@ class PSGDState(NamedTuple):
     """count: steps done. momentum: a tree as the parameters', or None. Q, L: such a tree with a tuple of arrays, one
     for each factor, in place of every leaf."""
 
-    count: Leaf
+    count: Leaf  # type: ignore[assignment]  # a tuple's method; optax's own states have the name too
     momentum: Tree
     Q: Tree
     L: Tree
@@ -37,12 +37,12 @@ def scale_by_psgd(method: Method, *, stack: bool = True) -> optax.GradientTransf
     same, compilation and many small layers are faster. Updates come back in the dtype of the parameters where these
     are given, else of the gradients. State: `PSGDState`.
 
-    Raises: TypeError for leaves that are not floating point, ValueError for updates whose shapes are not those of `init`.
+    Raises: TypeError for leaves that are not floating point, ValueError for shapes that are not those of `init`.
     """
     recipe, tempo = method.recipe(), method.tempo()
 
     def init(params: Tree) -> PSGDState:
-        leaves, treedef = jax.tree.flatten(params)
+        leaves, treedef = _flattened(params)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             _check_leaf(method, path, leaf)
         scale = method.start_scale()
@@ -53,16 +53,14 @@ def scale_by_psgd(method: Method, *, stack: bool = True) -> optax.GradientTransf
             states.append(state._replace(momentum=momentum))
         return _to_trees(jnp.zeros((), jnp.int32), states, treedef, recipe)
 
-    def update(
-        updates: Tree, state: PSGDState, params: Tree = None, **extra_args: Any
-    ) -> tuple[Tree, PSGDState]:
+    def update(updates: Tree, state: PSGDState, params: Tree = None, **extra_args: Any) -> tuple[Tree, PSGDState]:
         del extra_args
-        gradients, treedef = jax.tree.flatten(updates)
+        gradients, treedef = _flattened(updates)
         like = gradients if params is None else treedef.flatten_up_to(params)
         states = _to_states(state, treedef)
-        for (path, g), old in zip(jax.tree_util.tree_leaves_with_path(updates), states, strict=True):
+        for (path, g), kept in zip(jax.tree_util.tree_leaves_with_path(updates), states, strict=True):
             _check_leaf(method, path, g)
-            _check_shape(method, recipe, path, g, old)
+            _check_shape(method, recipe, path, g, kept)
         count = optax.safe_increment(state.count)
         plan = pipeline.plan(tempo, count, jnp)
         flat = [_laid_out(recipe, jnp.asarray(g)) for g in gradients]
@@ -78,6 +76,10 @@ def scale_by_psgd(method: Method, *, stack: bool = True) -> optax.GradientTransf
         return treedef.unflatten(out), _to_trees(count, new, treedef, recipe)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _flattened(tree: Tree) -> tuple[list[Any], Any]:
+    return jax.tree.leaves(tree), jax.tree.structure(tree)
 
 
 # ---- checks -----------------------------------------------------------------------------
@@ -121,9 +123,7 @@ def _to_states(state: PSGDState, treedef: Any) -> list[State]:
     return [State(m, Factors(a, b)) for m, a, b in zip(momentum, q, ell, strict=True)]
 
 
-def _started(
-    recipe: Recipe, damping: Any, first: Leaf, gradients: list[Leaf], states: list[State]
-) -> list[State]:
+def _started(recipe: Recipe, damping: Any, first: Leaf, gradients: list[Leaf], states: list[State]) -> list[State]:
     """At the first step the factors take their automatic scale, one for all leaves."""
     sizes = [recipe.start.size(pipeline.working(recipe, g)) for g in gradients if g.size]
     if not sizes:
@@ -134,7 +134,11 @@ def _started(
 
 def _choose(flag: Any, then: Callable[[Any], Any], otherwise: Callable[[Any], Any], operand: Any) -> Any:
     """A decision of the plan: settled while tracing where it is a Python boolean."""
-    return pipeline.branch(flag, then, otherwise, operand) if isinstance(flag, bool) else jax.lax.cond(flag, then, otherwise, operand)
+    return (
+        pipeline.branch(flag, then, otherwise, operand)
+        if isinstance(flag, bool)
+        else jax.lax.cond(flag, then, otherwise, operand)
+    )
 
 
 def _step_all(
@@ -162,11 +166,8 @@ def _step_all(
 
 
 # ---- named faces ------------------------------------------------------------------------
-def _parameters(settings: Sequence[Field[Any]], **replaced: Any) -> list[Parameter]:
-    return [
-        Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-        for f in settings
-    ]
+def _parameters(settings: Sequence[Field[Any]]) -> list[Parameter]:
+    return [Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in settings]
 
 
 def scaling(method: type[Method], module: str) -> Callable[..., optax.GradientTransformationExtraArgs]:
@@ -202,15 +203,23 @@ def alias(method: type[Method], module: str) -> Callable[..., optax.GradientTran
         )
 
     rate = Parameter(
-        "learning_rate", Parameter.POSITIONAL_OR_KEYWORD, default=default["lr"], annotation=optax.ScalarOrSchedule
+        "learning_rate",
+        Parameter.POSITIONAL_OR_KEYWORD,
+        default=default["lr"],
+        annotation=optax.ScalarOrSchedule,
     )
     mask = Parameter("weight_decay_mask", Parameter.KEYWORD_ONLY, default=None)
     return _dressed(optimizer, method.name, method, module, [rate], settings, mask)
 
 
 def _dressed(
-    function: Callable[..., Any], name: str, method: type[Method], module: str,
-    first: list[Parameter], settings: Sequence[Field[Any]], *more: Parameter,
+    function: Callable[..., Any],
+    name: str,
+    method: type[Method],
+    module: str,
+    first: list[Parameter],
+    settings: Sequence[Field[Any]],
+    *more: Parameter,
 ) -> Callable[..., Any]:
     """A function with the name, signature and documentation that its method's record says."""
     function.__name__ = function.__qualname__ = name

@@ -5,4 +5,4 @@ from psgd_torch_backend.optimizer import PSGD, face
 
 globals().update({method.title: face(method, __name__) for method in METHODS.values()})
 
-__all__ = ["PSGD", *(method.title for method in METHODS.values())]  # noqa: PLE0604
+__all__ = ["PSGD", *(method.title for method in METHODS.values())]

@@ -1,8 +1,8 @@
 """State in PyTorch's terms: nested dictionaries of tensors for each parameter, and stacks of them.
 
 Parameters of equal shape step in one call, for which their state must lie side by side in one tensor. What the
-optimizer's `state` shows of each parameter are views of those stacks: nothing is copied to stack it, and what is written
-to a stack is seen in the state. Once the state was replaced (loaded, copied), the stacks are made anew.
+optimizer's `state` shows of each parameter are views of those stacks: nothing is copied to stack it, and what is
+written to a stack is seen in the state. Once the state was replaced (loaded, copied), the stacks are made anew.
 """
 
 from __future__ import annotations

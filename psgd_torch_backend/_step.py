@@ -37,9 +37,7 @@ class _Opaque(noise.Counter):
 def make_step(recipe: Recipe, *, stacked: bool, compiled: bool) -> Step:
     """(plan, lr, weight_decay, p, g, state) -> (what to add to p, new state), of tensors or of stacks of them."""
 
-    def step(
-        plan: Plan, lr: Any, weight_decay: Any, p: Tensor, g: Tensor, state: State
-    ) -> tuple[Tensor, State]:
+    def step(plan: Plan, lr: Any, weight_decay: Any, p: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
         draws = (_Opaque if compiled else noise.Counter)(plan.key)
 
         def one(p: Tensor, g: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -55,7 +53,7 @@ def make_step(recipe: Recipe, *, stacked: bool, compiled: bool) -> Step:
     # Each layout compiles once; without its own count, dynamo gives up after eight shapes of one function.
     wanted = {"recompile_limit": 64, "isolate_recompiles": True}
     known = inspect.signature(torch.compile).parameters
-    options = {name: value for name, value in wanted.items() if name in known}
+    options: dict[str, Any] = {name: value for name, value in wanted.items() if name in known}
     return torch.compile(step, fullgraph=True, dynamic=False, **options)
 
 

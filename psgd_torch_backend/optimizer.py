@@ -19,7 +19,7 @@ from psgd_torch_backend._step import Step, as_tensors, make_step, on_device
 ADAPTER_DEFAULTS = {"maximize": False, "stack": True, "compile": False}
 # What a group may hold beside hyperparameters: its parameters, and what torch's own schedulers keep there.
 NOT_HYPERPARAMETERS = frozenset(
-    "params param_names initial_lr max_lr min_lr base_momentum max_momentum swa_lr".split()
+    ["params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"]
 )
 KNOWN_SETTINGS = 64  # how many combinations of hyperparameters are remembered
 Group = dict[str, Any]
@@ -114,7 +114,9 @@ class PSGD(torch.optim.Optimizer):
             if g is None:
                 continue
             if g.layout != torch.strided:
-                raise RuntimeError(f"{cls} does not support sparse gradients; that of {name} is {g.layout}: use a dense one")
+                raise RuntimeError(
+                    f"{cls} does not support sparse gradients; that of {name} is {g.layout}: use a dense one"
+                )
             if g.shape != p.shape:
                 raise RuntimeError(
                     f"{cls}: {name} has shape {tuple(p.shape)} and a gradient of shape {tuple(g.shape)}; "
@@ -148,12 +150,10 @@ class PSGD(torch.optim.Optimizer):
                 plans[age] = pipeline.host_plan(tempo, age)
             self._step_bucket(group, recipe, plans[age], bucket)
 
-    def _start(
-        self, method: Method, recipe: pipeline.Recipe, tempo: pipeline.Tempo, new: list[Tensor]
-    ) -> None:
+    def _start(self, method: Method, recipe: pipeline.Recipe, tempo: pipeline.Tempo, new: list[Tensor]) -> None:
         """State of parameters seen for the first time; an automatic scale is shared by those that start together."""
         scale: Any = method.start_scale()
-        seen = [pipeline.working(recipe, p.grad) for p in new if p.numel()]
+        seen = [pipeline.working(recipe, _gradient(p)) for p in new if p.numel()]
         if scale is None and seen:
             scale = recipe.start([recipe.start.size(g) for g in seen], tempo.damping)
         for p in new:
@@ -173,14 +173,12 @@ class PSGD(torch.optim.Optimizer):
             buckets.setdefault((int(age), p.shape, p.dtype, p.device, *alone), []).append(p)
         return buckets
 
-    def _step_bucket(
-        self, group: Group, recipe: pipeline.Recipe, plan: pipeline.Plan, bucket: list[Tensor]
-    ) -> None:
+    def _step_bucket(self, group: Group, recipe: pipeline.Recipe, plan: pipeline.Plan, bucket: list[Tensor]) -> None:
         layout, state = recipe.layout(tuple(bucket[0].shape)), self._gathered(bucket)
-        p, g = (self._joined(tensors, layout) for tensors in (bucket, [p.grad for p in bucket]))
+        p, g = (self._joined(tensors, layout) for tensors in (bucket, [_gradient(p) for p in bucket]))
         if group["maximize"]:
             g = -g
-        plan, numbers = on_device(plan, p.device), (group["lr"], group["weight_decay"])
+        plan, numbers = on_device(plan, p.device), [group["lr"], group["weight_decay"]]
         if group["compile"]:
             plan, *numbers = as_tensors(plan, *numbers)
         step = self._step_of(recipe, len(bucket) > 1, tuple(p.shape) if group["compile"] else None)
@@ -235,6 +233,12 @@ class PSGD(torch.optim.Optimizer):
         self._stacks: dict[int, Stack] = {}
         self._known: dict[tuple[Any, ...], tuple[Method, pipeline.Recipe, pipeline.Tempo]] = {}
         self._steps: dict[Any, Step] = {}
+
+
+def _gradient(p: Tensor) -> Tensor:
+    if p.grad is None:
+        raise RuntimeError("a parameter lost its gradient while it was stepped")
+    return p.grad
 
 
 def _placed(value: Any, device: torch.device, name: str = "") -> Any:

@@ -1,0 +1,171 @@
+"""What a step costs: every registered method on forty equal layers, in each framework and way of stepping.
+
+    python -m benchmarks.step [--json FILE] [--quick]
+
+Ways are timed in alternated rounds, so that a drift of the machine meets them all alike. Times are medians with their
+quartiles; a speed-up is the median, over rounds, of the ratio to the first way of the same framework in that round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.compiling import compile_times
+from benchmarks.contenders import Contender, Layers, Run, contenders
+from psgd.methods import METHODS, Method
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured how often. compiled: also what needs a compiler that takes seconds."""
+
+    layers: Layers = Layers()  # noqa: RUF009, frozen
+    rounds: int = 25
+    steps: int = 4
+    compiled: bool = True
+
+
+QUICK = Setup(Layers(count=3, size=8), rounds=3, steps=1, compiled=False)
+
+
+def timed(run: Run, steps: int) -> float:
+    """Seconds a step, after one that is not counted."""
+    run()
+    start = perf_counter()
+    for _ in range(steps):
+        run()
+    return (perf_counter() - start) / steps
+
+
+def alternated(runs: Mapping[str, Run], rounds: int, steps: int) -> dict[str, np.ndarray]:
+    """Seconds a step of each, (rounds,). Each round starts with another one."""
+    names, seen = list(runs), {name: np.zeros(rounds) for name in runs}
+    for i in range(rounds):
+        shift = i % len(names)
+        for name in names[shift:] + names[:shift]:
+            seen[name][i] = timed(runs[name], steps)
+    return seen
+
+
+def row(method: type[Method], contender: Contender, seconds: np.ndarray, first: np.ndarray) -> dict[str, Any]:
+    """The figures of one way. `first`: seconds of the first way of its framework, round by round."""
+    low, median, high = 1e3 * np.quantile(seconds, [0.25, 0.5, 0.75])
+    return {
+        "method": method.name,
+        "framework": contender.framework,
+        "variant": contender.variant,
+        "median_ms": float(median),
+        "quartiles_ms": [float(low), float(high)],
+        "speedup": float(np.median(first / seconds)),
+    }
+
+
+def step_times(method: type[Method], setup: Setup) -> list[dict[str, Any]]:
+    """A row for each way to step with a method. The frameworks take turns, lest their threads meet."""
+    rows = []
+    ways = [c for c in contenders(method) if setup.compiled or "compiled" not in c.variant]
+    for framework in dict.fromkeys(c.framework for c in ways):
+        own = {c.variant: c for c in ways if c.framework == framework}
+        runs = {variant: c.start(setup.layers) for variant, c in own.items()}
+        for run in runs.values():
+            timed(run, steps=1)
+        seen = alternated(runs, setup.rounds, setup.steps)
+        first = next(iter(seen.values()))
+        rows += [row(method, own[variant], seconds, first) for variant, seconds in seen.items()]
+    return rows
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on, and how busy it was."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "jax": jax.__version__,
+    }
+
+
+def measure(setup: Setup, console: Console) -> dict[str, Any]:
+    """All figures, as plain data."""
+    result: dict[str, Any] = {"machine": machine(), "setup": asdict(setup), "steps": [], "compile": []}
+    for method in METHODS.values():
+        with console.status(f"{method.title}: timing steps"):
+            result["steps"] += step_times(method, setup)
+        if setup.compiled:
+            with console.status(f"{method.title}: timing compilers"):
+                result["compile"].append({"method": method.name, **compile_times(method, setup.layers)})
+    return result
+
+
+def steps_table(result: Mapping[str, Any]) -> Table:
+    layers = result["setup"]["layers"]
+    table = Table(title=f"A step of {layers['count']} layers of {layers['size']} x {layers['size']}, float32")
+    for column in ("method", "framework", "way"):
+        table.add_column(column)
+    for column in ("median", "quartiles", "speed-up"):
+        table.add_column(column, justify="right")
+    for i, r in enumerate(result["steps"]):
+        low, high = r["quartiles_ms"]
+        if i and r["method"] != result["steps"][i - 1]["method"]:
+            table.add_section()
+        figures = f"{r['median_ms']:.2f} ms", f"{low:.2f} to {high:.2f}", f"{r['speedup']:.1f}x"
+        table.add_row(r["method"], r["framework"], r["variant"], *figures)
+    return table
+
+
+def compile_table(result: Mapping[str, Any]) -> Table:
+    table = Table(title="Seconds to the first compiled step")
+    for column in result["compile"][0]:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for r in result["compile"]:
+        table.add_row(*(x if isinstance(x, str) else f"{x:.1f}" for x in r.values()))
+    return table
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """The machine and both tables."""
+    console.print(", ".join(f"{name} {value}" for name, value in result["machine"].items()), highlight=False)
+    console.print(steps_table(result))
+    if result["compile"]:
+        console.print(compile_table(result))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description="What a step costs.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing compiled: does it run?")
+    given = parser.parse_args(arguments)
+    console = Console()
+    result = measure(QUICK if given.quick else Setup(), console)
+    show(result, console)
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
