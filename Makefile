@@ -8,7 +8,7 @@ STAMP := .venv/.stamp
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-.PHONY: help venv demo test lint format golden wheel
+.PHONY: help venv demo test lint format golden stubs wheel
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,8 +35,11 @@ format: $(STAMP) ## fix what ruff can fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-golden: $(STAMP) ## record the golden data anew
+golden: $(STAMP) ## replay the recorded runs of the published packages
 	$(BIN)/psgd golden conformance/golden
+
+stubs: $(STAMP) ## write the type stubs of the backends from the registry of methods
+	$(BIN)/python -m conformance.stubs
 
 wheel: $(STAMP) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

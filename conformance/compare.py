@@ -121,7 +121,7 @@ def furthest(x: Arrays, y: Arrays, scales: dict[str, float], kind: str = "") -> 
 
 
 def method_for(name: str, problem: Problem, **hyperparameters: Any) -> Method:
-    """A method with its published defaults, and the learning rate that makes its steps as long as `problem.lr` means."""
+    """A method with its defaults, and the learning rate that makes its steps as long as `problem.lr` means."""
     gain = METHODS[name].of(**hyperparameters).recipe().gain
     return METHODS[name].of(**{"lr": problem.lr / gain, **hyperparameters})
 

@@ -20,7 +20,7 @@ HALF = ("bfloat16", "float16")
 def namespace(x: Array) -> ModuleType:
     """The Array API namespace of `x`: its own, or array_api_compat's where the library has none (PyTorch)."""
     if hasattr(x, "__array_namespace__"):
-        return x.__array_namespace__()  # type: ignore[no-any-return]
+        return x.__array_namespace__()
     # A dictionary look-up and not `array_namespace`, which makes torch.compile print a warning to the user.
     known = sys.modules.get("array_api_compat.torch")
     return known if known is not None else importlib.import_module("array_api_compat.torch")

@@ -48,7 +48,7 @@ class DenseRule:
 
 def init(dense: Sequence[bool], like: Array) -> Factors:
     """Identity factors, L = 0, of a tensor as `like`. `dense`: one boolean a factor, as `DenseRule` gives."""
-    shapes = [(n,) for n in like.shape] or [()] * len(dense)
+    shapes: list[tuple[int, ...]] = [(n,) for n in like.shape] or [() for _ in dense]
     qs = tuple(
         identity(like, *shape) if full else make(like, "ones", shape)
         for shape, full in zip(shapes, dense, strict=bool(dense))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from conformance.frameworks import FRAMEWORKS, double_precision
 from psgd import criterion, kron, noise
 from psgd._xp import dtype_name, namespace
-from psgd.geometry import GEOMETRIES, Geometry, p_of_hermitian_q, p_of_q
+from psgd.geometry import GEOMETRIES, Geometry, p_of_hermitian_q, p_of_q, unlifted
 from psgd.kron import DenseRule, Factors
 from psgd.noise import Counter
 from psgd.rotate import balanced
@@ -276,7 +276,7 @@ def test_a_zero_gradient_keeps_everything_finite(geometry: Geometry, amount: flo
 
 
 # ---- the update: its frame ------------------------------------------------------------------
-@pytest.mark.parametrize("name", [name for name, g in GEOMETRIES.items() if g.expected == "identity"])
+@pytest.mark.parametrize("name", [n for n, g in GEOMETRIES.items() if g.expected and g.lift is unlifted])
 def test_bound_remembers_and_rises_at_once(name: str):
     geometry = GEOMETRIES[name]
     seen, factors = [], kron.init((False,), np.zeros(3))

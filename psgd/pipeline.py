@@ -258,7 +258,7 @@ def step(
         draws: where noise comes from; the plan's counter unless replayed.
         choose: how a decision of the plan selects a branch; a framework that traces passes its own conditional.
 
-    Returns: the direction u, to be subtracted times the learning rate (shape of g, dtype of the state), and the new state.
+    Returns: the direction u (shape of g, dtype of the state), to be subtracted times the learning rate; the new state.
     """
     if not prod(g.shape):
         return working(recipe, g), state

@@ -203,7 +203,9 @@ def test_start_scale(framework: Framework, rule: StartScale, root: float, dampin
     sizes = [rule.size(framework.array(g, "float64")) for g in gs]
     assert float(rule(sizes, damping)) == pytest.approx(wanted, rel=1e-14)
     z = normals(5) + 1j * normals(5, seed=1)
-    assert float(rule.size(framework.array(z, "complex128"))) == pytest.approx(np.mean(np.abs(z) ** rule.power) ** (1 / rule.power))
+    assert float(rule.size(framework.array(z, "complex128"))) == pytest.approx(
+        np.mean(np.abs(z) ** rule.power) ** (1 / rule.power)
+    )
 
 
 def test_start_scale_at_the_edges(framework: Framework):

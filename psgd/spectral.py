@@ -56,7 +56,7 @@ class NormBound:
     offset: float = 0.0
 
     def __call__(self, a: Array, draws: Draws, role: str, *, positive: bool, skip: Array | None = None) -> Array:
-        """`norm_bound` of an (n, n) matrix, or the largest entry of an (n,) or 0-d diagonal. Lifted from half precision."""
+        """`norm_bound` of an (n, n) matrix, or the largest entry of an (n,) or 0-d diagonal; at least float32."""
         xp = namespace(a)
         if a.ndim < 2:
             bound = xp.max(real(a))
@@ -68,7 +68,7 @@ class NormBound:
 
 @dataclass(frozen=True)
 class TraceBound(NormBound):
-    """The trace where it is asked for the norm of a positive matrix: exact if its rank is one [psgd_torch DenseNewton]."""
+    """The trace for the norm of a positive matrix, exact if its rank is one [psgd_torch DenseNewton]."""
 
     def __call__(self, a: Array, draws: Draws, role: str, *, positive: bool, skip: Array | None = None) -> Array:
         if not positive or a.ndim < 2:

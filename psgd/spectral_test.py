@@ -123,7 +123,9 @@ def test_trace_bound(framework: Framework, dtype: str):
     a = positive(random_matrix(N, dtype))
     assert measured(TraceBound(), framework, a, dtype, spd=True) == pytest.approx(np.trace(a).real, rel=1e-14)
     r = skew(random_matrix(N, dtype))
-    assert measured(TraceBound(), framework, r, dtype, spd=False) == measured(NormBound(), framework, r, dtype, spd=False)
+    assert measured(TraceBound(), framework, r, dtype, spd=False) == measured(
+        NormBound(), framework, r, dtype, spd=False
+    )
     assert measured(TraceBound(), framework, np.array([1.0, 3.0, 2.0]), dtype, spd=True) == 3
 
 
@@ -143,4 +145,6 @@ def test_bound_is_the_growth_of_the_last_product():
     row = a[np.argmax(np.linalg.norm(a, axis=1))]
     v = row + np.sign(probes @ row)[:, None] * abs(a).max() * probes  # the start is formed of a / max|a|
     grown = [np.linalg.norm(v @ np.linalg.matrix_power(a, m), axis=1) for m in (1, 2)]
-    assert NormBound(3, 2)(a, Fixed(probes), "b", positive=False) == pytest.approx((grown[1] / grown[0]).max(), rel=1e-13)
+    assert NormBound(3, 2)(a, Fixed(probes), "b", positive=False) == pytest.approx(
+        (grown[1] / grown[0]).max(), rel=1e-13
+    )

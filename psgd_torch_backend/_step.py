@@ -13,7 +13,7 @@ from psgd import noise, pipeline
 from psgd.pipeline import Plan, Recipe, State
 from psgd_torch_backend._state import leaves, rebuilt
 
-Step = Callable[[Plan, Any, Any, Tensor, Tensor, State], tuple[Tensor, State]]
+Step = Callable[..., tuple[Tensor, State]]  # (plan, lr, weight_decay, p, g, state)
 
 
 @torch.library.custom_op("psgd::noise", mutates_args=())

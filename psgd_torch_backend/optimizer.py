@@ -93,7 +93,7 @@ class PSGD(torch.optim.Optimizer):
     # ---- stepping ----------------------------------------------------------------------
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step for every parameter that has a gradient. `closure`, if given, is called once; its result is returned.
+        """One step for every parameter that has a gradient. `closure`, if given, is called once for the result.
 
         All gradients are checked before anything changes.
         """

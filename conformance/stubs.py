@@ -1,0 +1,79 @@
+"""Type stubs of the backends' named faces, which are made from the registry: `python -m conformance.stubs` writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+from psgd.methods import METHODS, Method
+from psgd_torch_backend.optimizer import ADAPTER_DEFAULTS
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAD = '"""Made from `psgd.METHODS` by `make stubs`; not to be edited."""\n\n'
+TORCH = """from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from psgd_torch_backend.optimizer import PSGD as PSGD
+"""
+JAX = """from typing import Any
+
+from optax import GradientTransformationExtraArgs, ScalarOrSchedule
+
+from psgd_jax_backend.transform import PSGDState as PSGDState
+from psgd_jax_backend.transform import scale_by_psgd as scale_by_psgd
+"""
+
+
+def argument(f: Field[Any]) -> str:
+    default = 'float("inf")' if repr(f.default) == "inf" else repr(f.default).replace("'", '"')
+    return f"    {f.name}: {f.type} = {default},\n"
+
+
+def arguments(method: type[Method], *left_out: str) -> str:
+    return "".join(argument(f) for f in fields(method) if f.name not in left_out)
+
+
+def default(method: type[Method], name: str) -> Any:
+    return next(f.default for f in fields(method) if f.name == name)
+
+
+def torch_face(method: type[Method]) -> str:
+    own = "".join(f"    {line}" for line in arguments(method, "lr").splitlines(keepends=True))
+    flags = "".join(f"        {flag}: bool = {on},\n" for flag, on in ADAPTER_DEFAULTS.items())
+    return (
+        f"\nclass {method.title}(PSGD):\n    def __init__(\n        self,\n        params: Iterable[Any],\n"
+        f"        lr: float | Tensor = {default(method, 'lr')},\n        *,\n{own}{flags}    ) -> None: ...\n"
+    )
+
+
+def jax_face(method: type[Method]) -> str:
+    result = ") -> GradientTransformationExtraArgs: ...\n"
+    rate = f"    learning_rate: ScalarOrSchedule = {default(method, 'lr')},\n    *,\n"
+    mask = "    weight_decay_mask: Any = None,\n    stack: bool = True,\n"
+    whole = f"def {method.name}(\n{rate}{arguments(method, 'lr')}{mask}{result}"
+    part = f"def scale_by_{method.name}(\n    *,\n{arguments(method, 'lr', 'weight_decay')}    stack: bool = True,\n"
+    return whole + part + result
+
+
+def stub(head: str, face: Callable[[type[Method]], str]) -> str:
+    return HEAD + head + "".join(face(method) for method in METHODS.values())
+
+
+STUBS: dict[str, Callable[[], str]] = {
+    "psgd_torch_backend/__init__.pyi": lambda: stub(TORCH, torch_face),
+    "psgd_jax_backend/__init__.pyi": lambda: stub(JAX + "\n", jax_face),
+}
+
+
+def main() -> None:
+    """Write both stubs."""
+    for path, text in STUBS.items():
+        (ROOT / path).write_text(text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Made from `psgd.METHODS` by `make stubs`; not to be edited."""
+
+from typing import Any
+
+from optax import GradientTransformationExtraArgs, ScalarOrSchedule
+
+from psgd_jax_backend.transform import PSGDState as PSGDState
+from psgd_jax_backend.transform import scale_by_psgd as scale_by_psgd
+
+def procrustes(
+    learning_rate: ScalarOrSchedule = 0.001,
+    *,
+    weight_decay: float = 0.1,
+    seed: int = 0,
+    lr_style: str | None = "adam",
+    momentum: float = 0.95,
+    max_size_dense: float = 16384,
+    max_skew_dense: float = 1.0,
+    preconditioner_lr: float = 0.7,
+    preconditioner_init_scale: float | None = None,
+    noise_scale: float = 1e-09,
+    dtype: Any = None,
+    weight_decay_mask: Any = None,
+    stack: bool = True,
+) -> GradientTransformationExtraArgs: ...
+def scale_by_procrustes(
+    *,
+    seed: int = 0,
+    lr_style: str | None = "adam",
+    momentum: float = 0.95,
+    max_size_dense: float = 16384,
+    max_skew_dense: float = 1.0,
+    preconditioner_lr: float = 0.7,
+    preconditioner_init_scale: float | None = None,
+    noise_scale: float = 1e-09,
+    dtype: Any = None,
+    stack: bool = True,
+) -> GradientTransformationExtraArgs: ...
+def quad(
+    learning_rate: ScalarOrSchedule = 0.001,
+    *,
+    weight_decay: float = 0.1,
+    seed: int = 0,
+    lr_style: str | None = "adam",
+    momentum: float = 0.95,
+    max_size_dense: float = 16384,
+    max_skew_dense: float = 1.0,
+    preconditioner_lr: float = 0.7,
+    preconditioner_init_scale: float | None = None,
+    noise_scale: float = 1e-09,
+    dtype: Any = None,
+    weight_decay_mask: Any = None,
+    stack: bool = True,
+) -> GradientTransformationExtraArgs: ...
+def scale_by_quad(
+    *,
+    seed: int = 0,
+    lr_style: str | None = "adam",
+    momentum: float = 0.95,
+    max_size_dense: float = 16384,
+    max_skew_dense: float = 1.0,
+    preconditioner_lr: float = 0.7,
+    preconditioner_init_scale: float | None = None,
+    noise_scale: float = 1e-09,
+    dtype: Any = None,
+    stack: bool = True,
+) -> GradientTransformationExtraArgs: ...
+def kron_whiten(
+    learning_rate: ScalarOrSchedule = 0.001,
+    *,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    dQ: str = "Q0.5EQ1.5",
+    momentum: float = 0.0,
+    whiten_grad: bool = True,
+    update_preconditioner_first: bool = True,
+    preconditioner_update_probability: float = 1.0,
+    lr_preconditioner: float = 0.1,
+    betaL: float = 0.9,
+    damping: float = 1e-09,
+    preconditioner_max_size: float = float("inf"),
+    preconditioner_max_skew: float = 1.0,
+    preconditioner_init_scale: float | None = None,
+    grad_clip_max_amps: tuple[float, float] = (2.0, 10.0),
+    weight_decay_mask: Any = None,
+    stack: bool = True,
+) -> GradientTransformationExtraArgs: ...
+def scale_by_kron_whiten(
+    *,
+    seed: int = 0,
+    dQ: str = "Q0.5EQ1.5",
+    momentum: float = 0.0,
+    whiten_grad: bool = True,
+    update_preconditioner_first: bool = True,
+    preconditioner_update_probability: float = 1.0,
+    lr_preconditioner: float = 0.1,
+    betaL: float = 0.9,
+    damping: float = 1e-09,
+    preconditioner_max_size: float = float("inf"),
+    preconditioner_max_skew: float = 1.0,
+    preconditioner_init_scale: float | None = None,
+    grad_clip_max_amps: tuple[float, float] = (2.0, 10.0),
+    stack: bool = True,
+) -> GradientTransformationExtraArgs: ...
