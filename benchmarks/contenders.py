@@ -38,11 +38,15 @@ class Layers:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to step. `start` makes the function that does it; the first call of that compiles what is compiled."""
+    """One way to step. `start` makes the function that does it; the first call of that compiles what is compiled.
+
+    slow_to_start: its compiler takes many seconds.
+    """
 
     framework: str
     variant: str
     start: Callable[[Layers], Run]
+    slow_to_start: bool = False
 
 
 def torch_run(make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], layers: Layers) -> Run:
@@ -96,8 +100,9 @@ def contenders(method: type[Method]) -> list[Contender]:
     torch_class = getattr(psgd_torch_backend, method.title)
     jax_alias = getattr(psgd_jax_backend, method.name)
 
-    def in_torch(variant: str, **flags: bool) -> Contender:
-        return Contender("torch", variant, partial(torch_run, partial(torch_class, **flags)))
+    def in_torch(variant: str, *, compile: bool = False, **flags: bool) -> Contender:
+        make = partial(torch_class, compile=compile, **flags)
+        return Contender("torch", variant, partial(torch_run, make), slow_to_start=compile)
 
     def in_jax(variant: str, **flags: bool) -> Contender:
         return Contender("jax", variant, partial(jax_run, jax_alias(**flags)))

@@ -12,8 +12,9 @@ import argparse
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -31,15 +32,15 @@ from psgd.methods import METHODS, Method
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured how often. compiled: also what needs a compiler that takes seconds."""
+    """What is measured how often. slow: also what needs a compiler that takes many seconds."""
 
-    layers: Layers = Layers()  # noqa: RUF009, frozen
+    layers: Layers = field(default_factory=Layers)
     rounds: int = 25
     steps: int = 4
-    compiled: bool = True
+    slow: bool = True
 
 
-QUICK = Setup(Layers(count=3, size=8), rounds=3, steps=1, compiled=False)
+QUICK = Setup(Layers(count=3, size=8), rounds=3, steps=1, slow=False)
 
 
 def timed(run: Run, steps: int) -> float:
@@ -77,7 +78,7 @@ def row(method: type[Method], contender: Contender, seconds: np.ndarray, first: 
 def step_times(method: type[Method], setup: Setup) -> list[dict[str, Any]]:
     """A row for each way to step with a method. The frameworks take turns, lest their threads meet."""
     rows = []
-    ways = [c for c in contenders(method) if setup.compiled or "compiled" not in c.variant]
+    ways = [c for c in contenders(method) if setup.slow or not c.slow_to_start]
     for framework in dict.fromkeys(c.framework for c in ways):
         own = {c.variant: c for c in ways if c.framework == framework}
         runs = {variant: c.start(setup.layers) for variant, c in own.items()}
@@ -116,7 +117,7 @@ def measure(setup: Setup, console: Console) -> dict[str, Any]:
     for method in METHODS.values():
         with console.status(f"{method.title}: timing steps"):
             result["steps"] += step_times(method, setup)
-        if setup.compiled:
+        if setup.slow:
             with console.status(f"{method.title}: timing compilers"):
                 result["compile"].append({"method": method.name, **compile_times(method, setup.layers)})
     return result
@@ -160,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing compiled: does it run?")
     given = parser.parse_args(arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     result = measure(QUICK if given.quick else Setup(), console)
     show(result, console)
     if given.json:

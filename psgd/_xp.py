@@ -12,7 +12,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-Array = Any  # an array of any namespace that follows the standard
+from psgd.arrays import Array
 
 HALF = ("bfloat16", "float16")
 

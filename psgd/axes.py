@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import prod
 
-from psgd._xp import Array, adjoint, conj, namespace, real, solve_adjoint
+from psgd._xp import adjoint, conj, namespace, real, solve_adjoint
+from psgd.arrays import Factor, Tensor
 
-Act = Callable[[Array, Array, int], Array]
+Act = Callable[[Factor, Tensor, int], Tensor]
 
 
-def along(q: Array, x: Array, axis: int) -> Array:
+def along(q: Factor, x: Tensor, axis: int) -> Tensor:
     """q applied to axis `axis` of x: the mode product q x_i x."""
     xp, shape = namespace(q), tuple(x.shape)
     if q.ndim < 2:
@@ -25,7 +26,7 @@ def along(q: Array, x: Array, axis: int) -> Array:
     return xp.reshape(q @ xp.reshape(x, (*rows, shape[axis], -1)), shape)
 
 
-def along_inverse_adjoint(q: Array, x: Array, axis: int) -> Array:
+def along_inverse_adjoint(q: Factor, x: Tensor, axis: int) -> Tensor:
     """q^-H applied to axis `axis` of x; a dense q is upper triangular."""
     if q.ndim < 2:
         return along(1 / conj(q), x, axis)
@@ -36,14 +37,14 @@ def along_inverse_adjoint(q: Array, x: Array, axis: int) -> Array:
     return xp.permute_dims(solved, tuple(order.index(i) for i in range(x.ndim)))
 
 
-def along_all(qs: Sequence[Array], x: Array, act: Act = along) -> Array:
+def along_all(qs: Sequence[Factor], x: Tensor, act: Act = along) -> Tensor:
     """Every factor applied to its axis: the Kronecker product of the factors times vec(x)."""
     for axis, q in enumerate(qs):
         x = act(q, x, axis)
     return x
 
 
-def gram(x: Array, axis: int, *, diagonal: bool) -> Array:
+def gram(x: Tensor, axis: int, *, diagonal: bool) -> Factor:
     """x contracted with its conjugate over every axis but one: (n, n), or the diagonal of that, (n,) or 0-d."""
     xp = namespace(x)
     if diagonal:
@@ -58,6 +59,6 @@ def gram(x: Array, axis: int, *, diagonal: bool) -> Array:
     return rows @ adjoint(rows)
 
 
-def outer(q: Array) -> Array:
+def outer(q: Factor) -> Factor:
     """q q^H."""
     return real(q * conj(q)) if q.ndim < 2 else q @ adjoint(q)

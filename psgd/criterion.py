@@ -12,40 +12,41 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from psgd._xp import Array, eps, namespace, number
+from psgd._xp import eps, namespace, number
+from psgd.arrays import Scalar, Tensor
 from psgd.geometry import Geometry
 
-Damping = Callable[[Array, Array, Array | float], Array]
+Damping = Callable[[Tensor, Tensor, Scalar | float], Tensor]
 
 
 class Pair(NamedTuple):
     """h: damped, the shape of the tensor. v: the same shape, or None to take the expectation over it."""
 
-    h: Array
-    v: Array | None
+    h: Tensor
+    v: Tensor | None
 
 
-def relative(x: Array, e: Array, amount: Array | float) -> Array:
+def relative(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
     """x + (amount + eps |x|) e: never below rounding [psgd_torch]."""
     return x + (amount + eps(x) * namespace(x).abs(x)) * e
 
 
-def absolute(x: Array, e: Array, amount: Array | float) -> Array:
+def absolute(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
     """x + amount e [quad_torch]."""
     return x + amount * e
 
 
-def proportional(x: Array, e: Array, amount: Array | float) -> Array:
+def proportional(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
     """x + amount mean|x| e [psgd_jax kron]."""
     xp = namespace(x)
     return x + amount * xp.mean(xp.abs(x)) * e
 
 
-def whitening(geometry: Geometry, g: Array, e: Array, amount: Array | float, damping: Damping = relative) -> Pair:
+def whitening(geometry: Geometry, g: Tensor, e: Tensor, amount: Scalar | float, damping: Damping = relative) -> Pair:
     """The pair that whitens g: (None, g damped by e), or (e, g damped by e) where the geometry must see a probe."""
     return Pair(damping(g, e, number(amount, g)), e if geometry.expected is None else None)
 
 
-def newton(v: Array, h: Array, e: Array, amount: Array | float, damping: Damping = relative) -> Pair:
+def newton(v: Tensor, h: Tensor, e: Tensor, amount: Scalar | float, damping: Damping = relative) -> Pair:
     """The pair that inverts the Hessian: (v, h damped by fresh noise e)."""
     return Pair(damping(h, e, number(amount, h)), v)

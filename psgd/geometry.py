@@ -14,21 +14,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from psgd._xp import Array, adjoint, namespace
+from psgd._xp import adjoint, namespace
+from psgd.arrays import Diagonal, Factor, Matrix, Scalar, Tensor
 from psgd.axes import along, along_all, along_inverse_adjoint, outer
 from psgd.rotate import polished, procrustes2, symmetrised
 from psgd.spectral import SkewNorm
 
-Factors = Sequence[Array]
+Factors = Sequence[Factor]
 
 
 # Where things are measured. P g is in every case a product of factors along the axes of g.
-def p_of_q(qs: Factors, g: Array) -> Array:
+def p_of_q(qs: Factors, g: Tensor) -> Tensor:
     """P g, P = Q^H Q."""
     return along_all([adjoint(q) for q in qs], along_all(qs, g))
 
 
-def p_of_hermitian_q(qs: Factors, g: Array) -> Array:
+def p_of_hermitian_q(qs: Factors, g: Tensor) -> Tensor:
     """P g, P = Q Q with Q taken as Hermitian: Q1 Q1 G Q2 Q2, each factor acting from its own side [quad_torch]."""
     for axis, q in enumerate(qs):
         side = q if axis == 0 or q.ndim < 2 else q.mT
@@ -36,57 +37,57 @@ def p_of_hermitian_q(qs: Factors, g: Array) -> Array:
     return g
 
 
-def inverse_adjoint(qs: Factors, v: Array) -> Array:
+def inverse_adjoint(qs: Factors, v: Tensor) -> Tensor:
     """Q^-H v of triangular factors."""
     return along_all(qs, v, along_inverse_adjoint)
 
 
-def itself(qs: Factors, v: Array) -> Array:
+def itself(qs: Factors, v: Tensor) -> Tensor:
     return v
 
 
-def isotropic(q: Array) -> float:
+def isotropic(q: Factor) -> float:
     """E v v^H = I, up to c: a number stands for so many times the identity."""
     return 1.0
 
 
-def unlifted(q: Array, x: Array, axis: int) -> Array:
+def unlifted(q: Factor, x: Tensor, axis: int) -> Tensor:
     return x
 
 
 # How a dense factor moves.
-def left(q: Array, d: Array, m: Array) -> Array:
+def left(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
     return q - m * (d @ q)
 
 
-def right(q: Array, d: Array, m: Array) -> Array:
+def right(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
     return q - m * (q @ d)
 
 
-def triangular(q: Array, d: Array, m: Array) -> Array:
+def triangular(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
     return q - m * (namespace(q).triu(d) @ q)
 
 
-def two_sided(q: Array, d: Array, m: Array) -> Array:
+def two_sided(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
     """q <- (1 - m D) q (1 - m D), symmetrised: stays Hermitian and, for m < 1, positive."""
     r = left(q, d, m)
     return symmetrised(right(r, d, m))
 
 
-def two_sided_half(q: Array, d: Array, m: Array) -> Array:
+def two_sided_half(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
     return two_sided(q, d, m / 2)
 
 
 # How a diagonal factor moves.
-def scaled(q: Array, d: Array, m: Array) -> Array:
+def scaled(q: Diagonal, d: Diagonal, m: Scalar) -> Diagonal:
     return q * (1 - m * d)
 
 
-def scaled_twice(q: Array, d: Array, m: Array) -> Array:
+def scaled_twice(q: Diagonal, d: Diagonal, m: Scalar) -> Diagonal:
     return scaled(scaled(q, d, m), d, m)
 
 
-def scaled_twice_half(q: Array, d: Array, m: Array) -> Array:
+def scaled_twice_half(q: Diagonal, d: Diagonal, m: Scalar) -> Diagonal:
     return scaled_twice(q, d, m / 2)
 
 
@@ -105,14 +106,14 @@ class Geometry:
     balance_first: balances the factors before each fit (the others do it rarely, after).
     """
 
-    move: Callable[[Array, Array, Array], Array]
-    move_diagonal: Callable[[Array, Array, Array], Array] = scaled
-    turn: Callable[[Array, SkewNorm], Array] | None = None
-    precondition: Callable[[Factors, Array], Array] = p_of_q
-    measure: Callable[[Factors, Array], Array] | None = None
-    refer: Callable[[Factors, Array], Array] = itself
-    lift: Callable[[Array, Array, int], Array] = unlifted
-    expected: Callable[[Array], Array | float] | None = isotropic
+    move: Callable[[Matrix, Matrix, Scalar], Matrix]
+    move_diagonal: Callable[[Diagonal, Diagonal, Scalar], Diagonal] = scaled
+    turn: Callable[[Matrix, SkewNorm], Matrix] | None = None
+    precondition: Callable[[Factors, Tensor], Tensor] = p_of_q
+    measure: Callable[[Factors, Tensor], Tensor] | None = None
+    refer: Callable[[Factors, Tensor], Tensor] = itself
+    lift: Callable[[Factor, Tensor, int], Tensor] = unlifted
+    expected: Callable[[Factor], Factor | float] | None = isotropic
     fits_p: bool = False
     balance_first: bool = False
 

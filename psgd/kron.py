@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from math import inf, prod
 from typing import NamedTuple
 
-from psgd._xp import Array, identity, lifted_dtype, make, namespace, number, tiny
+from psgd._xp import identity, lifted_dtype, make, namespace, number, tiny
+from psgd.arrays import Factor, Matrix, Scalar, Tensor
 from psgd.axes import gram
 from psgd.criterion import Pair
 from psgd.geometry import Geometry
@@ -24,8 +25,8 @@ from psgd.spectral import NormBound
 class Factors(NamedTuple):
     """Q: one factor an axis, (n, n) dense or (n,) diagonal. L: one 0-d bound a factor, at least float32."""
 
-    Q: tuple[Array, ...]
-    L: tuple[Array, ...]
+    Q: tuple[Factor, ...]
+    L: tuple[Scalar, ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class DenseRule:
         return tuple(wide and 1 < n <= self.max_size and n * n <= limit for n in shape)
 
 
-def init(dense: Sequence[bool], like: Array) -> Factors:
+def init(dense: Sequence[bool], like: Tensor) -> Factors:
     """Identity factors, L = 0, of a tensor as `like`. `dense`: one boolean a factor, as `DenseRule` gives."""
     shapes: list[tuple[int, ...]] = [(n,) for n in like.shape] or [() for _ in dense]
     qs = tuple(
@@ -56,7 +57,7 @@ def init(dense: Sequence[bool], like: Array) -> Factors:
     return Factors(qs, tuple(make(like, "zeros", (), dtype=lifted_dtype(like)) for _ in qs))
 
 
-def rescaled(geometry: Geometry, factors: Factors, scale: Array | float, *, split: bool = True) -> Factors:
+def rescaled(geometry: Geometry, factors: Factors, scale: Scalar | float, *, split: bool = True) -> Factors:
     """Q times `scale` overall, P times its square; Python number or 0-d array.
 
     Each of d factors takes scale^(1/d), or, with `split` false as in quad_torch, all of it.
@@ -73,16 +74,16 @@ class AxisNorm(NamedTuple):
     draws: Draws
     axis: int
 
-    def positive(self, t: Array) -> Array:
+    def positive(self, t: Factor) -> Scalar:
         """Of a positive semidefinite term, dense or diagonal."""
         return self.bound(t, self.draws, f"bound/{self.axis}", positive=True)
 
-    def skew(self, r: Array, sweep: int = 0, skip: Array | None = None) -> Array:
+    def skew(self, r: Matrix, sweep: int = 0, skip: Scalar | None = None) -> Scalar:
         """Of the skew-Hermitian generator of a rotation."""
         return self.bound(r, self.draws, f"turn/{self.axis}/{sweep}", positive=False, skip=skip)
 
 
-def _terms(geometry: Geometry, q: Array, a: Array, b: Array | None, axis: int) -> tuple[Array, Array | float]:
+def _terms(geometry: Geometry, q: Factor, a: Tensor, b: Tensor | None, axis: int) -> tuple[Factor, Factor | float]:
     """T1 and T2 of one factor; T2 is a number c where it is c times the identity."""
     diagonal = q.ndim < 2
     t1 = gram(geometry.lift(q, a, axis), axis, diagonal=diagonal)
@@ -91,7 +92,7 @@ def _terms(geometry: Geometry, q: Array, a: Array, b: Array | None, axis: int) -
     return t1, gram(geometry.lift(q, b, axis), axis, diagonal=diagonal)
 
 
-def _moved(geometry: Geometry, q: Array, d: Array, m: Array, norm: AxisNorm) -> Array:
+def _moved(geometry: Geometry, q: Factor, d: Factor, m: Scalar, norm: AxisNorm) -> Factor:
     """One factor after its step along D."""
     if q.ndim < 2:
         return geometry.move_diagonal(q, d, m)
@@ -104,8 +105,8 @@ def fit(
     bound: NormBound,
     factors: Factors,
     pair: Pair,
-    rate: Array | float,
-    memory: Array | float,
+    rate: Scalar | float,
+    memory: Scalar | float,
     draws: Draws,
 ) -> Factors:
     r"""Move every factor once towards fitting the pair: the one update of all geometries and both criteria.

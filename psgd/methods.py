@@ -188,7 +188,7 @@ class QuadTorch(Method):
         None, "first scale of each factor; None takes it from the first gradients", "(0, inf)"
     )
     noise_scale: float = setting(1e-9, "noise added to what is whitened, times a standard normal", "[0, inf)")
-    dtype: Any = setting(None, "dtype of all state, by name or as the framework has it; None is the parameter's", kind="dtype")
+    dtype: Any = setting(None, "dtype of all state, or its name; None is the parameter's", kind="dtype")
 
     def recipe(self) -> Recipe:
         return Recipe(

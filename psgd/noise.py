@@ -15,7 +15,8 @@ from math import prod, sqrt
 from types import ModuleType
 from typing import Any, Protocol
 
-from psgd._xp import Array, is_complex, make, namespace, real_dtype
+from psgd._xp import is_complex, make, namespace, real_dtype
+from psgd.arrays import Array
 
 GOLDEN = 0x9E3779B9 - (1 << 32)  # 2^32 / golden ratio: consecutive counters land far apart
 M1, M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # the "lowbias32" multipliers of C. Wellons' hash prospector

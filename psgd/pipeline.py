@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from psgd import criterion, kron, noise
-from psgd._xp import Array, dtype_of, lifted_dtype, make, namespace, number, real_dtype
+from psgd._xp import dtype_of, lifted_dtype, make, namespace, number, real_dtype
+from psgd.arrays import Array
 from psgd.geometry import Geometry
 from psgd.noise import Draws
 from psgd.rotate import balanced

@@ -7,16 +7,17 @@ from functools import reduce
 from operator import and_
 from typing import Any
 
-from psgd._xp import Array, adjoint, diagonal, lifted_dtype, namespace, number, real_dtype, tiny
+from psgd._xp import adjoint, diagonal, lifted_dtype, namespace, number, real_dtype, tiny
+from psgd.arrays import Factor, Matrix, Scalar
 from psgd.spectral import SkewNorm
 
 
-def symmetrised(q: Array) -> Array:
+def symmetrised(q: Matrix) -> Matrix:
     """(q + q^H) / 2."""
     return (q + adjoint(q)) / 2
 
 
-def balanced(qs: Sequence[Array], when: bool | Array = True) -> tuple[Array, ...]:
+def balanced(qs: Sequence[Factor], when: bool | Scalar = True) -> tuple[Factor, ...]:
     """Scale the d factors of a tensor to equal largest entries: q_i <- q_i g / r_i, r_i = max|q_i|, g^d = prod r_i.
 
     The product of the factors, and so P, is unchanged. Where the boolean `when` is false nothing is. A factor that
@@ -33,20 +34,20 @@ def balanced(qs: Sequence[Array], when: bool | Array = True) -> tuple[Array, ...
     return tuple(q * xp.astype(xp.exp(mean - r), real_dtype(q)) for q, r in zip(qs, logs, strict=True))
 
 
-def _unit_skew(q: Array, norm: SkewNorm, **sweep: Any) -> Array:
+def _unit_skew(q: Matrix, norm: SkewNorm, **sweep: Any) -> Matrix:
     """R = (q^H - q) / ||q^H - q||, the direction of steepest ascent of Re tr(exp(aR) q) over rotations."""
     xp = namespace(q)
     r = adjoint(q) - q
     return r / (xp.astype(norm(r, **sweep), real_dtype(q)) + tiny(q))
 
 
-def _trace(a: Array) -> Array:
+def _trace(a: Matrix) -> Scalar:
     """Re tr a, lifted from half precision."""
     xp = namespace(a)
     return xp.sum(xp.astype(diagonal(a), lifted_dtype(a)))
 
 
-def procrustes2(q: Array, norm: SkewNorm, largest: float = 1 / 8) -> Array:
+def procrustes2(q: Matrix, norm: SkewNorm, largest: float = 1 / 8) -> Matrix:
     r"""Rotate q towards its Hermitian polar factor by a line search to second order.
 
         q <- q + a (R q + (a/2) R^2 q),   a = min(-t1/t2, 1/8),   t_k = Re tr(R^k q)
@@ -65,7 +66,7 @@ def procrustes2(q: Array, norm: SkewNorm, largest: float = 1 / 8) -> Array:
     return q + a * (rq + (a / 2) * rrq)
 
 
-def procrustes3(q: Array, norm: SkewNorm, largest: float = 1 / 3, **sweep: Any) -> Array:
+def procrustes3(q: Matrix, norm: SkewNorm, largest: float = 1 / 3, **sweep: Any) -> Matrix:
     r"""The same line search to third order, for a q that may be far from Hermitian.
 
         q <- q + a (R q + (a/2) (R^2 q + (a/4) R^3 q)),   a = min(larger root of t1 + a t2 + (3/8) a^2 t3 = 0, 1/3)
@@ -89,7 +90,7 @@ def procrustes3(q: Array, norm: SkewNorm, largest: float = 1 / 3, **sweep: Any) 
     return q + a * (rq + (a / 2) * (rrq + (a / 4) * rrrq))
 
 
-def polished(q: Array, norm: SkewNorm, sweeps: int = 10, tolerance: float = 1e-3) -> Array:
+def polished(q: Matrix, norm: SkewNorm, sweeps: int = 10, tolerance: float = 1e-3) -> Matrix:
     """Rotate by `procrustes3` until max|q^H - q| < tolerance max|q|, at most `sweeps` times.
 
     The number of products is fixed and sweeps after the last needed one are masked: nothing branches on values.

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from psgd._xp import Array, conj, diagonal, lifted_dtype, namespace, real, tiny
+from psgd._xp import conj, diagonal, lifted_dtype, namespace, real, tiny
+from psgd.arrays import Factor, Matrix, Rows, Scalar
 from psgd.noise import Draws
 
 
-def norm_bound(a: Array, probes: Array, *, products: int, positive: bool, offset: float = 0.0) -> Array:
+def norm_bound(a: Matrix, probes: Rows, *, products: int, positive: bool, offset: float = 0.0) -> Scalar:
     r"""Lower bound on ||a||_2 of a Hermitian or skew-Hermitian matrix.
 
     With S a cheap upper scale of `a` and A = a / S, the row A_j of largest norm starts the probes in the dominant
@@ -55,7 +56,7 @@ class NormBound:
     products: int = 4
     offset: float = 0.0
 
-    def __call__(self, a: Array, draws: Draws, role: str, *, positive: bool, skip: Array | None = None) -> Array:
+    def __call__(self, a: Factor, draws: Draws, role: str, *, positive: bool, skip: Scalar | None = None) -> Scalar:
         """`norm_bound` of an (n, n) matrix, or the largest entry of an (n,) or 0-d diagonal; at least float32."""
         xp = namespace(a)
         if a.ndim < 2:
@@ -70,11 +71,11 @@ class NormBound:
 class TraceBound(NormBound):
     """The trace for the norm of a positive matrix, exact if its rank is one [psgd_torch DenseNewton]."""
 
-    def __call__(self, a: Array, draws: Draws, role: str, *, positive: bool, skip: Array | None = None) -> Array:
+    def __call__(self, a: Factor, draws: Draws, role: str, *, positive: bool, skip: Scalar | None = None) -> Scalar:
         if not positive or a.ndim < 2:
             return super().__call__(a, draws, role, positive=positive, skip=skip)
         xp = namespace(a)
         return xp.sum(xp.astype(diagonal(a), lifted_dtype(a)))
 
 
-SkewNorm = Callable[..., Array]  # (r, sweep=0, skip=None) -> 0-d bound on the norm of a skew-Hermitian r
+SkewNorm = Callable[..., Scalar]  # (r, sweep=0, skip=None) -> 0-d bound on the norm of a skew-Hermitian r
