@@ -8,43 +8,32 @@ from sklearn.datasets import load_digits
 
 from psgd_jax_backend import procrustes
 
-STEPS, BATCH = 200, 100
-images, labels = load_digits(return_X_y=True)
+images, labels = load_digits(return_X_y=True)  # the last 297 are held out
 x, y = jnp.asarray(images / 16, dtype=jnp.float32), jnp.asarray(labels)
 random = np.random.default_rng(0)
-
-
-def layer(n_in, n_out):
-    weight = jnp.asarray(random.standard_normal((n_out, n_in)) / n_in**0.5, dtype=jnp.float32)
-    return {"weight": weight, "bias": jnp.zeros(n_out)}
+weights = [random.standard_normal((n, m)) / m**0.5 for n, m in [(32, 64), (32, 32), (10, 32)]]
+params = [{"w": jnp.asarray(w, dtype=jnp.float32), "b": jnp.zeros(len(w))} for w in weights]
+optimizer = procrustes(0.01)
 
 
 def model(params, x):
-    for i, p in enumerate(params):
-        x = (jnp.tanh(x) if i else x) @ p["weight"].T + p["bias"]
+    for i, layer in enumerate(params):
+        x = (jnp.tanh(x) if i else x) @ layer["w"].T + layer["b"]
     return x
-
-
-def loss_of(params, x, y):
-    return optax.softmax_cross_entropy_with_integer_labels(model(params, x), y).mean()
 
 
 @jax.jit
 def train_step(params, state, x, y):
-    loss, gradients = jax.value_and_grad(loss_of)(params, x, y)
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    loss, gradients = jax.value_and_grad(lambda p: cross_entropy(model(p, x), y).mean())(params)
     updates, state = optimizer.update(gradients, state, params)
     return optax.apply_updates(params, updates), state, loss
 
 
-params = [layer(64, 32), layer(32, 32), layer(32, 10)]
-optimizer = procrustes(0.02)
 state = optimizer.init(params)
-
-for step in range(1, STEPS + 1):
-    batch = random.choice(1500, BATCH, replace=False)
+for step in range(1, 201):
+    batch = random.choice(1500, 100, replace=False)
     params, state, loss = train_step(params, state, x[batch], y[batch])
     if step == 1 or step % 50 == 0:
         print(f"step {step:3d}  loss {loss:.6f}")
-
-accuracy = (model(params, x[1500:]).argmax(1) == y[1500:]).mean()
-print(f"accuracy on held-out digits {accuracy:.3f}")
+print(f"held-out accuracy {(model(params, x[1500:]).argmax(1) == y[1500:]).mean():.3f}")

@@ -1,0 +1,350 @@
+"""The command `psgd`: train in every framework, compare the trajectories, replay recorded runs.
+
+Exit codes: 0 where every verdict is a pass, 1 where one is not, 2 where the command was not understood or a package is
+missing. Frameworks load when a driver asks for them, so help is quick.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from itertools import chain
+from math import inf
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from conformance.terminal import (
+        console,
+        end,
+        files,
+        known,
+        packages,
+        progress,
+        refuse,
+        sheet,
+        verdict,
+        writable,
+        write_json,
+    )
+except ImportError as missing:
+    raise SystemExit(f"psgd: {missing.name} is not installed; pip install 'psgd[cli]'") from None
+
+import numpy as np
+
+from conformance import golden as recorded
+from conformance import report as pages
+from conformance.compare import Comparison, Tick
+from conformance.compare import compare as compared
+from conformance.drivers import DRIVERS
+from conformance.frameworks import FRAMEWORKS, Framework
+from conformance.problems import PROBLEMS
+from conformance.tolerances import LOCKED, bound_for
+from psgd.methods import METHODS
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+
+DEMO_PROBLEM = "mlp-digits"
+DEMO_DRIVERS = ("torch", "jax")
+DEMO_PACKAGES = ("torch", "jax", "optax", "sklearn", "matplotlib")
+DEMO_LOCKED_STEPS = 30
+
+Steps = Annotated[int, typer.Option(min=1, help="How many steps to train.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the start and of the batches.")]
+Json = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write the result to this file as JSON.")]
+
+
+# ---- comparing ----------------------------------------------------------------------------
+def run(
+    method: str, problem: str, steps: int, dtype: str, seed: int, locked: bool, drivers: Sequence[str]
+) -> Comparison:
+    """A comparison behind a progress bar."""
+    enveloped = bound_for(PROBLEMS[problem], dtype, locked=locked).value is None
+    title = f"{method}, {pages.MODES['locked' if locked else 'free']}"
+    with progress(title, steps * (2 if enveloped else 1)) as tick:
+        return compared(method, problem, steps=steps, dtype=dtype, seed=seed, locked=locked, drivers=drivers, tick=tick)
+
+
+def loaded(framework: Framework) -> Framework:
+    """A framework that is installed; ImportError where it is not."""
+    framework.array(np.zeros(1), "float32")
+    return framework
+
+
+def installed(names: Sequence[str]) -> list[str]:
+    """Those drivers whose framework is there; the others are named once."""
+    there = []
+    for name in names:
+        try:
+            loaded(DRIVERS[name].framework)
+            there.append(name)
+        except ImportError as error:
+            console(stderr=True).print(f"left out {name}: {error.name} is not installed", markup=False)
+    return there
+
+
+def chosen(drivers: str | None) -> list[str]:
+    """Drivers by name, or all that are installed. A comparison needs two, and one that differentiates."""
+    names = list(dict.fromkeys(name.strip() for name in drivers.split(","))) if drivers is not None else None
+    names = installed(list(DRIVERS)) if names is None else [known("driver", name, DRIVERS) for name in names]
+    if len(names) < 2:
+        refuse(f"a comparison needs two drivers or more; choose of {', '.join(DRIVERS)}")
+    if not any(DRIVERS[name].differentiates for name in names):
+        able = ", ".join(name for name, driver in DRIVERS.items() if driver.differentiates)
+        refuse(f"none of {', '.join(names)} differentiates; add one of {able}")
+    return names
+
+
+def pairs_table(comparison: Comparison) -> Table:
+    """One row for each pair; what is not judged is dim."""
+    kinds = list(comparison.pairs[0].curves)
+    made = sheet(["pair"], [*kinds, "bound", "first step over", "verdict"])
+    for pair in comparison.pairs:
+        shown = [f"{x:.1e}" if kind in pair.judged else f"[dim]{x:.1e}[/]" for kind, x in pair.max_rel_diff().items()]
+        over = str(pair.first_step_over or "–")
+        made.add_row(f"{pair.a} – {pair.b}", *shown, f"{np.max(pair.bound):.1e}", over, verdict(pair.passed))
+    return made
+
+
+def tell_failures(out: Console, comparison: Comparison, prefix: str = "") -> None:
+    for pair in comparison.pairs:
+        if not pair.passed:
+            out.print(prefix + pages.explain(pair), markup=False, style="red", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    method: Annotated[str, typer.Option(help="A registered method; `psgd methods` lists them.")],
+    problem: Annotated[str, typer.Option(help=f"One of {', '.join(PROBLEMS)}.")],
+    steps: Steps = 100,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(LOCKED)}.")] = "float64",
+    seed: Seed = 0,
+    locked: Annotated[bool, typer.Option("--locked", help="Take each step from one common state.")] = False,
+    drivers: Annotated[
+        str | None, typer.Option(help=f"At least two of {','.join(DRIVERS)}; default: all that are installed.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Run drivers beside each other on one problem; exit code 1 if a pair leaves its bound.
+
+    The JSON holds a list of pairs. A number that is infinite or not a number is null in it.
+    """
+    known("method", method, METHODS)
+    known("problem", problem, PROBLEMS)
+    known("dtype", dtype, LOCKED)
+    writable(json_file)
+    with packages():
+        comparison = run(method, problem, steps, dtype, seed, locked, chosen(drivers))
+    write_json(json_file, comparison.json())
+    out = console()
+    out.print(f"[bold]{method}[/] on {problem}, {steps} steps, {dtype}, seed {seed}, {pages.MODES[comparison.mode]}")
+    out.print("largest relative difference of", pairs_table(comparison))
+    out.print(f"Bound: {comparison.bound.reason}.", markup=False, style="dim")
+    tell_failures(out, comparison)
+    end(comparison.passed)
+
+
+# ---- the demonstration ----------------------------------------------------------------------
+def demo_table(runs: Sequence[tuple[Comparison, Comparison]]) -> Table:
+    """One row for each method: how it ended, how far apart, both verdicts."""
+    ends = [f"{what}\n{driver}" for what in ("loss", "acc.") for driver in DEMO_DRIVERS]
+    made = sheet(["method"], [*ends, "largest\ndifference", "bound\nat most", "\nverdict", "step-\nlocked"])
+    for free, locked in runs:
+        accuracy = free.accuracy()
+        made.add_row(
+            free.method,
+            *(f"{free.losses[driver][-1]:.4f}" for driver in DEMO_DRIVERS),
+            *(f"{accuracy[driver]:.1%}" for driver in DEMO_DRIVERS),
+            f"{pages.largest(free):.1e}",
+            f"{pages.largest_bound(free):.1e}",
+            verdict(free.passed),
+            verdict(locked.passed),
+        )
+    return made
+
+
+@app.command()
+def demo(
+    report: Annotated[Path, typer.Option(dir_okay=False, help="Where to write the report.")] = Path("report.html"),
+    steps: Steps = 150,
+    seed: Seed = 0,
+    picture: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Also write loss and difference as a PNG.")
+    ] = None,
+) -> None:
+    """Train the digits with every method in PyTorch and in JAX, compare, and write a report.
+
+    Exit code 1 if a run leaves its bound.
+    """
+    writable(report, picture)
+    with packages():
+        for package in DEMO_PACKAGES:
+            import_module(package)
+        runs = [demo_runs(method, steps, seed) for method in METHODS]
+    comparisons = list(chain(*runs))
+    with files():
+        pages.write(comparisons, report)
+        if picture:
+            pages.picture(comparisons, picture)
+    finish_demo(runs, report)
+
+
+def demo_runs(method: str, steps: int, seed: int) -> tuple[Comparison, Comparison]:
+    """A method's free-running comparison and a short step-locked one."""
+    few = min(steps, DEMO_LOCKED_STEPS)
+    free = run(method, DEMO_PROBLEM, steps, "float64", seed, False, DEMO_DRIVERS)
+    return free, run(method, DEMO_PROBLEM, few, "float64", seed, True, DEMO_DRIVERS)
+
+
+def finish_demo(runs: Sequence[tuple[Comparison, Comparison]], report: Path) -> None:
+    """The table, what failed and where, and the place of the report."""
+    out, first = console(), runs[0][0]
+    out.print(f"\n[bold]{first.problem}[/], {first.steps} steps in {first.dtype}, with {' and '.join(first.losses)}")
+    out.print(demo_table(runs))
+    for c in chain(*runs):
+        tell_failures(out, c, f"{c.method}, {pages.MODES[c.mode]}: ")
+    out.print(f"Report: {report.absolute()}", markup=False, soft_wrap=True)
+    end(all(c.passed for c in chain(*runs)))
+
+
+# ---- recorded runs ------------------------------------------------------------------------
+def replayed(case: recorded.Case, folder: Path, framework: Framework, tick: Tick) -> recorded.Result:
+    """A case's result; an exception is a failure, whose message stands for where it failed."""
+    try:
+        return recorded.replay(case, folder, framework)
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        return recorded.Result(str(case["file"]).removesuffix(".npz"), case["family"], inf, case["rtol"], message)
+    finally:
+        tick()
+
+
+Results = dict[str, list[recorded.Result]]
+
+
+def replay_all(cases: Sequence[recorded.Case], folder: Path, drivers: Sequence[str]) -> Results:
+    """Results of every driver, in the order of the cases."""
+    frameworks = {name: loaded(FRAMEWORKS[name]) for name in drivers}
+    results: Results = {}
+    for name, framework in frameworks.items():
+        with progress(f"{len(cases)} cases in {name}", len(cases)) as tick:
+            results[name] = [replayed(case, folder, framework, tick) for case in cases]
+    return results
+
+
+def read_cases(folder: Path, families: Sequence[str]) -> list[recorded.Case]:
+    """The cases of a folder, of some families or of all."""
+    try:
+        with files():
+            cases = recorded.cases(folder)
+        held = dict.fromkeys(case["family"] for case in cases)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        refuse(str(error) if type(error) is ValueError else f"{folder}/index.json is not an index of cases: {error!r}")
+    for name in families:
+        known("family", name, held)
+    return [case for case in cases if not families or case["family"] in families]
+
+
+def golden_table(results: Results) -> Table:
+    """One row for each case, one column for each driver; families are set apart."""
+    made = sheet(["case"], ["rtol", *results])
+    family = None
+    for row in zip(*results.values(), strict=True):
+        if row[0].family != family:
+            family = row[0].family
+            made.add_section()
+            made.add_row(f"[bold]{family}[/]")
+        errors = [f"[green]{r.error:.1e}[/]" if r.passed else f"[bold red]{r.error:.1e} ✗[/]" for r in row]
+        made.add_row(f"  {row[0].case}", f"{row[0].rtol:.0e}", *errors)
+    return made
+
+
+def counted(names: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({n})" for name, n in names.items())
+
+
+def unsupported(cases: Sequence[recorded.Case]) -> dict[str, dict[str, int]]:
+    """How many cases wait for what: families by name, and functions of families that are there in part."""
+    waiting = [case for case in cases if not recorded.supported(case)]
+    families = Counter(case["family"] for case in waiting if case["family"] not in recorded.FAMILIES)
+    functions = Counter(case["function"] for case in waiting if case["family"] in recorded.FAMILIES)
+    return {"families": dict(families), "functions": dict(functions)}
+
+
+def golden_json(folder: Path, results: Results, waiting: Mapping[str, Any]) -> dict[str, Any]:
+    """The result as plain data."""
+
+    def plain(r: recorded.Result) -> dict[str, Any]:
+        return vars(r) | {"verdict": "pass" if r.passed else "fail"}
+
+    drivers = [
+        {
+            "driver": name,
+            "passed": sum(r.passed for r in rows),
+            "failed": sum(not r.passed for r in rows),
+            "cases": list(map(plain, rows)),
+        }
+        for name, rows in results.items()
+    ]
+    return {"folder": str(folder), "drivers": drivers, "not_yet_supported": waiting}
+
+
+@app.command()
+def golden(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of recorded cases with its index.json.")],
+    family: Annotated[list[str] | None, typer.Option(help="Only this family; may be repeated.")] = None,
+    driver: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(FRAMEWORKS)}; may be repeated.  [default: numpy]")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Replay recorded runs of the published implementations; exit code 1 if a case is off by more than its rtol.
+
+    The JSON holds every case of every driver. An error that is infinite or not a number is null in it.
+    """
+    drivers = [known("driver", name, FRAMEWORKS) for name in dict.fromkeys(driver or ["numpy"])]
+    writable(json_file)
+    cases = read_cases(folder, family or [])
+    with packages():
+        results = replay_all([case for case in cases if recorded.supported(case)], folder, drivers)
+    waiting = unsupported(cases)
+    write_json(json_file, golden_json(folder, results, waiting))
+    tell_golden(console(), results, waiting)
+    end(all(r.passed for rows in results.values() for r in rows))
+
+
+def tell_golden(out: Console, results: Results, waiting: Mapping[str, Mapping[str, int]]) -> None:
+    """The table, what failed and where, the counts, and what is not supported yet."""
+    out.print("largest relative error", golden_table(results))
+    for name, rows in results.items():
+        for r in rows:
+            if not r.passed:
+                text = f"{name}: {r.case} is off by {r.error:.1e}, more than {r.rtol:.0e}, at {r.where}"
+                out.print(text, markup=False, style="red", soft_wrap=True)
+    for name, rows in results.items():
+        passed = sum(r.passed for r in rows)
+        out.print(f"{name}: {passed} passed, {len(rows) - passed} failed", markup=False)
+    for what, names in waiting.items():
+        if names:
+            out.print(f"{len(names)} {what} not yet supported: {counted(names)}", markup=False, soft_wrap=True)
+
+
+# ---- the methods --------------------------------------------------------------------------
+@app.command()
+def methods() -> None:
+    """List the registered methods."""
+    made = sheet(["name", "torch class", "summary", "source"])
+    for name, method in METHODS.items():
+        made.add_row(f"[bold]{name}[/]", method.title, *(escape(text) for text in (method.summary, method.source)))
+    console().print(made)
+
+
+def main() -> None:
+    """The entry point."""
+    app(prog_name="psgd")

@@ -1,0 +1,293 @@
+"""The recorded runs replay in every namespace, and a replay that should fail does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conformance import golden
+from conformance.frameworks import FRAMEWORKS
+from psgd import rotate
+from psgd.geometry import GEOMETRIES
+
+FOLDER = Path(__file__).with_name("golden")
+CASES = {case["file"].removesuffix(".npz"): case for case in golden.cases(FOLDER)}
+MOST_BYTES = 3_000_000
+
+
+def arrays(case):
+    with np.load(FOLDER / case["file"]) as data:
+        return dict(data)
+
+
+def elements(case):
+    return sum(int(np.prod(shape)) for shape in case["shapes"])
+
+
+def first_of(*fields, where=lambda case: True):
+    """Names of the smallest case for each combination of values of some fields."""
+    chosen = {}
+    for name, case in sorted(CASES.items(), key=lambda item: elements(item[1])):
+        if where(case):
+            chosen.setdefault(tuple(case.get(f) for f in fields), name)
+    return sorted(chosen.values())
+
+
+def is_matrix(case):
+    """Has it two axes, both longer than one? A function whose notes say nothing of shapes counts too."""
+    return case["family"] == "primitive" or any(len(s) == 2 and min(s) > 1 for s in case["shapes"])
+
+
+def is_double(case):
+    return case["dtype"] == "float64" and is_matrix(case)
+
+
+def is_function(case):
+    return case["family"].startswith(("kron", "dense"))
+
+
+# JAX runs operation by operation here, and compiles each operation for each shape: a few shapes, all geometries.
+OF_JAX = sorted(
+    {
+        *first_of("family", "geometry", where=lambda case: is_function(case) and is_double(case)),
+        *first_of("family", "dtype", where=is_function),
+        *first_of("family", where=is_double),
+        *first_of("function", where=lambda case: case["family"] == "primitive"),
+    }
+)
+# One of each family and geometry, in which to plant errors; the primitives keep no state.
+WITH_STATE = first_of("family", "geometry", where=lambda case: case["dtype"] == "float64" and "state" in case)
+
+
+# ---- what is in the folder -------------------------------------------------------------------
+def test_folder_and_index_hold_the_same_files():
+    assert {case["file"] for case in CASES.values()} == {path.name for path in FOLDER.glob("*.npz")}
+
+
+def test_folder_is_small():
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < MOST_BYTES
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_is_replayed(name):
+    case = CASES[name]
+    assert golden.supported(case)
+    t = case["steps"]
+    with np.load(FOLDER / case["file"]) as data:
+        assert any(key.split("/")[1] == str(t) for key in data), "the last step left nothing"
+        assert all(data[key].dtype != object for key in data)
+
+
+def kinds_of_shape(case):
+    """The kinds of shape that a tensor shows: its number of axes, and whether one of them has length one."""
+    return {(len(shape), 1 in shape) for shape in case["shapes"]}
+
+
+@pytest.mark.parametrize("family", ["kron_whiten", "kron_newton"])
+def test_each_geometry_was_recorded_on_every_kind_of_shape_and_dtype(family):
+    seen: dict[str, set] = {}
+    for case in CASES.values():
+        if case["family"] == family:
+            kinds = {(*kind, case["dtype"].rstrip("0123456789")) for kind in kinds_of_shape(case)}
+            seen[case["geometry"]] = seen.get(case["geometry"], set()) | kinds
+    plain = {(n, False, "float") for n in range(5)} | {(2, True, "float"), (2, False, "complex")}
+    assert len(seen) == 7
+    assert all(plain <= kinds for kinds in seen.values())
+
+
+def test_balancing_was_recorded():
+    balanced = [
+        name
+        for name, case in CASES.items()
+        if any(
+            kind.startswith("rand:") and arrays(case)[f"draw/{t}/{k}"] < 0.01
+            for t, kinds in case["draws"].items()
+            for k, kind in enumerate(kinds)
+        )
+    ]
+    assert len(balanced) > 20
+
+
+# ---- replays ---------------------------------------------------------------------------------
+def assert_replays(name, framework, folder=FOLDER):
+    result = golden.replay(CASES[name], folder, FRAMEWORKS[framework])
+    assert result.passed, f"{result.where} is off by {result.error:.1e}, allowed {result.rtol:.1e}"
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("framework", ["numpy", "torch", "strict"])
+def test_replay(name, framework):
+    assert_replays(name, framework)
+
+
+@pytest.mark.parametrize("name", OF_JAX)
+def test_replay_in_jax(name):
+    assert_replays(name, "jax")
+
+
+# ---- replays that must fail ------------------------------------------------------------------
+def saved(case, data, folder):
+    """A case with other arrays, in a folder of its own."""
+    np.savez(folder / case["file"], **data)
+    return case
+
+
+def replayed(case, data, folder):
+    return golden.replay(saved(case, data, folder), folder, FRAMEWORKS["numpy"])
+
+
+def shifted(x, by):
+    """x with its last entry off by a fraction of the largest."""
+    x = np.array(x)
+    x.reshape(-1)[-1] += by * np.max(np.abs(x))
+    return x
+
+
+@pytest.mark.parametrize("kind", ["Q", "L"])
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_one_entry_off_by_a_millionth_fails(name, kind, tmp_path):
+    case = CASES[name]
+    data = arrays(case)
+    last = max((key for key in data if key.startswith(f"{kind}/")), key=lambda key: int(key.split("/")[1]))
+    data[last] = shifted(data[last], 1e-6)
+    result = replayed(case, data, tmp_path)
+    assert not result.passed
+    assert result.where == last
+    assert result.error == pytest.approx(1e-6, rel=0.01)
+
+
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_another_gradient_fails(name, tmp_path):
+    case = CASES[name]
+    data = arrays(case)
+    data["grad/1/0"] = shifted(data["grad/1/0"], 1e-3)
+    assert not replayed(case, data, tmp_path).passed
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c["family"] == "primitive"])
+def test_another_result_of_a_primitive_fails(name, tmp_path):
+    case = CASES[name]
+    data = arrays(case)
+    data["out/1/0"] = np.asarray(data["out/1/0"]) * 2
+    result = replayed(case, data, tmp_path)
+    assert not result.passed
+    assert result.where == "out/1/0"
+
+
+def one_draw_more(case, data, kind, value):
+    """The case with one more draw at its last step."""
+    t = str(case["steps"])
+    draws = case["draws"].get(t, [])
+    data[f"draw/{t}/{len(draws)}"] = value
+    return {**case, "draws": case["draws"] | {t: [*draws, kind]}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [("randn:2,2", np.ones((2, 2))), ("rand:", np.asarray(0.5))], ids=["normal", "coin"]
+)
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_a_draw_that_is_not_asked_for_fails(name, kind, value, tmp_path):
+    data = arrays(CASES[name])
+    case = one_draw_more(CASES[name], data, kind, value)
+    with pytest.raises(ValueError, match="were not asked for"):
+        replayed(case, data, tmp_path)
+
+
+@pytest.mark.parametrize("name", first_of("family", where=lambda case: "state" in case and is_matrix(case)))
+def test_a_draw_of_another_size_fails(name, tmp_path):
+    case = CASES[name]
+    data = arrays(case)
+    k = case["draws"]["1"].index(next(kind for kind in case["draws"]["1"] if not kind.startswith("rand:")))
+    data[f"draw/1/{k}"] = np.ones(data[f"draw/1/{k}"].size + 1)
+    with pytest.raises(ValueError, match="the step asks for"):
+        replayed(case, data, tmp_path)
+
+
+def test_a_case_without_anything_to_compare_fails(tmp_path):
+    case = CASES[WITH_STATE[0]]
+    data = {k: x for k, x in arrays(case).items() if k.split("/")[0] not in ("Q", "L", "m", "out", "param")}
+    with pytest.raises((ValueError, KeyError)):
+        replayed(case, data, tmp_path)
+
+
+# ---- sweeps that were not needed -------------------------------------------------------------
+class Counted(golden.Recording):
+    """A recording that counts what is asked of it, by whether it was used."""
+
+    used = masked = 0
+
+    def normal(self, role, shape, like, skip=None):
+        if skip is not None and bool(skip):
+            Counted.masked += 1
+        else:
+            Counted.used += 1
+        return super().normal(role, shape, like, skip)
+
+
+SWEEPING = [
+    name
+    for name, case in CASES.items()
+    if is_function(case) and GEOMETRIES[case["geometry"]].turn is rotate.polished and case["dtype"] != "float32"
+]
+
+
+@pytest.mark.parametrize("name", SWEEPING)
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_masked_sweeps_use_exactly_the_recorded_draws(name, framework, monkeypatch):
+    monkeypatch.setattr(golden, "Recording", Counted)
+    monkeypatch.setattr(Counted, "used", 0)
+    monkeypatch.setattr(Counted, "masked", 0)
+    assert_replays(name, framework)
+    recorded = [kind for kinds in CASES[name]["draws"].values() for kind in kinds if not kind.startswith("rand:")]
+    assert Counted.used == len(recorded)
+    # A dense axis draws at least its bound and one sweep, and at most ten sweeps.
+    assert (Counted.masked > 0) == (max(map(len, CASES[name]["draws"].values())) > 2)
+
+
+# ---- the rules of comparing ------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("got", "want", "atol", "expected"),
+    [
+        ([1.0, 2.0], [1.0, 4.0], 0.0, 0.5),
+        ([1.0, 2.0], [1.0, 4.0], 1.0, 0.25),
+        ([1.0, np.nan], [1.0, 4.0], 0.0, np.inf),
+        ([np.nan, np.nan], [0.0, 0.0], 0.0, np.inf),
+        ([1.0], [1.0, 1.0], 0.0, np.inf),
+        ([0.0], [0.0], 0.0, 0.0),
+        ([1e-30], [0.0], 0.0, np.inf),
+        ([], [], 0.0, 0.0),
+        ([1.0 + 1j], [1.0 - 1j], 0.0, np.sqrt(2)),
+    ],
+)
+def test_error(got, want, atol, expected):
+    assert golden.error(np.array(got), np.array(want), atol) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("inf", np.inf), ([2.0, 10.0], (2.0, 10.0)), (0.5, 0.5), (None, None), ("adam", "adam")]
+)
+def test_recorded_options(value, expected):
+    assert golden.number(value) == expected
+
+
+# ---- what is not supported -------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "case", [{"family": "no_such_family"}, {"family": "primitive", "function": "no_such_function"}]
+)
+def test_unknown_families_are_told_apart(case):
+    assert not golden.supported(case)
+
+
+@pytest.mark.parametrize("index", [{"schema": 2, "cases": []}, {"cases": []}])
+def test_another_schema_is_refused(index, tmp_path):
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="schema"):
+        golden.cases(tmp_path)
+
+
+def test_a_folder_without_index_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no index\.json"):
+        golden.cases(tmp_path)

@@ -1,0 +1,235 @@
+"""The documents hold: their code runs, their links lead somewhere, their tables are what the registries say.
+
+`python docs/docs_test.py` writes the tables anew.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from conformance import tolerances
+from conformance.drivers import DRIVERS
+from conformance.problems import PROBLEMS
+from psgd.geometry import GEOMETRIES
+from psgd.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = [*([README] if README.is_file() else []), *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^ *```")
+
+
+def names(paths):
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+# ---- code -------------------------------------------------------------------------------
+def blocks(path):
+    """Each fenced block as (what its fence says, first line number from 0, lines)."""
+    said, start, held = None, 0, []
+    for i, line in enumerate(path.read_text().splitlines()):
+        if not FENCE.match(line):
+            held.append(line)
+        elif said is None:
+            said, start, held = line.strip().strip("`"), i + 1, []
+        else:
+            yield said, start, held
+            said = None
+
+
+def program(path):
+    """The Python of a document, each line at its own number, so that an error tells where it is."""
+    lines = [""] * len(path.read_text().splitlines())
+    for said, start, held in blocks(path):
+        if said == "python":
+            lines[start : start + len(held)] = held
+    return "\n".join(lines)
+
+
+WITH_CODE = [path for path in DOCUMENTS if program(path).strip()]
+
+
+@pytest.mark.parametrize("path", WITH_CODE, ids=names(WITH_CODE))
+def test_python_runs(path, tmp_path):
+    script = tmp_path / f"{path.name}.py"
+    script.write_text(program(path))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ---- links ------------------------------------------------------------------------------
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def prose(path):
+    """A document without its fenced blocks."""
+    text, inside = [], False
+    for line in path.read_text().splitlines():
+        inside ^= bool(FENCE.match(line))
+        text.append("" if inside else line)
+    return "\n".join(text)
+
+
+def anchors(path):
+    """The anchors that GitHub gives to the headings of a document."""
+    heads = re.findall(r"^#+ +(.*)$", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=names(DOCUMENTS))
+def test_local_links_lead_somewhere(path):
+    for link in LINK.findall(prose(path)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), f"{link} leads nowhere"
+        assert not anchor or anchor in anchors(target), f"{link}: no such heading"
+
+
+# ---- tables -----------------------------------------------------------------------------
+def table(head, rows):
+    cells = [list(head), ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells)
+
+
+def code(value):
+    return f"`{value}`"
+
+
+def called(function: Callable | str | None) -> str:
+    """The name of a rule; of one that a function made, that function's."""
+    return code(function if isinstance(function, str) else function.__qualname__.split(".")[0])
+
+
+def geometries():
+    head = ("geometry", "fits", "measure", "refer", "lift", "E T2 / c", "move", "diagonal", "turn")
+
+    def row(name, g):
+        expected = "drawn" if g.expected is None else called(g.expected)
+        rules = map(called, (g.measure or g.precondition, g.refer, g.lift))
+        turn = "" if g.turn is None else called(g.turn)
+        return name, "P" if g.fits_p else "Q", *rules, expected, called(g.move), called(g.move_diagonal), turn
+
+    return table(head, [row(name, g) for name, g in GEOMETRIES.items()])
+
+
+def geometry_name(geometry):
+    """The registered geometry that a method uses, perhaps with another way to apply P."""
+    alike = (name for name, g in GEOMETRIES.items() if geometry == replace(g, precondition=geometry.precondition))
+    return next(alike, "its own")
+
+
+def point(method):
+    """Where a method with its defaults lies on each axis of the grid."""
+    recipe, tempo = method().recipe(), method().tempo()
+    bound, clip = recipe.bound, recipe.clip
+    offset = f" + {bound.offset:g}" if bound.offset else ""
+    return {
+        "momentum": f"{called(tempo.averaging)}, {tempo.momentum:g}" if recipe.momentum else "none",
+        "fits to": recipe.whiten,
+        "trigger": called(tempo.fit),
+        "damping": f"{called(recipe.damping)}, {tempo.damping:g}",
+        "geometry": geometry_name(recipe.geometry),
+        "P g": called(recipe.geometry.precondition),
+        "normaliser": f"running L, {tempo.memory:g}",
+        "norm bound": f"k = {bound.probes}, m = {bound.products}{offset}",
+        "order": "fit, then precondition" if recipe.fit_first else "precondition, then fit",
+        "balance": f"{called(tempo.balance)}, {'after' if recipe.balance_last else 'before'} the fit",
+        "layout": called(recipe.layout),
+        "start": f"p = {recipe.start.power}, {'split' if recipe.start.split else 'not split'}",
+        "clip": f"RMS {clip.rms:g}, entry {clip.entry:g}",
+        "gain": f"{recipe.gain:g}",
+        "decay": f"{method().weight_decay:g}",
+    }
+
+
+def grid():
+    points = {name: point(method) for name, method in METHODS.items()}
+    axes = next(iter(points.values()))
+    return table(("axis", *map(code, points)), [(axis, *(p[axis] for p in points.values())) for axis in axes])
+
+
+def bounds():
+    def row(kind, dtype, bound):
+        value = f"{bound.factor:g} × envelope" if bound.value is None else f"{bound.value:g}"
+        return kind, dtype, value, bound.reason
+
+    rows = [row("step-locked, any problem", dtype, b) for dtype, b in tolerances.LOCKED.items()]
+    rows += [row("free, not chaotic", dtype, b) for dtype, b in tolerances.CONTRACTIVE.items()]
+    return table(("comparison", "dtype", "bound", "reason"), [*rows, row("free, chaotic", "any", tolerances.ENVELOPE)])
+
+
+def problems():
+    rows = [(code(p.name), p.summary, "yes" if p.chaotic else "no") for p in PROBLEMS.values()]
+    return table(("problem", "what it is", "chaotic"), rows)
+
+
+def drivers():
+    def row(name, driver):
+        summary = driver.__doc__.splitlines()[0]
+        return code(name), summary, "its own" if driver.differentiates else "given"
+
+    return table(("driver", "what it is", "gradients"), [row(*item) for item in DRIVERS.items()])
+
+
+TABLES = {
+    "mathematics.md": {"geometries": geometries, "grid": grid},
+    "conformance.md": {"bounds": bounds, "problems": problems, "drivers": drivers},
+}
+
+
+def with_tables(name):
+    """A document with its tables as they should be. They lie between `<!-- table -->` and `<!-- end -->`."""
+    text = (ROOT / "docs" / name).read_text()
+    for mark, make in TABLES[name].items():
+        pattern = re.compile(rf"(<!-- {mark} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        text, found = pattern.subn(lambda m, make=make: f"{m[1]}{make()}{m[2]}", text)
+        assert found == 1, f"docs/{name} has {found} places for the table of {mark}"
+    return text
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_what_the_registries_say(name):
+    path = ROOT / "docs" / name
+    assert path.read_text() == with_tables(name), f"run `python docs/docs_test.py`, which mends docs/{name}"
+
+
+def test_every_rule_of_a_geometry_has_its_equation():
+    text = (ROOT / "docs" / "mathematics.md").read_text().split("<!-- end -->", 1)[1]
+    rules = {getattr(g, f.name) for g in GEOMETRIES.values() for f in fields(g)}
+    for rule in filter(callable, rules):
+        assert called(rule) in text, f"docs/mathematics.md does not say what {rule.__name__} is"
+
+
+MATHEMATICS = ROOT / "docs" / "mathematics.md"
+TELLERS = [path for path in (README, MATHEMATICS) if path in DOCUMENTS]
+
+
+@pytest.mark.parametrize("path", TELLERS, ids=names(TELLERS))
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_named(path, name):
+    assert re.search(rf"\b{name}\b", path.read_text()), f"{path.name} does not name {name}"
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_every_geometry_is_named(name):
+    assert re.search(rf"\b{re.escape(name)}\b", MATHEMATICS.read_text())
+
+
+def main():
+    for name in TABLES:
+        (ROOT / "docs" / name).write_text(with_tables(name))
+
+
+if __name__ == "__main__":
+    main()
