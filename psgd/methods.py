@@ -17,18 +17,8 @@ from psgd import criterion
 from psgd._xp import dtype_name
 from psgd.geometry import GEOMETRIES, Geometry, p_of_hermitian_q
 from psgd.kron import DenseRule
-from psgd.pipeline import (
-    Clip,
-    Recipe,
-    StartScale,
-    Tempo,
-    capped_average,
-    coin,
-    from_first,
-    never,
-    periodic,
-)
-from psgd.schedule import inverse_root
+from psgd.pipeline import Clip, Recipe, StartScale, Tempo
+from psgd.schedule import capped_average, coin, from_first, inverse_root, never, periodic
 from psgd.shapes import merge, squeeze
 from psgd.spectral import NormBound
 

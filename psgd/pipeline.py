@@ -24,66 +24,14 @@ from psgd.arrays import Array
 from psgd.geometry import Geometry
 from psgd.noise import Draws
 from psgd.rotate import balanced
-from psgd.schedule import Number
+from psgd.schedule import Memory, Number, Toss, When, always, never
 from psgd.shapes import Shape, as_is
 from psgd.spectral import NormBound
 
-Toss = Callable[[str], Number]  # role -> a uniform number in [0, 1)
-When = Callable[[Number, Toss], Any]  # (step, toss) -> a boolean
 Choose = Callable[..., Any]  # (flag, then, otherwise, operand) -> then(operand) or otherwise(operand)
 
 
 # ---- the axes of the grid --------------------------------------------------------------
-class Memory(NamedTuple):
-    """m <- past m + (1 - past) g; the step uses m, or keep m + fresh g where `blend` = (keep, fresh) is given."""
-
-    past: Number
-    blend: tuple[Number, Number] | None = None
-
-
-def capped_average(xp: ModuleType, t: Number, beta: Number) -> Memory:
-    """The plain average of all gradients until its weight reaches beta, then an EMA [psgd_torch]."""
-    return Memory(xp.minimum(xp.asarray((t - 1) / t), xp.asarray(beta)))
-
-
-def from_first(xp: ModuleType, t: Number, beta: Number) -> Memory:
-    """An EMA that starts at the first gradient [quad_torch]."""
-    return Memory(xp.asarray(beta) * (t > 1))
-
-
-def corrected(xp: ModuleType, t: Number, beta: Number) -> Memory:
-    """An EMA from zero, divided by its total weight 1 - beta^t [psgd_jax]."""
-    return Memory(beta, (1 / (1 - beta**t), 0.0))
-
-
-def nesterov(xp: ModuleType, t: Number, beta: Number) -> Memory:
-    """The same, looked at one step ahead [psgd_jax, `nesterov=True`]."""
-    return Memory(beta, (beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta**t)))
-
-
-def always(step: Number, toss: Toss) -> bool:
-    return True
-
-
-def never(step: Number, toss: Toss) -> bool:
-    return False
-
-
-def periodic(period: int) -> When:
-    """At steps period, 2 period, ..."""
-    return lambda step, toss: step % period == 0
-
-
-def coin(role: str, probability: Number) -> When:
-    """With a probability, by one toss a step, tossed also where the outcome is sure."""
-
-    def when(step: Number, toss: Toss) -> Any:
-        heads = toss(role) < probability
-        return True if isinstance(probability, (int, float)) and probability >= 1 else heads
-
-    return when
-
-
 @dataclass(frozen=True)
 class Clip:
     """Bounds on the direction u of a tensor: its RMS, by scaling, then each entry's modulus."""

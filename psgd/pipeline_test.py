@@ -16,24 +16,17 @@ from psgd.geometry import GEOMETRIES
 from psgd.methods import METHODS, Method
 from psgd.pipeline import (
     Clip,
-    Memory,
     Plan,
     Recipe,
     StartScale,
     Tempo,
     averaged,
-    capped_average,
-    coin,
-    corrected,
     displacement,
-    from_first,
     host_plan,
-    nesterov,
-    never,
-    periodic,
     plan,
     step,
 )
+from psgd.schedule import Memory, capped_average, coin, corrected, from_first, nesterov, never, periodic
 
 SPIKE = "the Gram product of one step overflows to inf, and 0 * inf in the move makes every factor NaN"
 

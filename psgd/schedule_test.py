@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psgd.schedule import every, inverse_root
+from psgd.schedule import inverse_root, periodic
 
 
-def test_every():
-    assert [t for t in range(1, 301) if every(t, 100)] == [100, 200, 300]
-    assert jax.jit(lambda t: every(t, 100))(jnp.arange(1, 301)).nonzero()[0].tolist() == [99, 199, 299]
+def test_periodic():
+    due = periodic(100)
+    assert [t for t in range(1, 301) if due(t, None)] == [100, 200, 300]
+    assert jax.jit(lambda t: due(t, None))(jnp.arange(1, 301)).nonzero()[0].tolist() == [99, 199, 299]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from psgd import noise, pipeline
 from psgd.pipeline import Plan, Recipe, State
+from psgd.schedule import Memory
 from psgd_torch_backend._state import leaves, rebuilt
 
 Step = Callable[..., tuple[Tensor, State]]  # (plan, lr, weight_decay, p, g, state)
@@ -69,9 +70,7 @@ def as_tensors(plan: Plan, *numbers: Any) -> tuple[Any, ...]:
         return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
 
     blend = plan.momentum.blend
-    momentum = pipeline.Memory(
-        tensor(plan.momentum.past), None if blend is None else (tensor(blend[0]), tensor(blend[1]))
-    )
+    momentum = Memory(tensor(plan.momentum.past), None if blend is None else (tensor(blend[0]), tensor(blend[1])))
     plan = plan._replace(
         balance=torch.tensor(plan.balance),
         momentum=momentum,

@@ -193,7 +193,9 @@ def test_zero_gradients_change_nothing(optimizer_class: type[PSGD]):
     assert all(p.isfinite().all() for p in run(optimizer, params, range(3)))
 
 
-@pytest.mark.xfail(strict=True, reason="without noise nothing bounds P of a dead parameter: it overflows, and inf * 0 is NaN")
+@pytest.mark.xfail(
+    strict=True, reason="without noise nothing bounds P of a dead parameter: it overflows, and inf * 0 is NaN"
+)
 def test_a_dead_parameter_without_noise_stays_finite(optimizer_class: type[PSGD]):
     noiseless = {"damping": 0.0, "lr_preconditioner": 0.9} if optimizer_class is KronWhiten else {"noise_scale": 0.0}
     params = parameters((3, 3))
