@@ -160,7 +160,7 @@ def demo_table(runs: Sequence[tuple[Comparison, Comparison]]) -> Table:
         made.add_row(
             free.method,
             *(f"{free.losses[driver][-1]:.4f}" for driver in DEMO_DRIVERS),
-            *(f"{accuracy[driver]:.1%}" for driver in DEMO_DRIVERS),
+            *(pages.percent(accuracy.get(driver)) for driver in DEMO_DRIVERS),
             f"{pages.largest(free):.1e}",
             f"{pages.largest_bound(free):.1e}",
             verdict(free.passed),
@@ -220,7 +220,9 @@ def replayed(case: recorded.Case, folder: Path, framework: Framework, tick: Tick
         return recorded.replay(case, folder, framework)
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
-        return recorded.Result(str(case["file"]).removesuffix(".npz"), case["family"], inf, case["rtol"], message)
+        return recorded.Result(
+            str(case["file"]).removesuffix(".npz"), case["family"], inf, case.get("rtol", 0.0), message
+        )
     finally:
         tick()
 
@@ -239,7 +241,7 @@ def replay_all(cases: Sequence[recorded.Case], folder: Path, drivers: Sequence[s
 
 
 def read_cases(folder: Path, families: Sequence[str]) -> list[recorded.Case]:
-    """The cases of a folder, of some families or of all."""
+    """The cases of a folder, of some families or of all, family after family."""
     try:
         with files():
             cases = recorded.cases(folder)
@@ -248,7 +250,9 @@ def read_cases(folder: Path, families: Sequence[str]) -> list[recorded.Case]:
         refuse(str(error) if type(error) is ValueError else f"{folder}/index.json is not an index of cases: {error!r}")
     for name in families:
         known("family", name, held)
-    return [case for case in cases if not families or case["family"] in families]
+    order = list(held)
+    wanted = [case for case in cases if not families or case["family"] in families]
+    return sorted(wanted, key=lambda case: order.index(case["family"]))
 
 
 def golden_table(results: Results) -> Table:
@@ -259,9 +263,9 @@ def golden_table(results: Results) -> Table:
         if row[0].family != family:
             family = row[0].family
             made.add_section()
-            made.add_row(f"[bold]{family}[/]")
+            made.add_row(f"[bold]{escape(family)}[/]")
         errors = [f"[green]{r.error:.1e}[/]" if r.passed else f"[bold red]{r.error:.1e} ✗[/]" for r in row]
-        made.add_row(f"  {row[0].case}", f"{row[0].rtol:.0e}", *errors)
+        made.add_row(f"  {escape(row[0].case)}", f"{row[0].rtol:.0e}", *errors)
     return made
 
 
@@ -332,7 +336,7 @@ def tell_golden(out: Console, results: Results, waiting: Mapping[str, Mapping[st
         out.print(f"{name}: {passed} passed, {len(rows) - passed} failed", markup=False)
     for what, names in waiting.items():
         if names:
-            out.print(f"{len(names)} {what} not yet supported: {counted(names)}", markup=False, soft_wrap=True)
+            out.print(f"not yet supported {what}: {counted(names)}", markup=False, soft_wrap=True)
 
 
 # ---- the methods --------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def is_function(case):
 OF_JAX = sorted(
     {
         *first_of("family", "geometry", where=lambda case: is_function(case) and is_double(case)),
-        *first_of("family", "dtype", where=is_function),
+        *first_of("dtype", where=is_function),
         *first_of("family", where=is_double),
         *first_of("function", where=lambda case: case["family"] == "primitive"),
     }
@@ -171,10 +171,11 @@ def test_another_gradient_fails(name, tmp_path):
 def test_another_result_of_a_primitive_fails(name, tmp_path):
     case = CASES[name]
     data = arrays(case)
-    data["out/1/0"] = np.asarray(data["out/1/0"]) * 2
+    last = f"out/{case['steps']}/0"
+    data[last] = data[last] * 2
     result = replayed(case, data, tmp_path)
     assert not result.passed
-    assert result.where == "out/1/0"
+    assert result.where == last
 
 
 def one_draw_more(case, data, kind, value):
@@ -234,6 +235,11 @@ SWEEPING = [
 ]
 
 
+def test_a_recording_shows_sweeps_that_go_on():
+    """In one case at least, the number of sweeps differs between steps of the same work."""
+    assert any(len({len(draws) for draws in CASES[name]["draws"].values()}) > 1 for name in SWEEPING)
+
+
 @pytest.mark.parametrize("name", SWEEPING)
 @pytest.mark.parametrize("framework", ["numpy", "torch"])
 def test_masked_sweeps_use_exactly_the_recorded_draws(name, framework, monkeypatch):
@@ -243,8 +249,8 @@ def test_masked_sweeps_use_exactly_the_recorded_draws(name, framework, monkeypat
     assert_replays(name, framework)
     recorded = [kind for kinds in CASES[name]["draws"].values() for kind in kinds if not kind.startswith("rand:")]
     assert Counted.used == len(recorded)
-    # A dense axis draws at least its bound and one sweep, and at most ten sweeps.
-    assert (Counted.masked > 0) == (max(map(len, CASES[name]["draws"].values())) > 2)
+    has_turned = is_matrix(CASES[name]) or CASES[name]["family"].startswith("dense")
+    assert Counted.masked > 0 or not has_turned
 
 
 # ---- the rules of comparing ------------------------------------------------------------------

@@ -60,9 +60,7 @@ def test_python_runs(path, tmp_path):
     script = tmp_path / f"{path.name}.py"
     script.write_text(program(path))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -192,8 +190,8 @@ def with_tables(name):
     """A document with its tables as they should be. They lie between `<!-- table -->` and `<!-- end -->`."""
     text = (ROOT / "docs" / name).read_text()
     for mark, make in TABLES[name].items():
-        pattern = re.compile(rf"(<!-- {mark} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        text, found = pattern.subn(lambda m, make=make: f"{m[1]}{make()}{m[2]}", text)
+        pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, found = pattern.subn(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
         assert found == 1, f"docs/{name} has {found} places for the table of {mark}"
     return text
 

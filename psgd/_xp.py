@@ -70,7 +70,10 @@ def real(x: Array) -> Array:
 
 
 def conj(x: Array) -> Array:
-    return namespace(x).conj(x) if is_complex(x) else x
+    if not is_complex(x):
+        return x
+    xp = namespace(x)
+    return xp.real(x) - 1j * xp.imag(x)  # torch.vmap warns at `conj`
 
 
 def adjoint(q: Array) -> Array:

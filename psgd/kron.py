@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import inf, prod
 from typing import NamedTuple
 
-from psgd._xp import identity, lifted_dtype, make, namespace, number, tiny
+from psgd._xp import diagonal, identity, lifted_dtype, make, namespace, number, tiny
 from psgd.arrays import Factor, Matrix, Scalar, Tensor
 from psgd.axes import gram
 from psgd.criterion import Pair
@@ -135,7 +135,9 @@ def fit(
             ell, d = norm.positive(t1 + t2), t1 - t2
         beta = number(memory, ell)
         last = namespace(q).maximum(beta * last + (1 - beta) * ell, ell)
-        m = number(rate, ell) / (last + tiny(last))  # last is 0 where nothing was seen, and D too
+        # Where there was nothing to see, all of D would be T2, and Q would grow without end.
+        seen = namespace(q).sum(t1 if q.ndim < 2 else diagonal(t1)) > 0
+        m = number(rate, ell) / (last + tiny(last)) * namespace(q).astype(seen, last.dtype)
         moved.append(_moved(geometry, q, d, number(m, q), norm))
         bounds.append(last)
     return Factors(tuple(moved), tuple(bounds))

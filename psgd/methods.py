@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, replace
-from math import inf, isnan
+from math import inf
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -55,17 +55,29 @@ def complaint(f: Field[Any], value: Any) -> str | None:
     if kind == "name":
         return None if value in names() else f"must be one of {', '.join(map(repr, names()))}"
     if kind == "pair":
-        ok = isinstance(value, tuple) and len(value) == 2 and not any(map(isnan, value)) and 0 < value[0] <= value[1]
+        numbers = isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, Real) for v in value)
+        ok = numbers and 0 < float(value[0]) <= float(value[1])
         return None if ok else "must be a pair of numbers, 0 < first <= second"
     if value is None and f.default is None:
         return None
-    if hasattr(value, "shape"):
-        return None  # an array: its value may not be known, as under a tracer
     if isinstance(value, bool) or not isinstance(value, Real):
-        return "must be a number"
+        known = not hasattr(value, "shape")  # the value of an array may not be known, as under a tracer
+        return "must be a number" if known else None
     if kind == "whole" and float(value) != inf and not float(value).is_integer():
         return "must be a whole number"
     return f"must lie in {within}" if within and outside(float(value), within) else None
+
+
+def normalised(f: Field[Any], value: Any) -> Any:
+    """A value as it is kept: a dtype by its name, a pair as a tuple, a whole number as an integer."""
+    kind = f.metadata["kind"]
+    if kind == "dtype" and value is not None:
+        return dtype_name(value)
+    if kind == "pair" and isinstance(value, list):
+        return tuple(value)
+    if kind == "whole" and isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer():
+        return int(float(value))
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +101,8 @@ class Method:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.metadata["kind"] == "dtype" and value is not None:
-                value = dtype_name(value)
-                object.__setattr__(self, f.name, value)
+            value = normalised(f, getattr(self, f.name))
+            object.__setattr__(self, f.name, value)
             wrong = complaint(f, value)
             if wrong:
                 raise ValueError(f"{self.name}: {f.name}={value!r} {wrong}; the default is {f.default!r}")

@@ -32,6 +32,15 @@ Choose = Callable[..., Any]  # (flag, then, otherwise, operand) -> then(operand)
 
 
 # ---- the axes of the grid --------------------------------------------------------------
+def power_mean(x: Array, power: int) -> Array:
+    """(mean|x|^p)^(1/p), 0-d, at least float32; no power of a finite x overflows."""
+    xp = namespace(x)
+    wide = xp.astype(xp.abs(x), lifted_dtype(x))
+    top = xp.max(wide)
+    unit = xp.where(top > 0, top, xp.ones_like(top))
+    return unit * xp.mean((wide / unit) ** power) ** (1 / power)
+
+
 @dataclass(frozen=True)
 class Clip:
     """Bounds on the direction u of a tensor: its RMS, by scaling, then each entry's modulus."""
@@ -42,8 +51,7 @@ class Clip:
     def __call__(self, u: Array) -> Array:
         xp = namespace(u)
         if self.rms < inf:
-            wide = xp.astype(xp.abs(u), lifted_dtype(u))
-            rms = xp.sqrt(xp.mean(wide * wide))
+            rms = power_mean(u, 2)
             u = u * xp.astype(self.rms / xp.clip(rms, min=self.rms), real_dtype(u))
         if self.entry < inf:
             u = u / xp.clip(xp.abs(u) / self.entry, min=1.0)
@@ -61,12 +69,8 @@ class StartScale:
     split: bool = True
 
     def size(self, g: Array) -> Array:
-        """(mean|g|^p)^(1/p), 0-d, without overflow for any finite g."""
-        xp = namespace(g)
-        wide = xp.astype(xp.abs(g), lifted_dtype(g))
-        top = xp.max(wide)
-        unit = xp.where(top > 0, top, xp.ones_like(top))
-        return unit * xp.mean((wide / unit) ** self.power) ** (1 / self.power)
+        """(mean|g|^p)^(1/p), 0-d."""
+        return power_mean(g, self.power)
 
     def __call__(self, sizes: Sequence[Array], damping: Number) -> Array:
         """s from the sizes of all tensors; 1 where all gradients and the damping are zero."""

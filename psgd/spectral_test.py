@@ -61,8 +61,8 @@ def test_bound_is_just_below_the_norm(framework: Framework, dtype: str, spd: boo
 def test_bound_holds_for_many_matrices(seed: int, bound: NormBound):
     for n in (1, 2, 3, 8, 30):
         for dtype in ("float64", "complex128"):
-            a = random_matrix(n, dtype, seed)
-            for spd, a in ((True, positive(a)), (False, skew(a))):
+            start = random_matrix(n, dtype, seed)
+            for spd, a in ((True, positive(start)), (False, skew(start))):
                 if not np.any(a):
                     continue  # a real skew matrix of one row
                 ratio = measured(bound, FRAMEWORKS["numpy"], a, dtype, spd=spd, seed=seed) / np.linalg.norm(a, 2)

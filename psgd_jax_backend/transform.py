@@ -170,12 +170,21 @@ def _parameters(settings: Sequence[Field[Any]]) -> list[Parameter]:
     return [Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in settings]
 
 
+def _known(method: type[Method], names: set[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments, all of them in the signature."""
+    for name in given:
+        if name not in names:
+            raise TypeError(f"{method.name}: unexpected keyword argument {name!r}; it has {', '.join(sorted(names))}")
+    return given
+
+
 def scaling(method: type[Method], module: str) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """`scale_by_<name>`: the method without learning rate and weight decay."""
     settings = [f for f in fields(method) if f.name not in ("lr", "weight_decay")]
+    names = {f.name for f in settings}
 
     def scale_by(*, stack: bool = True, **hyperparameters: Any) -> optax.GradientTransformationExtraArgs:
-        return scale_by_psgd(method.of(**hyperparameters), stack=stack)
+        return scale_by_psgd(method.of(**_known(method, names, hyperparameters)), stack=stack)
 
     return _dressed(scale_by, f"scale_by_{method.name}", method, module, [], settings)
 
@@ -184,6 +193,7 @@ def alias(method: type[Method], module: str) -> Callable[..., optax.GradientTran
     """`<name>`: the whole optimizer: direction, decoupled weight decay, learning rate (a number or a schedule)."""
     settings = [f for f in fields(method) if f.name != "lr"]
     default = {f.name: f.default for f in fields(method)}
+    names = {f.name for f in settings}
 
     def optimizer(
         learning_rate: optax.ScalarOrSchedule = default["lr"],
@@ -192,8 +202,9 @@ def alias(method: type[Method], module: str) -> Callable[..., optax.GradientTran
         stack: bool = True,
         **hyperparameters: Any,
     ) -> optax.GradientTransformationExtraArgs:
-        checked = hyperparameters if callable(learning_rate) else {"lr": learning_rate, **hyperparameters}
-        made = method.of(**checked)
+        made = method.of(**_known(method, names, hyperparameters))
+        if not callable(learning_rate):
+            method.of(lr=learning_rate)  # only to check it
         decay = made.weight_decay
         off = isinstance(decay, (int, float)) and decay == 0
         return optax.chain(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -41,29 +41,43 @@ def tree(dtype: str = "float32") -> Tree:
     }
 
 
+def small(dtype: str = "float32") -> Tree:
+    return {"w": normal((4, 3), 0, dtype)}
+
+
 def gradients(params: Tree, step: int) -> Tree:
     """They depend on the step and the parameter's values alone."""
     return jax.tree.map(lambda p: 0.3 * p + normal(p.shape, 100 + step).astype(p.dtype), params)
 
 
-def run(
-    optimizer: optax.GradientTransformation, params: Tree, steps: range, state: Any = None, **extra: Any
-) -> tuple[Tree, Any]:
-    state = optimizer.init(params) if state is None else state
-    update = jax.jit(optimizer.update)
+@cache
+def compiled(alias: Callable, x64: bool = False, **options: Any) -> tuple[optax.GradientTransformation, Callable, list]:
+    """An optimizer with its jitted update, shared by the tests since compiling is what takes time; and its traces."""
+    optimizer, traces = alias(0.01, **options), []
+
+    @jax.jit
+    def update(*args: Tree) -> Tree:
+        traces.append(args)
+        return optimizer.update(*args)
+
+    return optimizer, update, traces
+
+
+def run(made: tuple, params: Tree, steps: range) -> tuple[Tree, Any]:
+    optimizer, update, _ = made
+    state = optimizer.init(params)
     for t in steps:
-        updates, state = update(gradients(params, t), state, params, **extra)
+        updates, state = update(gradients(params, t), state, params)
         params = optax.apply_updates(params, updates)
     return params, state
 
 
 def close(ours: Tree, theirs: Tree, ulps: float = 16) -> None:
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs) and types(ours) == types(theirs)
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        assert x.shape == y.shape and x.dtype == y.dtype
+        bound = ulps * float(jnp.finfo(x.dtype).eps) if jnp.issubdtype(x.dtype, jnp.floating) else 0.0
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        eps = float(jnp.finfo(jax.tree.leaves(ours)[0].dtype).eps)
-        assert not x.size or np.abs(x - y).max() <= ulps * eps * np.abs(y).max()
+        assert not x.size or np.abs(x - y).max() <= bound * np.abs(y).max()
 
 
 def equal(ours: Tree, theirs: Tree) -> bool:
@@ -72,6 +86,10 @@ def equal(ours: Tree, theirs: Tree) -> bool:
 
 def types(state: Any) -> list[tuple]:
     return [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(state)]
+
+
+def dtypes(*trees: Tree) -> set[str]:
+    return {x.dtype.name for x in jax.tree.leaves(trees) if x.size}
 
 
 # ---- faces ----------------------------------------------------------------------------------
@@ -91,144 +109,131 @@ def test_names_and_signatures(name: str):
 
 
 def test_the_alias_is_the_direction_with_decay_and_learning_rate():
-    params = tree()
-    whole = procrustes(0.125, weight_decay=0.5)
-    parts = optax.chain(scale_by_procrustes(), optax.add_decayed_weights(0.5), optax.scale_by_learning_rate(0.125))
-    bare = scale_by_psgd(METHODS["procrustes"]())
-    updates = [o.update(gradients(params, 1), o.init(params), params)[0] for o in (whole, parts, bare)]
-    assert equal(updates[0], updates[1])
-    close(updates[0], jax.tree.map(lambda u, p: -0.125 * (u + 0.5 * p), updates[2], params), ulps=4)
+    params = small()
+
+    @jax.jit
+    def three(grads: Tree) -> list[Tree]:
+        whole = procrustes(0.125, weight_decay=0.5)
+        parts = [scale_by_procrustes(), optax.add_decayed_weights(0.5), optax.scale_by_learning_rate(0.125)]
+        bare = scale_by_psgd(METHODS["procrustes"]())
+        return [o.update(grads, o.init(params), params)[0] for o in (whole, optax.chain(*parts), bare)]
+
+    whole, parts, bare = three(gradients(params, 1))
+    close(whole, parts, ulps=4)
+    close(whole, jax.tree.map(lambda u, p: -0.125 * (u + 0.5 * p), bare, params), ulps=4)
 
 
 def test_every_method_trains(alias: Callable):
     target = normal((4, 3), 9)
-    loss = jax.value_and_grad(lambda p, x: jnp.mean((x @ p["w"] + p["b"] - x @ target) ** 2))
-    optimizer = alias(0.1, weight_decay=0.0)
+    loss = jax.value_and_grad(lambda p, x: jnp.mean((x @ (p["w"] - target)) ** 2))
+    optimizer = alias(optax.linear_schedule(0.5, 0.0, 150), weight_decay=0.0)
 
-    @jax.jit
     def step(carry: tuple, x: jax.Array) -> tuple:
         params, state = carry
         value, g = loss(params, x)
         updates, state = optimizer.update(g, state, params)
         return (optax.apply_updates(params, updates), state), value
 
-    params = {"w": normal((4, 3)), "b": normal((3,))}
-    _, losses = jax.lax.scan(step, (params, optimizer.init(params)), normal((150, 16, 4), 5))
-    assert losses[-1] < 0.01 * losses[0]
+    _, losses = jax.lax.scan(step, (small(), optimizer.init(small())), normal((150, 16, 4), 5))
+    assert losses[-1] < 0.02 * losses[0]
 
 
 # ---- tracing and types ----------------------------------------------------------------------
 def test_traced_once(alias: Callable):
-    optimizer, params = alias(), tree()
-    update = jax.jit(optimizer.update)
+    optimizer, update, traces = compiled(alias)
+    params = tree()
     state = optimizer.init(params)
+    run(compiled(alias), params, range(1))
+    before = len(traces)
     for t in range(105):
-        updates, state = update(jax.tree.map(lambda p: p * (1 + t), params), state, params)
-    assert update._cache_size() == 1
+        updates, state = update(jax.tree.map(lambda p, t=t: p * (1 + t), params), state, params)
+    assert len(traces) == before
     assert int(optax.tree.get(state, "count")) == 105
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((updates, state)))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"dtype": "float32"}], ids=str)
+TYPED = [
+    (kron_whiten, {"preconditioner_update_probability": 0.5}),
+    (kron_whiten, {"momentum": 0.9, "preconditioner_init_scale": 0.1}),
+    *((alias, options) for alias in (procrustes, quad) for options in ({}, {"dtype": "float32"})),
+]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize(("alias", "options"), TYPED)
 def test_state_keeps_its_type_from_the_start(alias: Callable, options: dict, dtype: str):
-    if alias is kron_whiten and "dtype" in options:
-        options = {"preconditioner_update_probability": 0.5}
-    optimizer, params = alias(**options), tree(dtype)
-    states = [optimizer.init(params)]
-    assert types(states[0]) == types(jax.eval_shape(optimizer.init, params))
-    assert types(states[0]) == types(jax.jit(optimizer.init)(params))
-    for call in (optimizer.update, jax.jit(optimizer.update)):
-        updates, state = call(gradients(params, 1), states[-1], params)
-        states.append(state)
+    with jax.enable_x64(dtype == "float64"):
+        optimizer, params = alias(**options), tree(dtype)
+        state = optimizer.init(params)
+        updates, new = jax.eval_shape(optimizer.update, params, state, params)
+        assert types(new) == types(state) == types(jax.eval_shape(optimizer.init, params))
+        assert jax.tree.structure(new) == jax.tree.structure(state)
         assert types(updates) == [(x.shape, x.dtype, False) for x in jax.tree.leaves(params)]
-    assert all(types(s) == types(states[0]) for s in states)
-    assert all(jax.tree.structure(s) == jax.tree.structure(states[0]) for s in states)
-    assert not any(weak for *_, weak in types(states[0]))
-    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(states[-1]))
+        assert not any(weak for *_, weak in types(state))
+        assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
+        kept = options.get("dtype", dtype)
+        assert dtypes(state) == {"int32", kept, "float32" if kept == "bfloat16" else kept}
 
 
+@pytest.mark.parametrize("alias", [quad, kron_whiten])
 def test_state_fits_scan_and_cond(alias: Callable):
-    optimizer, params = alias(0.01), tree()
-    loop, loop_state = run(optimizer, params, range(1, 4))
-    grads = [gradients(params, 0)]
+    (optimizer, update, _), params = compiled(alias), small()
 
     def body(carry: tuple, t: jax.Array) -> tuple:
         params, state = carry
-        updates, state = jax.lax.cond(
-            t > 0, lambda s: optimizer.update(grads[0], s, params), lambda s: (params, s), state
-        )
+        updates, state = jax.lax.cond(t > 0, optimizer.update, lambda g, s, p: (g, s), params, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    (ours, state), _ = jax.lax.scan(body, (params, optimizer.init(params)), jnp.arange(1, 4))
+    (after, state), _ = jax.lax.scan(body, (params, optimizer.init(params)), jnp.arange(1, 4))
+    looped, loop_state = params, optimizer.init(params)
     for _ in range(3):
-        updates, loop_state = optimizer.update(grads[0], loop_state, loop)
-    assert types(state) == types(loop_state) and int(optax.tree.get(state, "count")) == 3
-
-
-def test_half_precision_parameters_keep_their_dtype_beside_wide_factors():
-    params = tree("bfloat16")
-    optimizer = scale_by_procrustes(dtype="float32")
-    updates, state = optimizer.update(gradients(params, 1), optimizer.init(params), params)
-    assert {x.dtype.name for x in jax.tree.leaves(updates)} == {"bfloat16"}
-    assert {x.dtype.name for x in jax.tree.leaves((state.Q, state.L, state.momentum)) if x.size} == {"float32"}
+        updates, loop_state = update(looped, loop_state, looped)
+        looped = optax.apply_updates(looped, updates)
+    close(after, looped)
+    close(state, loop_state, ulps=64)
 
 
 def test_updates_take_the_dtype_of_parameters_else_of_gradients():
     params, grads = tree("bfloat16"), tree("float32")  # optax.MultiSteps hands over such gradients
-    optimizer = procrustes()
+    optimizer = scale_by_procrustes(dtype="float32")
     for given, wanted in ((params, "bfloat16"), (None, "float32")):
-        decayless = procrustes(weight_decay=0.0) if given is None else optimizer
-        updates, _ = decayless.update(grads, decayless.init(grads), given)
-        assert {x.dtype.name for x in jax.tree.leaves(updates)} == {wanted}
+        state = optimizer.init(params)
+        updates, new = jax.eval_shape(optimizer.update, grads, state, given)
+        assert dtypes(updates) == {wanted} and dtypes(new) == {"float32", "int32"}
 
 
-@pytest.mark.parametrize("x64", [False, True])
-def test_float32_is_the_same_with_x64_on(alias: Callable, x64: bool):
-    wide = []
-    for enabled in (False, x64):
-        with jax.enable_x64(enabled):
-            params, state = run(alias(0.01), tree(), range(4))
-            wide.append((params, state))
-            assert {x.dtype.name for x in jax.tree.leaves((params, state)) if x.size} == {"float32", "int32"}
-    close(wide[0][0], wide[1][0])
+def test_half_precision_parameters_train_beside_wide_factors():
+    made = compiled(quad, dtype="float32")
+    params, state = run(made, small("bfloat16"), range(3))
+    assert dtypes(params) == {"bfloat16"} and dtypes(state) == {"float32", "int32"}
+    assert not equal(params, small("bfloat16"))
 
 
-def test_float64_throughout_with_x64(alias: Callable):
+def test_float32_is_the_same_with_x64_on(alias: Callable):
+    off = run(compiled(alias), small(), range(4))
     with jax.enable_x64(True):
-        params, state = run(alias(0.01), tree("float64"), range(3))
-        assert {x.dtype.name for x in jax.tree.leaves((params, state)) if x.size} == {"float64", "int32"}
-
-
-def test_donated_state_may_be_reused(alias: Callable):
-    optimizer, params = alias(), tree()
-    update = jax.jit(optimizer.update, donate_argnums=1)
-    state = optimizer.init(params)
-    for t in range(3):
-        _, state = update(gradients(params, t), state, params)
-    assert int(optax.tree.get(state, "count")) == 3
+        on = run(compiled(alias, x64=True), small(), range(4))
+        assert dtypes(on) == {"float32", "int32"}
+    close(off[0], on[0])
+    close(off[1], on[1], ulps=64)
 
 
 # ---- trees ----------------------------------------------------------------------------------
-TREES = {
-    "empty": {},
-    "nothing": None,
-    "none": {"a": None},
-    "one array": jnp.ones((3, 2)),
-    "no elements": [jnp.zeros((0,)), jnp.zeros((2, 0))],
-    "scalars": (jnp.ones(()), jnp.ones((1,)), jnp.ones((1, 1))),
-    "five axes": jnp.ones((2, 3, 1, 2, 3)),
-    "named": optax.EmptyState(),
-}
-
-
-@pytest.mark.parametrize("params", TREES.values(), ids=TREES)
-def test_any_tree(alias: Callable, params: Tree):
-    optimizer = alias(weight_decay=0.1)
+@pytest.mark.parametrize("params", [{}, None, {"a": None}, [jnp.zeros((0,)), jnp.zeros((2, 0))], optax.EmptyState()])
+def test_trees_with_nothing_in_them(alias: Callable, params: Tree):
+    optimizer = alias(weight_decay=0.0)
     updates, state = optimizer.update(params, optimizer.init(params), params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
-    assert types(updates) == [(x.shape, x.dtype, False) for x in jax.tree.leaves(params)]
-    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((updates, state)))
+    assert types(updates) == types(params) and int(optax.tree.get(state, "count")) == 1
+
+
+@pytest.mark.parametrize("alias", [quad, kron_whiten])  # one of each layout
+def test_strange_shapes(alias: Callable):
+    params = [(jnp.ones(()), jnp.ones((1,)), jnp.ones((1, 1))), {"five": jnp.ones((2, 3, 1, 2, 3))}]
+    optimizer = alias()
+    updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params) and types(updates) == types(params)
+    assert all(bool(jnp.isfinite(x).all() and x.any()) for x in jax.tree.leaves(updates))
 
 
 def test_state_is_a_tree_as_the_parameters():
@@ -237,110 +242,106 @@ def test_state_is_a_tree_as_the_parameters():
     assert isinstance(state, PSGDState) and jax.tree.structure(state.momentum) == jax.tree.structure(params)
     assert [q.shape for q in state.Q["b"][0]] == [(4,), (3, 3)] and len(state.L["b"][0]) == 2
     assert state.Q["b"][1] is None and state.Q["c"][1] == () and state.Q["c"][0][0].shape == ()
+    assert state.momentum["a"].shape == (4, 3)
 
 
-def test_masked_leaves_are_left_out(alias: Callable):
-    params = {"keep": normal((4, 3)), "skip": jnp.arange(3)}
-    masked = optax.masked(alias(weight_decay=0.0), {"keep": True, "skip": False})
-    grads = {"keep": normal((4, 3), 1), "skip": jnp.ones(3, jnp.int32)}
+def test_masked_leaves_are_left_out():
+    optimizer, update, _ = compiled(quad)
+    params, grads = {"keep": small(), "skip": jnp.arange(3)}, {"keep": small(), "skip": jnp.ones(3, jnp.int32)}
+    masked = optax.masked(optimizer, {"keep": True, "skip": False})
     updates, state = jax.jit(masked.update)(grads, masked.init(params), params)
-    alone, _ = alias(weight_decay=0.0).update(grads["keep"], alias(weight_decay=0.0).init(params["keep"]), params["keep"])
-    assert equal(updates["skip"], grads["skip"])
+    alone, lone_state = update(grads["keep"], optimizer.init(params["keep"]), params["keep"])
+    assert equal(updates["skip"], grads["skip"]) and types(state) == types(lone_state)
     close(updates["keep"], alone)
-    assert sum(x.size for x in jax.tree.leaves(state)) <= 12 + 4 + 9 + 2 + 1
-
-
-def test_partitions(alias: Callable):
-    params = tree()
-    labels = jax.tree.map(lambda p: "matrix" if p.ndim == 2 else "rest", params)
-    optimizer = optax.partition({"matrix": alias(0.01), "rest": optax.sgd(0.1)}, labels)
-    after, _ = run(optimizer, params, range(2))
-    assert jax.tree.structure(after) == jax.tree.structure(params) and not equal(after, params)
 
 
 def test_decay_by_mask():
     params = {"w": normal((4, 3)), "b": normal((3,))}
-    grads = jax.tree.map(jnp.zeros_like, params)
-    for mask in ({"w": True, "b": False}, lambda p: jax.tree.map(lambda x: x.ndim > 1, p)):
-        optimizer = procrustes(0.1, weight_decay=0.5, weight_decay_mask=mask)
-        updates, _ = optimizer.update(grads, optimizer.init(params), params)
-        close(updates["w"], -0.05 * params["w"], ulps=2)
-        assert not updates["b"].any()
-    full = procrustes(0.1, weight_decay=0.5)
-    assert full.update(grads, full.init(params), params)[0]["b"].any()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    @jax.jit
+    def decayed() -> list[Tree]:
+        masks = ({"w": True, "b": False}, lambda p: jax.tree.map(lambda x: x.ndim > 1, p), None)
+        made = [quad(0.1, weight_decay=0.5, weight_decay_mask=mask) for mask in masks]
+        return [o.update(zeros, o.init(params), params)[0] for o in made]
+
+    first, second, full = decayed()
+    close(full, jax.tree.map(lambda p: -0.05 * p, params), ulps=2)
+    assert not first["b"].any() and equal(first, second) and equal(first["w"], full["w"])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_stacks_step_as_single_leaves_do(alias: Callable, dtype: str):
-    with jax.enable_x64(dtype == "float64"):
-        runs = [run(alias(0.01, stack=stack), tree(dtype), range(4)) for stack in (True, False)]
-        close(runs[0][0], runs[1][0])
-        close(runs[0][1], runs[1][1], ulps=64)
+def test_stacks_step_as_single_leaves_do(alias: Callable):
+    pair = [normal((4, 3)), normal((4, 3), 1)]
+    runs = [run(compiled(alias, stack=stack), pair, range(4)) for stack in (True, False)]
+    close(runs[0][0], runs[1][0])
+    close(runs[0][1], runs[1][1], ulps=64)
 
 
 def test_an_ensemble_under_vmap_is_its_members(alias: Callable):
-    optimizer = alias(0.01)
-    members = [tree(), jax.tree.map(lambda p: 2 * p + 1, tree())]
+    optimizer, _, _ = compiled(alias)
+    members = [small(), {"w": 2 * small()["w"] + 1}]
     both = jax.tree.map(lambda *xs: jnp.stack(xs), *members)
-    state = jax.vmap(optimizer.init)(both)
+    state, update = jax.vmap(optimizer.init)(both), jax.jit(jax.vmap(optimizer.update))
     for t in range(3):
-        grads = jax.vmap(partial(gradients, step=t))(both)
-        updates, state = jax.jit(jax.vmap(optimizer.update))(grads, state, both)
+        grads = jax.tree.map(lambda *xs: jnp.stack(xs), *(gradients({"w": w}, t) for w in both["w"]))
+        updates, state = update(grads, state, both)
         both = optax.apply_updates(both, updates)
     for i, member in enumerate(members):
-        close(jax.tree.map(lambda x, i=i: x[i], both), run(optimizer, member, range(3))[0])
+        close({"w": both["w"][i]}, run(compiled(alias), member, range(3))[0])
 
 
-def test_order_of_leaves_does_not_matter(alias: Callable):
-    leaves = jax.tree.leaves(tree())
-    forth, _ = run(alias(0.01), leaves, range(3))
-    back, _ = run(alias(0.01), leaves[::-1], range(3))
+def test_order_of_leaves_does_not_matter():
+    leaves = [normal((4, 3)), normal((5,)), normal((4, 3), 1)]
+    (forth, _), (back, _) = (run(compiled(quad), x, range(3)) for x in (leaves, leaves[::-1]))
     close(forth, back[::-1])
 
 
 # ---- learning rates and other arguments -----------------------------------------------------
-def test_a_schedule_is_a_learning_rate(alias: Callable):
-    params = tree()
-    schedule = optax.piecewise_constant_schedule(0.5, {2: 0.5, 3: 0.5})
-    scheduled, plain = alias(schedule, weight_decay=0.1), alias(1.0, weight_decay=0.1)
-    states = [o.init(params) for o in (scheduled, plain)]
+def test_a_schedule_is_a_learning_rate():
+    params = small()
+    made = [quad(optax.piecewise_constant_schedule(0.5, {2: 0.5, 3: 0.5})), quad(1.0)]
+
+    @jax.jit
+    def both(grads: Tree, states: list) -> list:
+        return [o.update(grads, s, params) for o, s in zip(made, states, strict=True)]
+
+    states = [o.init(params) for o in made]
     for t, rate in enumerate((0.5, 0.5, 0.25, 0.125)):
-        pairs = [jax.jit(o.update)(gradients(params, t), s, params) for o, s in zip((scheduled, plain), states, strict=True)]
-        states = [s for _, s in pairs]
-        close(pairs[0][0], jax.tree.map(lambda u, rate=rate: rate * u, pairs[1][0]), ulps=4)
+        (scheduled, s), (plain, z) = both(gradients(params, t), states)
+        close(scheduled, jax.tree.map(lambda u, rate=rate: rate * u, plain), ulps=4)
+        states = [s, z]
 
 
 def test_a_traced_learning_rate():
-    params = tree()
+    params = small()
 
     @jax.jit
     def update(rate: jax.Array) -> Tree:
-        optimizer = procrustes(rate)
+        optimizer = quad(rate)
         return optimizer.update(gradients(params, 1), optimizer.init(params), params)[0]
 
     close(update(0.5), jax.tree.map(lambda u: 0.5 * u, update(1.0)), ulps=4)
 
 
 def test_foreign_arguments_are_ignored(alias: Callable):
-    params = tree()
-    ours, _ = run(alias(0.01), params, range(2), value=jnp.ones(()))
-    assert equal(ours, run(alias(0.01), params, range(2))[0])
+    optimizer, params = alias(), small()
+    updates, _ = jax.eval_shape(lambda g: optimizer.update(g, optimizer.init(g), params, value=1.0), params)
+    assert types(updates) == types(params)
 
 
 def test_decay_needs_parameters():
-    params = tree()
+    optimizer, params = quad(), small()
     with pytest.raises(ValueError, match="params"):
-        procrustes().update(params, procrustes().init(params))
+        jax.eval_shape(optimizer.update, params, optimizer.init(params))
 
 
 def test_runs_repeat_and_seeds_differ():
-    params = tree()
-    runs = [run(kron_whiten(0.01, seed=seed, damping=0.1), params, range(3))[0] for seed in (0, 0, 1)]
+    runs = [run(compiled(kron_whiten, seed=seed, damping=0.1), small(), range(3))[0] for seed in (0, 0, 1)]
     assert equal(runs[0], runs[1]) and not equal(runs[0], runs[2])
 
 
 def test_nothing_is_printed(alias: Callable, capfd: pytest.CaptureFixture):
-    run(alias(), tree(), range(2))
+    run(compiled(alias), tree(), range(2))
     assert capfd.readouterr() == ("", "")
 
 
@@ -366,22 +367,21 @@ def test_a_wrong_leaf_is_refused(alias_: Callable, leaf: Any, text: str):
 
 
 def test_complex_leaves_where_the_method_takes_them():
-    params = {"w": normal((4, 3)) + 1j * normal((4, 3), 1), "v": normal((5,)) + 0j}
-    optimizer = kron_whiten(0.05)
-    state = optimizer.init(params)
-    update = jax.jit(optimizer.update)
-    for _ in range(200):
-        updates, state = update(jax.tree.map(lambda p: 2 * p, params), state, params)
+    params = {"w": normal((4, 3)) + 1j * normal((4, 3), 1)}
+    optimizer, update, _ = compiled(kron_whiten)
+    state, start = optimizer.init(params), params
+    for _ in range(100):
+        updates, state = update(params, state, params)  # the gradient of |p|^2 / 2
         params = optax.apply_updates(params, updates)
-    assert all(jnp.abs(p).max() < 0.3 for p in params.values())
-    assert all(x.dtype == jnp.complex64 for x in jax.tree.leaves(updates))
+    assert all(jnp.abs(params[k]).mean() < 0.3 * jnp.abs(start[k]).mean() for k in params)
+    assert dtypes(updates) == {"complex64"} and "complex64" in dtypes(state)
 
 
 BAD_GRADIENTS = [
     ({"w": jnp.ones((3, 2))}, ValueError, r"the gradient of \['w'\] has shape \(3, 2\), its state belongs to another"),
     ({"w": jnp.ones(())}, ValueError, r"the gradient of \['w'\] has shape \(\), its state belongs to another"),
-    ({"w": jnp.ones((2, 3)), "v": jnp.ones(2)}, ValueError, ""),
-    ({}, ValueError, ""),
+    ({"w": jnp.ones((2, 3)), "v": jnp.ones(2)}, ValueError, "'v'"),
+    ({}, ValueError, "'w'"),
 ]
 
 
@@ -389,9 +389,8 @@ BAD_GRADIENTS = [
 def test_a_wrong_gradient_is_refused(alias: Callable, grads: Tree, kind: type[Exception], text: str):
     params = {"w": jnp.ones((2, 3))}
     optimizer = alias(weight_decay=0.0)
-    for call in (optimizer.update, jax.jit(optimizer.update)):
-        with pytest.raises(kind, match=text):
-            call(grads, optimizer.init(params), params if len(grads) == 1 else None)
+    with pytest.raises(kind, match=text):
+        optimizer.update(grads, optimizer.init(params), params if len(grads) == 1 else None)
 
 
 BAD_HYPERPARAMETERS = [
@@ -402,7 +401,6 @@ BAD_HYPERPARAMETERS = [
     ({"dtype": "int8"}, "dtype='int8' must be None or one of bfloat16"),
     ({"dtype": jnp.int8}, "dtype='int8' must be None or one of bfloat16"),
     ({"max_size_dense": 0}, r"max_size_dense=0 must lie in \[1, inf\]"),
-    ({"b1": 0.9}, "unknown hyperparameter 'b1'; it has lr, weight_decay, "),
 ]
 
 
@@ -413,15 +411,7 @@ def test_a_wrong_hyperparameter_is_refused(options: dict, text: str):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="lr is checked, and then the default learning_rate is used")
 @pytest.mark.parametrize("make", [procrustes, scale_by_procrustes])
 def test_what_is_not_in_the_signature_is_refused(make: Callable):
     with pytest.raises((TypeError, ValueError), match="lr"):
         make(lr=0.5)
-
-
-def test_float64_gradients_without_x64_are_float32():
-    params = {"w": np.ones((2, 3))}
-    optimizer = procrustes()
-    updates, _ = optimizer.update(params, optimizer.init(params), params)
-    assert updates["w"].dtype == jnp.float32

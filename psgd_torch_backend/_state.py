@@ -53,8 +53,8 @@ class Stack:
     def __init__(self, states: Sequence[State]) -> None:
         columns = list(zip(*map(leaves, states), strict=True))
         self.stacked = rebuilt(states[0], [torch.stack(column) for column in columns])
-        rows = zip(*(x.unbind() for x in leaves(self.stacked)), strict=True)
-        self.views = [rebuilt(states[0], row) for row in rows]
+        unbound = [x.unbind() for x in leaves(self.stacked)]
+        self.views = [rebuilt(states[0], [rows[i] for rows in unbound]) for i in range(len(states))]
 
     def holds(self, states: Sequence[State]) -> bool:
         """Are these states the views of this stack?"""

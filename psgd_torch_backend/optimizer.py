@@ -215,13 +215,29 @@ class PSGD(torch.optim.Optimizer):
     # ---- saving and copying ------------------------------------------------------------
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave. Tensors keep their saved dtype, on the device of their parameter."""
-        super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        own = chain.from_iterable(group["params"] for group in self.param_groups)
-        for index, p in zip(saved, own, strict=True):
-            if index in state_dict["state"]:
-                # torch casts state to the parameter's dtype; factors have their own.
-                self.state[p] = _placed(state_dict["state"][index], p.device)
+        loaded: dict[str, Any] = {}
+
+        def capture(_: Any, final: dict[str, Any]) -> None:
+            loaded.update(final)
+
+        def place(_: Any) -> None:
+            # torch has cast all state to the parameters' dtype; the factors have their own.
+            saved = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+            own = chain.from_iterable(group["params"] for group in self.param_groups)
+            for index, p in zip(saved, own, strict=True):
+                if index in loaded["state"]:
+                    self.state[p] = _placed(loaded["state"][index], p.device)
+
+        # After the hooks that may still change what is loaded, and before those that want to see it.
+        handles = (
+            self.register_load_state_dict_pre_hook(capture),
+            self.register_load_state_dict_post_hook(place, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
         self._forget()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -193,9 +193,6 @@ def test_zero_gradients_change_nothing(optimizer_class: type[PSGD]):
     assert all(p.isfinite().all() for p in run(optimizer, params, range(3)))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="without noise nothing bounds P of a dead parameter: it overflows, and inf * 0 is NaN"
-)
 def test_a_dead_parameter_without_noise_stays_finite(optimizer_class: type[PSGD]):
     noiseless = {"damping": 0.0, "lr_preconditioner": 0.9} if optimizer_class is KronWhiten else {"noise_scale": 0.0}
     params = parameters((3, 3))
@@ -259,7 +256,7 @@ def test_without_any_gradient_nothing_happens(optimizer_class: type[PSGD]):
 
 
 def test_named_parameters_appear_in_errors():
-    with pytest.raises(TypeError, match="embedding is torch.int64"):
+    with pytest.raises(TypeError, match=r"embedding is torch\.int64"):
         Procrustes([("embedding", nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False))])
 
 
@@ -407,7 +404,7 @@ def test_a_value_spoilt_later_is_refused_at_the_step():
     run(optimizer, params, range(2))
     optimizer.param_groups[0]["momentum"] = 1.5
     before = copy.deepcopy((params, optimizer.state_dict()))
-    with pytest.raises(ValueError, match="momentum=1.5"):
+    with pytest.raises(ValueError, match=r"momentum=1\.5"):
         optimizer.step()
     assert_untouched(optimizer, params, before)
 
@@ -425,16 +422,13 @@ def test_gradients_are_never_written(optimizer_class: type[PSGD]):
 
 
 # ---- saving and copying ---------------------------------------------------------------------
-COMPLEX_STACKS = pytest.mark.xfail(
-    strict=True, raises=UserWarning, reason="torch.vmap has no batching rule for conj_physical and says so to the user"
-)
 SAVED = [
     ("procrustes", {}, torch.float32),
     ("procrustes", {"dtype": "float32"}, torch.bfloat16),
     ("quad", {"dtype": torch.bfloat16}, torch.float32),
     ("kron_whiten", {"momentum": 0.9, "preconditioner_update_probability": 0.5}, torch.float64),
     ("kron_whiten", {}, torch.float16),
-    pytest.param("kron_whiten", {}, torch.complex64, marks=COMPLEX_STACKS),
+    ("kron_whiten", {}, torch.complex64),
 ]
 
 
@@ -469,7 +463,6 @@ def test_loading_copies(optimizer_class: type[PSGD]):
     assert all(torch.equal(x, flat_all(kept)[k]) for k, x in flat_all(saved).items())
 
 
-@pytest.mark.xfail(strict=True, reason="tensors are placed again from the dictionary as it was before the hooks")
 def test_hooks_may_replace_what_is_loaded():
     params = parameters((3, 3))
     optimizer = Procrustes(params)
@@ -584,9 +577,6 @@ STRANGE = [(), (1,), (1, 1), (1, 7), (7, 1), (0,), (0, 3), (2, 3, 1, 2, 3), (100
 def test_every_shape_steps(
     request: pytest.FixtureRequest, optimizer_class: type[PSGD], shape: tuple[int, ...], count: int
 ):
-    if count == 2 and 0 in shape and optimizer_class is KronWhiten:
-        reason = "a stack of states without any tensor has no views"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=ValueError, reason=reason))
     params = parameters(*[shape] * count)
     optimizer = optimizer_class(params, lr=0.01, weight_decay=0.0)
     run(optimizer, params, range(3))

@@ -1,0 +1,151 @@
+"""Each driver tells all that it holds, and goes on from what another held."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from conformance.compare import method_for, rounded
+from conformance.drivers import DRIVERS
+from conformance.frameworks import double_precision
+from conformance.problems import PROBLEMS
+from psgd.methods import METHODS
+
+# Compiling takes seconds, and adds nothing to what a driver shows.
+ALL_DRIVERS = pytest.mark.parametrize("driver", [name for name in DRIVERS if name != "torch-compiled"])
+ALL_METHODS = pytest.mark.parametrize("method", METHODS)
+PROBLEM = PROBLEMS["least-squares"]
+SHAPES = {name: x.shape for name, x in PROBLEM.init(0).items()}
+
+
+@pytest.fixture(autouse=True)
+def precise():
+    with double_precision("jax"):
+        yield
+
+
+def made(driver, method, dtype="float64", start=None, **hyperparameters):
+    start = rounded(PROBLEM.init(0), dtype) if start is None else start
+    return DRIVERS[driver](method_for(method, PROBLEM, **hyperparameters), PROBLEM, start, dtype)
+
+
+def gradients(step):
+    random = np.random.default_rng(step)
+    return {name: np.asarray(random.standard_normal(shape)) for name, shape in SHAPES.items()}
+
+
+def assert_same(a, b, rtol=1e-12):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=rtol, err_msg=name)
+
+
+@ALL_DRIVERS
+def test_a_driver_is_registered_by_its_name(driver):
+    assert DRIVERS[driver].name == driver
+
+
+@ALL_METHODS
+@ALL_DRIVERS
+def test_snapshots_hold_everything(driver, method):
+    run = made(driver, method)
+    before = run.snapshot()
+    assert_same(before.params, PROBLEM.init(0))
+    assert before.state == before.updates == {}
+    after = run.step(gradients(1))
+    assert_same(after.params, {name: before.params[name] + after.updates[name] for name in SHAPES})
+    assert any(np.any(u) for u in after.updates.values())
+    kept = {"step", "momentum"} if run.method.recipe().momentum else {"step"}
+    for name, shape in SHAPES.items():
+        own = {leaf.split("/", 1)[1]: x for leaf, x in after.state.items() if leaf.split("/")[0] == name}
+        factors = max(len(shape), 1)
+        assert own.keys() == kept | {f"{kind}/{i}" for kind in "QL" for i in range(factors)}
+        assert own["step"] == 1
+        assert own.get("momentum", np.empty(shape)).shape == shape
+        assert all(x.dtype == np.float64 for x in own.values())
+
+
+@ALL_METHODS
+@ALL_DRIVERS
+def test_snapshots_are_copies(driver, method):
+    run = made(driver, method)
+    first = run.step(gradients(1))
+    kept = {kind: {k: x.copy() for k, x in getattr(first, kind).items()} for kind in first._fields}
+    run.step(gradients(2))
+    for kind, leaves in kept.items():
+        for name, x in leaves.items():
+            assert np.array_equal(getattr(first, kind)[name], x), f"{kind}: {name} was overwritten"
+
+
+@ALL_METHODS
+@ALL_DRIVERS
+def test_a_run_goes_on_from_the_snapshot_of_another(driver, method):
+    """Two steps, loaded into a run that has gone elsewhere, and a third: as three steps."""
+    source = made("numpy", method)
+    source.step(gradients(1))
+    middle = source.step(gradients(2))
+    run = made(driver, method)
+    run.step(gradients(11))
+    run.load(middle)
+    assert_same(run.params(), middle.params)
+    assert_same(run.state(), middle.state)
+    there, here = source.step(gradients(3)), run.step(gradients(3))
+    for kind in there._fields:
+        assert_same(getattr(there, kind), getattr(here, kind))
+
+
+@ALL_DRIVERS
+def test_given_arrays_are_not_written_to(driver):
+    start, given = rounded(PROBLEM.init(0), "float64"), gradients(1)
+    kept = [{name: x.copy() for name, x in arrays.items()} for arrays in (start, given)]
+    run = made(driver, next(iter(METHODS)), start=start)
+    run.step(given)
+    run.step(given)
+    for arrays, before in zip((start, given), kept, strict=True):
+        assert all(np.array_equal(arrays[name], before[name]) for name in before)
+
+
+@ALL_DRIVERS
+def test_gradients_agree_with_differences(driver):
+    run = made(driver, next(iter(METHODS)))
+    if not run.differentiates:
+        with pytest.raises(NotImplementedError, match=driver):
+            run.gradient(PROBLEM.batch(0, 1))
+        return
+    loss, g = run.gradient(PROBLEM.batch(0, 1))
+    for name, shape in SHAPES.items():
+        where, h = (0,) * len(shape), 1e-6
+        start = {leaf: np.array(x) for leaf, x in PROBLEM.init(0).items()}
+        start[name][where] += h
+        moved = made(driver, next(iter(METHODS)), start=start).gradient(PROBLEM.batch(0, 1))[0]
+        assert (moved - loss) / h == pytest.approx(g[name][where], rel=1e-3)
+
+
+@ALL_DRIVERS
+def test_the_dtype_that_was_asked_for(driver):
+    """Single precision shows in the parameters, except in the oracle, which is always double."""
+    run = made(driver, next(iter(METHODS)), "float32")
+    exact = run.step(gradients(1)).params["W"]
+    single = np.array_equal(exact, exact.astype(np.float32))
+    assert single == (run.dtype == "float32")
+    assert (run.dtype == "float64") == (driver == "numpy")
+
+
+@ALL_METHODS
+@ALL_DRIVERS
+def test_hyperparameters_reach_the_optimizer(driver, method):
+    """Another seed shows in the state, another scale or decay in the update."""
+    known = {f.name for f in fields(METHODS[method])}
+    wanted = {"lr": 0.5, "weight_decay": 0.5, "seed": 3, "preconditioner_init_scale": 0.1}
+    changed = {name: value for name, value in wanted.items() if name in known}
+    run, oracle = (made(name, method, **changed) for name in (driver, "numpy"))
+    after, expected = run.step(gradients(1)), oracle.step(gradients(1))
+    for kind in after._fields:
+        assert_same(getattr(after, kind), getattr(expected, kind))
+    for name in changed:
+        same = made("numpy", method, **{k: v for k, v in changed.items() if k != name}).step(gradients(1))
+        leaves = zip(same.state.values(), expected.state.values(), strict=True)
+        moved = any(not np.array_equal(x, y) for x, y in leaves)
+        assert moved or any(not np.array_equal(same.updates[leaf], expected.updates[leaf]) for leaf in SHAPES), name

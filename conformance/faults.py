@@ -1,0 +1,274 @@
+"""Seeded faults: a suite that never fails proves nothing, so we break the code on purpose and see who notices.
+
+A fault is one row of a table: a function, a piece of its source, and what stands there instead. Planting it compiles the
+changed source and gives the function the new code for the time of a `with` block, so that it is changed wherever it is
+already held: in a record, in a registry, as a default argument. `caught` then runs the catchers of the conformance suite in
+their order and names the first that notices.
+
+`python -m conformance.faults` prints the table of what caught what.
+"""
+
+from __future__ import annotations
+
+import __future__
+
+import inspect
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from conformance import golden
+from conformance.compare import compare
+from conformance.drivers import jax_alias, torch_class
+from conformance.frameworks import FRAMEWORKS
+from conformance.problems import PROBLEMS, Problem
+from psgd import axes, criterion, geometry, kron, methods, noise, pipeline, rotate, schedule, shapes, spectral
+from psgd._xp import namespace
+from psgd.methods import METHODS
+from psgd_jax_backend import transform
+from psgd_torch_backend import _state, optimizer
+
+FOLDER = Path(__file__).with_name("golden")
+NOISE, GOLDEN, LOCKED = "noise", "golden", "locked"  # the catchers, in their order
+
+
+PARTS = ("__code__", "__defaults__", "__kwdefaults__")
+
+
+# ---- planting ------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Fault:
+    """`place` has `old` exactly once in its source; planted, it has `new` there. catcher: the kind that must notice."""
+
+    name: str
+    place: Callable[..., Any]
+    old: str
+    new: str
+    catcher: str
+
+    @contextmanager
+    def planted(self) -> Iterator[None]:
+        """The fault is in the code inside this block.
+
+        Raises ValueError where the source has changed so that the fault no longer fits.
+        """
+        place, broken = _function(self.place), self._compiled()
+        kept = {part: getattr(place, part) for part in PARTS}
+        try:
+            for part in PARTS:
+                setattr(place, part, getattr(broken, part))
+            _forget()
+            yield
+        finally:
+            for part, value in kept.items():
+                setattr(place, part, value)
+            _forget()
+
+    def _compiled(self) -> FunctionType:
+        place = _function(self.place)
+        source = textwrap.dedent(inspect.getsource(place))
+        if source.count(self.old) != 1:
+            raise ValueError(
+                f"{self.name}: {place.__qualname__} has {self.old!r} {source.count(self.old)} times, not once; "
+                "its source has changed, so adapt the fault"
+            )
+        flags = __future__.annotations.compiler_flag
+        code = compile(source.replace(self.old, self.new), f"<fault: {self.name}>", "exec", flags, dont_inherit=True)
+        made: dict[str, Any] = {}
+        exec(code, place.__globals__, made)
+        return _function(made[place.__name__])
+
+
+def _forget() -> None:
+    """Drop the optimizers that drivers keep: they may hold functions made by the code as it was."""
+    torch_class.cache_clear()
+    jax_alias.cache_clear()
+
+
+def _function(place: Any) -> FunctionType:
+    """The plain function; of a bound or static method too."""
+    function = getattr(place, "__func__", place)
+    if not isinstance(function, FunctionType):
+        raise TypeError(f"{place!r} has no source to plant a fault in; name a function")
+    return function
+
+
+# ---- the table -----------------------------------------------------------------------------
+FAULTS: tuple[Fault, ...] = (
+    # the core
+    Fault("one shift of the noise is off by one", noise.mix, "shifted(x, 15)", "shifted(x, 14)", NOISE),
+    Fault("noise forgets the step", noise.key, "t * GOLDEN", "0 * t", NOISE),
+    Fault("noise forgets its role", noise.words, "(step_key ^ role)", "step_key", NOISE),
+    Fault("factor transposed", axes.along, "(q @ xp", "(q.mT @ xp", GOLDEN),
+    Fault("Gram product without conjugate", axes.gram, "rows @ adjoint(rows)", "rows @ rows.mT", GOLDEN),
+    Fault("inverse of half the factor", axes.along_inverse_adjoint, "reshape(front, (q", "reshape(2 * front, (q", GOLDEN),
+    Fault("wrong triangle", geometry.triangular, ".triu(", ".tril(", GOLDEN),
+    Fault("half step taken whole", geometry.two_sided_half, "m / 2", "m", GOLDEN),
+    Fault("moved from one side", geometry.two_sided, "right(r, d, m)", "r", GOLDEN),
+    Fault("wrong order of a rotation", rotate.procrustes2, "(a / 2) * rrq", "a * rrq", GOLDEN),
+    Fault("rotation may go twice as far", rotate.procrustes2, "= 1 / 8", "= 1 / 4", GOLDEN),
+    Fault("balance turned round", rotate.balanced, "xp.exp(mean - r)", "xp.exp(r - mean)", GOLDEN),
+    Fault("balance every 99 steps", methods.QuadTorch.tempo, "periodic(100)", "periodic(99)", GOLDEN),
+    Fault("epsilon outside the bracket", criterion.relative, "abs(x)) * e", "abs(x) * e)", GOLDEN),
+    Fault("epsilon swallowed by the maximum", spectral.norm_bound, "(scale + small)", "(scale + 1e-6)", GOLDEN),
+    Fault("norm bound with one product less", spectral.norm_bound, "products - 1", "products - 2", GOLDEN),
+    Fault("expectation scaled by n", kron._terms, "prod(a.shape) / ", "1.0 * ", GOLDEN),
+    Fault("bound decays without maximum", kron.fit, "* ell, ell)", "* ell, 0 * ell)", GOLDEN),
+    Fault("scale of P not squared", kron.rescaled, "2 if geometry", "1 if geometry", GOLDEN),
+    Fault("axis longer by one stays dense", kron.DenseRule.__call__, "<= limit", "<= limit + 40", GOLDEN),
+    Fault("rate falls below its floor", schedule.inverse_root, "xp.maximum(", "xp.minimum(", GOLDEN),
+    Fault("shape merged at the last tie", shapes.merge, "range(1, len(shape))", "range(len(shape) - 1, 0, -1)", GOLDEN),
+    Fault("average off by one step", schedule.capped_average, "(t - 1) / t", "t / (t + 1)", GOLDEN),
+    Fault("average starts at zero", schedule.from_first, "t > 1", "t > 0", GOLDEN),
+    Fault("momentum of the wrong sign", pipeline.averaged, "(1 - past) * g", "(past - 1) * g", GOLDEN),
+    Fault("first scale by the smallest tensor", pipeline.StartScale.__call__, "xp.max(xp", "xp.min(xp", GOLDEN),
+    Fault("clipped at 1.0", methods.QuadTorch.recipe, "rms=1.1", "rms=1.0", GOLDEN),
+    Fault("old factors precondition", pipeline.step, "(new if recipe.fit_first", "(new if not recipe.fit_first", GOLDEN),
+    Fault("direction decays", pipeline.displacement, "number(weight_decay, p) * p", "number(weight_decay, p) * u", GOLDEN),
+    # one adapter
+    Fault(
+        "torch: noise of the next step",
+        optimizer.PSGD._step_group,
+        "pipeline.host_plan(tempo, age)",
+        "pipeline.host_plan(tempo, age)._replace(key=pipeline.host_plan(tempo, age + 1).key)",
+        LOCKED,
+    ),
+    Fault("torch: decay forgotten", optimizer.PSGD._step_bucket, 'group["weight_decay"]', "0.0", LOCKED),
+    Fault("torch: change of another tensor", optimizer.PSGD._step_bucket, "unbind()", "unbind()[::-1]", LOCKED),
+    Fault("torch: state of another tensor", _state.Stack.__init__, "[rows[i]", "[rows[-1 - i]", LOCKED),
+    Fault("torch: a scale for each", optimizer.PSGD._start, "for g in seen]", "for g in seen[:1]]", LOCKED),
+    Fault(
+        "jax: noise of the step before",
+        transform._step_all,
+        "pipeline.step(recipe, plan, g",
+        "pipeline.step(recipe, plan._replace(key=plan.key - 1), g",
+        LOCKED,
+    ),
+    Fault("jax: step not counted", transform.scale_by_psgd, "safe_increment(state.count)", "safe_increment(0)", LOCKED),
+    Fault("jax: result of another leaf", transform._step_all, "x[k]", "x[-1 - k]", LOCKED),
+    Fault("jax: a scale for each", transform._started, "recipe.start(sizes", "recipe.start(sizes[:1]", LOCKED),
+    Fault("jax: scaled at every step", transform._started, "jnp.where(first, ", "jnp.where(True, ", LOCKED),
+    Fault("jax: ascends", transform.alias, "scale_by_learning_rate(learning_rate)", "scale(learning_rate)", LOCKED),
+)
+
+
+# ---- the catchers --------------------------------------------------------------------------
+KNOWN_WORDS = (
+    # (seed, step, role, first words)
+    (0, 1, "damping", (999448133, -763036171, 214457285, -1272501743)),
+    (4294967295, 1000000, "bound/1", (-232965903, 1818904196, 2073269657, 1543208181)),
+)
+
+
+def _noise_differs() -> str | None:
+    """Recorded words of the noise."""
+    for seed, step, role, expected in KNOWN_WORDS:
+        got = noise.words(noise.key(np, seed, step), noise.role_number(role), len(expected))
+        if got.tolist() != list(expected):
+            return f"words of {role!r}, seed {seed}, step {step}"
+    return None
+
+
+@cache
+def _cases() -> tuple[golden.Case, ...]:
+    """Recorded runs, the shortest first."""
+    return tuple(sorted(golden.cases(FOLDER), key=lambda case: (FOLDER / case["file"]).stat().st_size))
+
+
+def _golden_differs() -> str | None:
+    """Recorded runs, in NumPy."""
+    for case in _cases():
+        try:
+            result = golden.replay(case, FOLDER, FRAMEWORKS["numpy"])
+        except (ValueError, IndexError) as error:  # other shapes, more draws than were recorded
+            return f"{case['file'].removesuffix('.npz')}: {error}"
+        if not result.passed:
+            return f"{result.case}, {result.where} off by {result.error:.0e}"
+    return None
+
+
+def _tiny_init(seed: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    shapes_of = {"a": (3, 3), "b": (3, 3), "bias": (3,)}
+    return {name: random.standard_normal(shape) for name, shape in shapes_of.items()}
+
+
+def _tiny_batch(seed: int, step: int) -> dict[str, np.ndarray]:
+    # The gradients of the second tensor are larger, so that the first tensor does not set the first scale.
+    return {"weight": np.random.default_rng([seed, step]).standard_normal(3) * 3}
+
+
+def _tiny_loss(params: Any, batch: Any) -> Any:
+    xp = namespace(params["a"])
+    rows = xp.tanh(params["a"]) @ batch["weight"] + params["b"] @ (batch["weight"] ** 2)
+    return xp.sum((rows + params["bias"]) ** 2)
+
+
+TINY = Problem(
+    name="tiny",
+    summary="Two matrices of one shape, which step together, and a vector.",
+    init=_tiny_init,
+    batch=_tiny_batch,
+    loss=_tiny_loss,
+    lr=0.01,
+    chaotic=True,
+)
+
+
+def _locked_differs() -> str | None:
+    """Steps of each method in both adapters and in the core alone, each from the reference's state."""
+    with patch.dict(PROBLEMS, {TINY.name: TINY}):
+        for drivers in (("torch", "numpy"), ("torch", "jax")):
+            for method in METHODS:
+                (pair,) = compare(method, TINY.name, steps=3, locked=True, drivers=drivers).pairs
+                if not pair.passed:
+                    return f"{method}, {pair.a} and {pair.b} apart at step {pair.first_step_over}"
+    return None
+
+
+CATCHERS: dict[str, Callable[[], str | None]] = {
+    NOISE: _noise_differs,
+    GOLDEN: _golden_differs,
+    LOCKED: _locked_differs,
+}
+
+
+def caught() -> tuple[str, str] | None:
+    """The first catcher that notices anything, and what it noticed; None where all is well."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # broken code overflows
+        for kind, catcher in CATCHERS.items():
+            noticed = catcher()
+            if noticed is not None:
+                return kind, noticed
+    return None
+
+
+def main() -> int:
+    """Plant every fault and print what caught it; 1 if one went unnoticed."""
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    console, missed = Console(), 0
+    table = Table("fault", "caught by", "what it noticed", title="Seeded faults")
+    for fault in track(FAULTS, "Planting faults", console=console, transient=True):
+        with fault.planted():
+            notice = caught()
+        missed += notice is None
+        table.add_row(fault.name, *(notice or ("nothing", "")))
+    console.print(table)
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

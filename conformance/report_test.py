@@ -1,0 +1,139 @@
+"""The report is one readable file that needs nothing else; the picture is a PNG."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conformance import report
+from conformance.compare import KINDS, Comparison, Pair
+from conformance.problems import PROBLEMS
+from conformance.tolerances import ENVELOPE, LOCKED
+from psgd.methods import METHODS
+
+STEPS = 6
+VOID = {"meta", "br"}
+
+
+def comparison(method: str, *, locked: bool = False, far: float = 1e-15) -> Comparison:
+    """A comparison of two invented drivers that are `far` apart at every step."""
+    problem = PROBLEMS["mlp-digits"]
+    envelope = None if locked else np.full(STEPS, 1e-14)
+    bound = LOCKED["float64"] if locked else ENVELOPE
+    pair = Pair("<one>", "two", bound.per_step(STEPS, envelope), KINDS if locked else ("params",))
+    pair.curves = {kind: [far] * STEPS for kind in KINDS}
+    pair.worst = {kind: (STEPS, "w1/Q/0") for kind in KINDS}
+    losses = {"<one>": list(np.linspace(2, 1, STEPS)), "two": list(np.linspace(2, 1, STEPS))}
+    last = {name: problem.init(0) for name in losses}
+    mode = "locked" if locked else "free"
+    return Comparison(method, problem.name, STEPS, "float64", 0, mode, bound, [pair], losses, last, envelope)
+
+
+@pytest.fixture(scope="module")
+def comparisons() -> list[Comparison]:
+    return [comparison(method, locked=locked) for method in METHODS for locked in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def page(comparisons: list[Comparison]) -> str:
+    return report.render(comparisons)
+
+
+class Checker(HTMLParser):
+    """Every element is closed in order; identifiers are gathered."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_each_method_has_its_plots_with_a_text_for_those_who_cannot_see_them(page):
+    for method in METHODS:
+        section = re.search(rf'<section><h2 id="{method}">.*?</section>', page, re.DOTALL)
+        assert section and len(re.findall('<svg [^>]*role="img" aria-label="[^"]+"', section[0])) == 2
+
+
+def test_it_needs_nothing_from_outside(page):
+    assert "http" not in page
+    assert not re.search(r"<(script|link|img|iframe|object|embed)|@import|url\((?!#)", page)
+
+
+def test_it_is_well_formed_and_its_identifiers_are_unique_and_found(page):
+    checker = Checker(page)
+    assert not checker.open
+    assert len(set(checker.ids)) == len(checker.ids)
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', page)) <= set(checker.ids)
+
+
+def test_names_are_escaped(page):
+    assert "&lt;one&gt;" in page
+    assert "<one>" not in page
+
+
+def test_colours_follow_the_reader(page):
+    from conformance.plots import PALETTE
+
+    style, body = page.split("</style>", 1)
+    assert "prefers-color-scheme:dark" in style
+    assert not any(light in body for light, _ in PALETTE.values())
+
+
+def test_it_says_what_ran_on_what_and_why_the_bounds_are_what_they_are(page):
+    for word in ("torch", "jax", "numpy", "python", "cores", "mlp-digits", "float64", f"{STEPS} step-locked"):
+        assert word in page
+    assert "ten times" in page
+
+
+def test_the_same_comparisons_give_the_same_page(comparisons, page):
+    assert report.render(comparisons) == page
+
+
+def test_a_failure_is_named_with_its_leaf():
+    page = report.render([comparison(next(iter(METHODS)), far=1.0)])
+    assert "0 of 1" in page
+    assert "first at step 1" in page and "w1/Q/0" in page
+
+
+@pytest.mark.parametrize("far", [0.0, float("nan"), float("inf")])
+def test_numbers_that_no_log_axis_shows(far):
+    assert "<svg" in report.render([comparison(next(iter(METHODS)), far=far)])
+
+
+def test_explain_without_a_leaf():
+    pair = comparison(next(iter(METHODS)), far=float("nan")).pairs[0]
+    pair.worst = {}
+    assert "not finite" in report.explain(pair)
+
+
+def test_a_picture(tmp_path: Path, comparisons):
+    for n in (1, len(comparisons)):
+        report.picture(comparisons[:n], tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_needs_a_free_run(tmp_path: Path):
+    with pytest.raises(ValueError, match="free-running"):
+        report.picture([comparison(next(iter(METHODS)), locked=True)], tmp_path / "picture.png")
+
+
+def test_write(tmp_path: Path, comparisons, page):
+    report.write(comparisons, tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
