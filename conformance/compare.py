@@ -38,7 +38,7 @@ class Pair:
     def add(self, x: Snapshot, y: Snapshot) -> None:
         for kind in KINDS:
             difference, leaf = furthest(getattr(x, kind), getattr(y, kind), self.scales, kind)
-            if difference >= max(self.curves[kind], default=0.0):
+            if not difference < max(self.curves[kind], default=0.0):
                 self.worst[kind] = (len(self.curves[kind]) + 1, leaf)
             self.curves[kind].append(difference)
 
@@ -115,7 +115,9 @@ def furthest(x: Arrays, y: Arrays, scales: dict[str, float], kind: str = "") -> 
         size = max(float(np.max(np.abs(z), initial=0.0)) for z in (a, b))
         scale = scales[f"{kind}/{name}"] = max(size, scales.get(f"{kind}/{name}", 0.0))
         difference = float(np.max(np.abs(a - b), initial=0.0)) / scale if scale else 0.0
-        if not difference <= worst[0]:
+        if difference != difference:
+            return difference, name  # NaN is further than anything
+        if difference > worst[0]:
             worst = (difference, name)
     return worst
 

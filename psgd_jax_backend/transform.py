@@ -170,18 +170,18 @@ def _parameters(settings: Sequence[Field[Any]]) -> list[Parameter]:
     return [Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in settings]
 
 
-def _known(method: type[Method], names: set[str], given: dict[str, Any]) -> dict[str, Any]:
+def _known(method: type[Method], names: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments, all of them in the signature."""
     for name in given:
         if name not in names:
-            raise TypeError(f"{method.name}: unexpected keyword argument {name!r}; it has {', '.join(sorted(names))}")
+            raise ValueError(f"{method.name}: unknown hyperparameter {name!r}; it has {', '.join(names)}")
     return given
 
 
 def scaling(method: type[Method], module: str) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """`scale_by_<name>`: the method without learning rate and weight decay."""
     settings = [f for f in fields(method) if f.name not in ("lr", "weight_decay")]
-    names = {f.name for f in settings}
+    names = [f.name for f in settings]
 
     def scale_by(*, stack: bool = True, **hyperparameters: Any) -> optax.GradientTransformationExtraArgs:
         return scale_by_psgd(method.of(**_known(method, names, hyperparameters)), stack=stack)
@@ -193,7 +193,7 @@ def alias(method: type[Method], module: str) -> Callable[..., optax.GradientTran
     """`<name>`: the whole optimizer: direction, decoupled weight decay, learning rate (a number or a schedule)."""
     settings = [f for f in fields(method) if f.name != "lr"]
     default = {f.name: f.default for f in fields(method)}
-    names = {f.name for f in settings}
+    names = ["learning_rate", *(f.name for f in settings)]
 
     def optimizer(
         learning_rate: optax.ScalarOrSchedule = default["lr"],
