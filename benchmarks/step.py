@@ -1,6 +1,6 @@
 """What a step costs: every registered method on forty equal layers, in each framework and way of stepping.
 
-    python -m benchmarks.step [--json FILE] [--quick]
+    python -m benchmarks.step [--json FILE] [--markdown] [--quick]
 
 Ways are timed in alternated rounds, so that a drift of the machine meets them all alike. Times are medians with their
 quartiles; a speed-up is the median, over rounds, of the ratio to the first way of the same framework in that round.
@@ -123,47 +123,65 @@ def measure(setup: Setup, console: Console) -> dict[str, Any]:
     return result
 
 
-def steps_table(result: Mapping[str, Any]) -> Table:
-    layers = result["setup"]["layers"]
-    table = Table(title=f"A step of {layers['count']} layers of {layers['size']} x {layers['size']}, float32")
-    for column in ("method", "framework", "way"):
-        table.add_column(column)
-    for column in ("median", "quartiles", "speed-up"):
-        table.add_column(column, justify="right")
-    for i, r in enumerate(result["steps"]):
+Cells = list[Sequence[str]]  # a head, then rows
+
+
+def steps_cells(result: Mapping[str, Any]) -> Cells:
+    """What each way of stepping took."""
+
+    def cells(r: Mapping[str, Any]) -> Sequence[str]:
         low, high = r["quartiles_ms"]
-        if i and r["method"] != result["steps"][i - 1]["method"]:
-            table.add_section()
-        figures = f"{r['median_ms']:.2f} ms", f"{low:.2f} to {high:.2f}", f"{r['speedup']:.1f}x"
-        table.add_row(r["method"], r["framework"], r["variant"], *figures)
+        figures = f"{r['median_ms']:.2f} ms", f"{low:.2f} to {high:.2f}", f"{r['speedup']:.1f}×"
+        return r["method"], r["framework"], r["variant"], *figures
+
+    head = "method", "framework", "way", "median", "quartiles", "speed-up"
+    return [head, *map(cells, result["steps"])]
+
+
+def compile_cells(result: Mapping[str, Any]) -> Cells:
+    """Seconds to the first compiled step."""
+    rows = [[x if isinstance(x, str) else f"{x:.1f} s" for x in r.values()] for r in result["compile"]]
+    return [[name.replace("_", ", ", 1) for name in result["compile"][0]], *rows] if rows else []
+
+
+def rich_table(title: str, cells: Cells) -> Table:
+    """For a terminal; methods are set apart."""
+    head, *rows = cells
+    table = Table(title=title)
+    for column in head:
+        table.add_column(column, justify="left" if column in ("method", "framework", "way") else "right")
+    for i, cell in enumerate(rows):
+        table.add_row(*cell, end_section=i + 1 < len(rows) and rows[i + 1][0] != cell[0])
     return table
 
 
-def compile_table(result: Mapping[str, Any]) -> Table:
-    table = Table(title="Seconds to the first compiled step")
-    for column in result["compile"][0]:
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for r in result["compile"]:
-        table.add_row(*(x if isinstance(x, str) else f"{x:.1f}" for x in r.values()))
-    return table
+def markdown_table(title: str, cells: Cells) -> str:
+    """For a document."""
+    lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
+    return "\n".join([f"{title}:", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
-def show(result: Mapping[str, Any], console: Console) -> None:
-    """The machine and both tables."""
+def show(result: Mapping[str, Any], console: Console, *, markdown: bool) -> None:
+    """The machine and the tables."""
+    layers = result["setup"]["layers"]
+    titles = f"A step of {layers['count']} layers of {layers['size']} x {layers['size']}", "To the first compiled step"
     console.print(", ".join(f"{name} {value}" for name, value in result["machine"].items()), highlight=False)
-    console.print(steps_table(result))
-    if result["compile"]:
-        console.print(compile_table(result))
+    for title, cells in zip(titles, (steps_cells(result), compile_cells(result)), strict=True):
+        if cells and markdown:
+            print("\n" + markdown_table(title, cells))
+        elif cells:
+            console.print(rich_table(title, cells))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description="What a step costs.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as docs/benchmarks.md has them")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing compiled: does it run?")
     given = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 110)
     result = measure(QUICK if given.quick else Setup(), console)
-    show(result, console)
+    show(result, console, markdown=given.markdown)
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
 

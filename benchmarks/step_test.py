@@ -56,3 +56,17 @@ def test_compilation_is_timed_in_a_process_of_its_own(tmp_path):
 def test_a_failure_there_is_told(tmp_path):
     with pytest.raises(RuntimeError, match="nonsense"):
         compiling.in_new_process(["jax:nonsense"], Layers(count=2, size=4), str(tmp_path))
+
+
+def test_tables_for_a_terminal_and_for_a_document_have_every_row(result):
+    cells = step.steps_cells(result)
+    assert step.rich_table("a title", cells).row_count == len(result["steps"])
+    lines = step.markdown_table("a title", cells).splitlines()
+    assert len(lines) == 2 + 2 + len(result["steps"])
+    assert {line.count("|") for line in lines[2:]} == {7}
+
+
+def test_compile_times_become_a_table_where_there_are_any(result):
+    assert step.compile_cells(result) == []
+    made = step.compile_cells({"compile": [{"method": "any", "torch_cold": 9.04, "jax": 0.5}]})
+    assert made == [["method", "torch, cold", "jax"], ["any", "9.0 s", "0.5 s"]]

@@ -1,9 +1,9 @@
 """Seeded faults: a suite that never fails proves nothing, so we break the code on purpose and see who notices.
 
-A fault is one row of a table: a function, a piece of its source, and what stands there instead. Planting it compiles the
-changed source and gives the function the new code for the time of a `with` block, so that it is changed wherever it is
-already held: in a record, in a registry, as a default argument. `caught` then runs the catchers of the conformance suite in
-their order and names the first that notices.
+A fault is one row of a table: a function, a piece of its source, and what stands there instead. Planting it
+compiles the changed source and gives the function the new code for the time of a `with` block, so that it is changed
+wherever it is already held: in a record, in a registry, as a default argument. `caught` then runs the catchers of the
+conformance suite in their order and names the first that notices.
 
 `python -m conformance.faults` prints the table of what caught what.
 """
@@ -123,12 +123,18 @@ FAULTS: tuple[Fault, ...] = (
     Fault("balance turned round", rotate.balanced, "xp.exp(mean - r)", "xp.exp(r - mean)", GOLDEN),
     Fault("balance every 99 steps", methods.QuadTorch.tempo, "periodic(100)", "periodic(99)", GOLDEN),
     Fault("epsilon outside the bracket", criterion.relative, "abs(x)) * e", "abs(x) * e)", GOLDEN),
-    Fault("epsilon swallowed by the maximum", spectral.norm_bound, "(scale + small)", "(scale + 1e-6)", GOLDEN),
+    Fault("epsilon a millionth", spectral.norm_bound, "(scale + small)", "(scale + 1e-6)", GOLDEN),
     Fault("norm bound with one product less", spectral.norm_bound, "products - 1", "products - 2", GOLDEN),
-    Fault("expectation scaled by n", kron._terms, "prod(a.shape) / ", "1.0 * ", GOLDEN),
+    Fault(
+        "expectation of the wrong size",
+        kron._terms,
+        "prod(a.shape) / prod(q.shape[:1])",
+        "float(prod(q.shape[:1]))",
+        GOLDEN,
+    ),
     Fault("bound decays without maximum", kron.fit, "* ell, ell)", "* ell, 0 * ell)", GOLDEN),
     Fault("scale of P not squared", kron.rescaled, "2 if geometry", "1 if geometry", GOLDEN),
-    Fault("axis longer by one stays dense", kron.DenseRule.__call__, "<= limit", "<= limit + 40", GOLDEN),
+    Fault("long axes stay dense", kron.DenseRule.__call__, "<= limit", "<= limit + 40", GOLDEN),
     Fault("rate falls below its floor", schedule.inverse_root, "xp.maximum(", "xp.minimum(", GOLDEN),
     Fault("shape merged at the last tie", shapes.merge, "range(1, len(shape))", "range(len(shape) - 1, 0, -1)", GOLDEN),
     Fault("average off by one step", schedule.capped_average, "(t - 1) / t", "t / (t + 1)", GOLDEN),
@@ -155,7 +161,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("torch: state of another tensor", _state.Stack.__init__, "[rows[i]", "[rows[-1 - i]", LOCKED),
     Fault("torch: a scale for each", optimizer.PSGD._start, "for g in seen]", "for g in seen[:1]]", LOCKED),
     Fault(
-        "jax: noise of the step before",
+        "jax: noise of another step",
         transform._step_all,
         "pipeline.step(recipe, plan, g",
         "pipeline.step(recipe, plan._replace(key=plan.key - 1), g",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from string import ascii_lowercase
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,6 +21,11 @@ DTYPES = ["float64", "complex128"]
 def framework(request: pytest.FixtureRequest):
     with double_precision(request.param.name):
         yield request.param
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 def random_array(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:
@@ -44,62 +51,75 @@ def mode_product(q: np.ndarray, x: np.ndarray, axis: int) -> np.ndarray:
     return np.einsum(f"z{letters[axis]},{letters}->{out}", q if q.ndim == 2 else np.diag(q), x)
 
 
-def close(got: np.ndarray, want: np.ndarray) -> None:
-    assert got.shape == want.shape
-    assert got == pytest.approx(want, rel=1e-12, abs=1e-12)
+def computed(framework: Framework, dtype: str, call: Callable, inputs: list[tuple[np.ndarray, ...]]) -> list:
+    """`call(i, *arrays)` for all inputs: in JAX as one compiled program, since it compiles each shape anew."""
+    own = [[framework.array(x, dtype) for x in arrays] for arrays in inputs]
+
+    def all_of_them(own: list) -> list:
+        return [call(i, *arrays) for i, arrays in enumerate(own)]
+
+    return (jax.jit(all_of_them) if framework.name == "jax" else all_of_them)(own)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), PLACES)
-def test_along(framework: Framework, shape: tuple[int, ...], axis: int, dtype: str):
-    x = random_array(shape, dtype)
-    for q in factors_of(shape, axis, dtype):
-        got = along(framework.array(q, dtype), framework.array(x, dtype), axis)
-        close(framework.numpy(got), mode_product(q, x, axis))
+def assert_close(framework: Framework, got: list, want: list[np.ndarray]) -> None:
+    assert len(want) > 2
+    for i, (x, y) in enumerate(zip(got, want, strict=True)):
+        assert x.shape == y.shape, i
+        assert framework.numpy(x) == pytest.approx(y, rel=1e-12, abs=1e-12), i
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), PLACES)
-def test_along_inverse_adjoint(framework: Framework, shape: tuple[int, ...], axis: int, dtype: str):
-    x = random_array(shape, dtype)
-    for q in factors_of(shape, axis, dtype):
-        if q.ndim == 2:
-            q = np.triu(q) + 2 * np.eye(len(q))
-        inverse = np.linalg.inv(q).conj().T if q.ndim == 2 else 1 / q.conj()
-        got = along_inverse_adjoint(framework.array(q, dtype), framework.array(x, dtype), axis)
-        close(framework.numpy(got), mode_product(inverse, x, axis))
+def cases(dtype: str) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """(factor, tensor, axis): each kind of factor on each axis of each shape."""
+    places = [(q, shape, axis) for shape, axis in PLACES for q in factors_of(shape, axis, dtype)]
+    return [(q, random_array(shape, dtype), axis) for q, shape, axis in places]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_along_all_is_a_kronecker_product(framework: Framework, shape: tuple[int, ...], dtype: str):
-    x = random_array(shape, dtype)
-    qs = [factors_of(shape, axis, dtype)[-(axis % 2)] for axis in range(max(len(shape), 1))]
-    full = np.ones((1, 1))
-    for q in qs:
-        full = np.kron(full, q if q.ndim == 2 else np.diag(np.atleast_1d(q)))
-    got = along_all([framework.array(q, dtype) for q in qs], framework.array(x, dtype))
-    close(framework.numpy(got), (full @ x.ravel()).reshape(shape))
+def test_along(framework: Framework, dtype: str):
+    todo = cases(dtype)
+    got = computed(framework, dtype, lambda i, q, x: along(q, x, todo[i][2]), [case[:2] for case in todo])
+    assert_close(framework, got, [mode_product(*case) for case in todo])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), PLACES)
-def test_gram(framework: Framework, shape: tuple[int, ...], axis: int, dtype: str):
-    x = random_array(shape, dtype)
-    unfolded = np.moveaxis(x, axis, 0).reshape(shape[axis], -1) if shape else x.reshape(1, 1)
-    full = unfolded @ unfolded.conj().T
-    got = gram(framework.array(x, dtype), axis, diagonal=True)
-    close(framework.numpy(got), np.diag(full).real.reshape(shape[axis : axis + 1]))
-    assert "complex" not in str(got.dtype)
-    if shape:
-        close(framework.numpy(gram(framework.array(x, dtype), axis, diagonal=False)), full)
+def test_along_inverse_adjoint(framework: Framework, dtype: str):
+    todo = [(np.triu(q) + 2 * np.eye(len(q)) if q.ndim == 2 else q, x, axis) for q, x, axis in cases(dtype)]
+    inverses = [np.linalg.inv(q).conj().T if q.ndim == 2 else 1 / q.conj() for q, _, _ in todo]
+    call = lambda i, q, x: along_inverse_adjoint(q, x, todo[i][2])  # noqa: E731
+    got = computed(framework, dtype, call, [case[:2] for case in todo])
+    want = [mode_product(inverse, x, axis) for inverse, (_, x, axis) in zip(inverses, todo, strict=True)]
+    assert_close(framework, got, want)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def test_along_all_is_a_kronecker_product(framework: Framework, dtype: str):
+    inputs, want = [], []
+    for shape in SHAPES:
+        x = random_array(shape, dtype)
+        qs = [factors_of(shape, axis, dtype)[-(axis % 2)] for axis in range(max(len(shape), 1))]
+        full = np.ones((1, 1))
+        for q in qs:
+            full = np.kron(full, q if q.ndim == 2 else np.diag(np.atleast_1d(q)))
+        inputs.append((x, *qs))
+        want.append((full @ x.ravel()).reshape(shape))
+    assert_close(framework, computed(framework, dtype, lambda i, x, *qs: along_all(qs, x), inputs), want)
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_gram(framework: Framework, dtype: str, diagonal: bool):
+    places = [(shape, axis) for shape, axis in PLACES if shape or diagonal]
+    tensors, want = [random_array(shape, dtype) for shape, _ in places], []
+    for x, (shape, axis) in zip(tensors, places, strict=True):
+        unfolded = np.moveaxis(x, axis, 0).reshape(shape[axis], -1) if shape else x.reshape(1, 1)
+        full = unfolded @ unfolded.conj().T
+        want.append(np.diag(full).real.reshape(shape[axis : axis + 1]) if diagonal else full)
+    call = lambda i, x: gram(x, places[i][1], diagonal=diagonal)  # noqa: E731
+    got = computed(framework, dtype, call, [(x,) for x in tensors])
+    assert_close(framework, got, want)
+    assert not diagonal or not any("complex" in str(x.dtype) for x in got)
+
+
 def test_outer(framework: Framework, dtype: str):
     q = random_array((3, 3), dtype)
-    close(framework.numpy(outer(framework.array(q, dtype))), q @ q.conj().T)
-    close(framework.numpy(outer(framework.array(q[0], dtype))), np.abs(q[0]) ** 2)
+    got = computed(framework, dtype, lambda i, q: outer(q), [(q,), (q[0],), (q[0, 0],)])
+    assert_close(framework, got, [q @ q.conj().T, np.abs(q[0]) ** 2, np.abs(q[0, 0]) ** 2])
 
 
 @pytest.mark.parametrize("name", [name for name, f in FRAMEWORKS.items() if "bfloat16" in f.dtypes])

@@ -60,8 +60,7 @@ def asymmetry(q: np.ndarray) -> float:
 
 
 # ---- rotations --------------------------------------------------------------------------
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", TURNS)
+@pytest.mark.parametrize(("name", "dtype"), [*zip(TURNS, DTYPES, strict=True)])
 def test_a_turn_is_a_rotation_uphill(framework: Framework, name: str, dtype: str):
     q = random_q(dtype)
     new = turned(TURNS[name], framework, q, dtype)
@@ -84,8 +83,9 @@ def test_repeated_turns_reach_the_polar_factor(name: str, dtype: str):
         assert asymmetry(q) < 1e-9
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("turn", [*TURNS.values(), polished])
+@pytest.mark.parametrize(
+    ("turn", "dtype"), [(procrustes2, "complex128"), (procrustes3, "float64"), (polished, "float64")]
+)
 def test_a_hermitian_positive_q_stays(framework: Framework, turn: Callable, dtype: str):
     q = polar(random_q(dtype))
     q = (q + q.conj().T) / 2
@@ -120,8 +120,7 @@ def test_the_higher_order_goes_further():
     assert gains[1] > 1.5 * gains[0] > 0
 
 
-@pytest.mark.parametrize("name", [name for name, f in FRAMEWORKS.items() if "bfloat16" in f.dtypes])
-@pytest.mark.parametrize("turn", [*TURNS.values(), polished])
+@pytest.mark.parametrize(("turn", "name"), [(procrustes2, "jax"), (procrustes3, "torch"), (polished, "torch")])
 def test_half_precision_turns_too(name: str, turn: Callable):
     q = random_q("float64")
     new = turned(turn, FRAMEWORKS[name], q, "bfloat16")

@@ -198,7 +198,7 @@ def test_a_dead_parameter_without_noise_stays_finite(optimizer_class: type[PSGD]
     params = parameters((3, 3))
     optimizer = optimizer_class(params, **noiseless)
     params[0].grad = torch.zeros(3, 3)
-    for _ in range(200):
+    for _ in range(100):
         optimizer.step()
     assert params[0].isfinite().all()
 
