@@ -43,7 +43,7 @@ def _torch_numpy(x: Array) -> np.ndarray:
 
 
 def _jax_array(x: np.ndarray, dtype: str) -> Array:
-    return import_module("jax.numpy").asarray(x, dtype=dtype)
+    return import_module("jax.numpy").array(x, dtype=dtype)  # a copy: asarray may share NumPy's memory
 
 
 def _strict_array(x: np.ndarray, dtype: str) -> Array:

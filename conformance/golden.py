@@ -60,12 +60,16 @@ class Recording:
         self.normals = [v for v, c in zip(values, is_coin, strict=True) if not c]
 
     def toss(self, role: str) -> float:
+        if not self.coins:
+            raise ValueError(f"the step tosses for {role}, but no recorded coin is left")
         return self.coins.pop(0)
 
     def normal(self, role: str, shape: Sequence[int], like: Any, skip: Any = None) -> Any:
         """The next recorded array; where it is not used none was recorded, and zeros come back."""
         if skip is not None and bool(skip):
             return make(like, "zeros", tuple(shape))
+        if not self.normals:
+            raise ValueError(f"the step asks for a draw for {role}, but no recorded one is left")
         value = self.normals.pop(0)
         if value.size != prod(shape):
             raise ValueError(f"recorded draw for {role} has shape {value.shape}, the step asks for {tuple(shape)}")
@@ -248,7 +252,10 @@ def primitive(name: str) -> Callable[[Callable[[Player, int], Any]], Callable[[P
 
 
 def _bound(player: Player, t: int, positive: bool, bound: NormBound) -> Any:
-    return bound(player.read(f"in/{t}/0"), Recording(player, t), "bound", positive=positive)
+    draws = Recording(player, t)
+    value = bound(player.read(f"in/{t}/0"), draws, "bound", positive=positive)
+    draws.spent()
+    return value
 
 
 QUAD_BOUND = NormBound(probes=4, products=6, offset=1e-9)
@@ -266,7 +273,9 @@ def _turned(player: Player, t: int, turn: Callable[..., Any], bound: NormBound) 
     def skew_norm(r: Any, **ignored: Any) -> Any:
         return bound(r, draws, "turn", positive=False)
 
-    return turn(player.read(f"in/{t}/0"), skew_norm)
+    value = turn(player.read(f"in/{t}/0"), skew_norm)
+    draws.spent()
+    return value
 
 
 PRIMITIVES |= {

@@ -82,7 +82,7 @@ def _least_squares_init(seed: int) -> Data:
     random = _random(seed)
     shapes = {"W": (6, 9), "b": (6,), "s": ()}
     start = {name: np.asarray(0.1 * random.standard_normal(shape)) for name, shape in shapes.items()}
-    return start | {"s": 1 + start["s"]}  # away from zero, beside which no difference is small
+    return start | {"s": np.asarray(1 + start["s"])}  # away from zero, beside which no difference is small
 
 
 def _least_squares_batch(seed: int, step: int) -> Data:
@@ -93,7 +93,7 @@ def _least_squares_batch(seed: int, step: int) -> Data:
     """
     fixed, fresh = _random(seed, purpose=1), _random(seed, step)
     inputs, weight, bias = (fixed.standard_normal(shape) for shape in ((64, 9), (6, 9), (6,)))
-    targets = inputs @ weight.T + bias + 3.0 * fresh.standard_normal((64, 6))
+    targets = inputs @ weight.T + bias + 8.0 * fresh.standard_normal((64, 6))
     return {"inputs": inputs, "targets": targets}
 
 

@@ -42,8 +42,8 @@ LOCKED = {
     ),
 }
 CONTRACTIVE = {
-    "float64": Bound(1e-11, "rounding is forgotten as the run converges; the largest difference seen is 8e-14"),
-    "float32": Bound(1e-5, "rounding is forgotten as the run converges; the largest difference seen is 8e-6"),
+    "float64": Bound(1e-11, "rounding is forgotten as the run converges; the largest difference seen is 5e-15"),
+    "float32": Bound(1e-5, "rounding is forgotten as the run converges; the largest difference seen is 4e-6"),
     "bfloat16": ENVELOPE,
 }
 
