@@ -1,1 +1,1 @@
-"""Proof that both frameworks walk one trajectory: problems, drivers, comparisons, recorded runs and the `psgd` command."""
+"""Proof that both frameworks walk one trajectory: problems, drivers, comparisons, recorded runs, the command."""

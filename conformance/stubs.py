@@ -1,4 +1,4 @@
-"""Type stubs of the backends' named faces, which are made from the registry: `python -m conformance.stubs` writes them."""
+"""Type stubs of the backends' named faces, made from the registry of methods by `python -m conformance.stubs`."""
 
 from __future__ import annotations
 
