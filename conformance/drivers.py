@@ -169,6 +169,7 @@ class StrictCore(NumpyOracle):
 # ---- PyTorch ----------------------------------------------------------------------------
 @cache
 def torch_class(name: str) -> Any:
+    """The PyTorch face of a registered method."""
     return import_module("psgd_torch_backend.optimizer").face(METHODS[name], __name__)
 
 
@@ -244,6 +245,7 @@ class TorchCompiled(TorchEager):
 # ---- JAX --------------------------------------------------------------------------------
 @cache
 def jax_alias(name: str) -> Any:
+    """The optax face of a registered method."""
     return import_module("psgd_jax_backend.transform").alias(METHODS[name], __name__)
 
 

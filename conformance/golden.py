@@ -119,6 +119,8 @@ def number(value: Any) -> Any:
 
 
 def family(*names: str) -> Callable[[Replay], Replay]:
+    """Register a replay for families of cases."""
+
     def register(replay: Replay) -> Replay:
         FAMILIES.update(dict.fromkeys(names, replay))
         return replay
@@ -151,6 +153,7 @@ def replay_function(
     *,
     coin: bool,
 ) -> Iterator[Compared]:
+    """One tensor: fit it to each recorded pair, and compare factors, bounds and P g."""
     geometry = player.geometry
     shape = (-1,) if bound == TraceBound() else tuple(player.case["shapes"][0])
     first = player.array(player.data["grad/1/0"].reshape(shape))
@@ -181,12 +184,14 @@ def replay_function(
 # ---- optimizers: several tensors, whole steps --------------------------------------------
 @family("quad_torch_procrustes", "quad_torch_quad")
 def replay_quad_torch(player: Player) -> Iterator[Compared]:
+    """quad_torch's optimizers."""
     method = METHODS[player.case["hyperparameters"]["psgd_type"]]
     return replay_optimizer(player, method, {"psgd_type": None})
 
 
 @family("class_KronWhiten")
 def replay_kron_whiten(player: Player) -> Iterator[Compared]:
+    """psgd_torch's `KronWhiten`."""
     return replay_optimizer(player, METHODS["kron_whiten"], {"lr_params": "lr"})
 
 
@@ -244,6 +249,8 @@ def _plans(options: Mapping[int, Method], groups: Sequence[Any], t: int, draws: 
 
 # ---- primitives: each step is an independent call ----------------------------------------
 def primitive(name: str) -> Callable[[Callable[[Player, int], Any]], Callable[[Player, int], Any]]:
+    """Register the call of a primitive."""
+
     def register(call: Callable[[Player, int], Any]) -> Callable[[Player, int], Any]:
         PRIMITIVES[name] = call
         return call
@@ -307,6 +314,7 @@ def replay_primitive(player: Player) -> Iterator[Compared]:
 
 # ---- running ------------------------------------------------------------------------------
 def supported(case: Case) -> bool:
+    """Can the core replay this case?"""
     return case["family"] in FAMILIES and (case["family"] != "primitive" or case["function"] in PRIMITIVES)
 
 

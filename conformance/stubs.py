@@ -42,6 +42,7 @@ def default(method: type[Method], name: str) -> Any:
 
 
 def torch_face(method: type[Method]) -> str:
+    """The class of a method."""
     own = "".join(f"    {line}" for line in arguments(method, "lr").splitlines(keepends=True))
     flags = "".join(f"        {flag}: bool = {on},\n" for flag, on in ADAPTER_DEFAULTS.items())
     return (
@@ -51,6 +52,7 @@ def torch_face(method: type[Method]) -> str:
 
 
 def jax_face(method: type[Method]) -> str:
+    """The two functions of a method."""
     result = ") -> GradientTransformationExtraArgs: ...\n"
     rate = f"    learning_rate: ScalarOrSchedule = {default(method, 'lr')},\n    *,\n"
     mask = "    weight_decay_mask: Any = None,\n    stack: bool = True,\n"

@@ -40,6 +40,7 @@ def dtype_of(xp: ModuleType, name: str) -> Any:
 
 
 def is_complex(x: Array) -> bool:
+    """Is the dtype of `x` complex?"""
     return bool(namespace(x).isdtype(x.dtype, "complex floating"))
 
 
@@ -66,10 +67,12 @@ def lifted_dtype(x: Array) -> Any:
 
 
 def real(x: Array) -> Array:
+    """The real part, of real arrays too."""
     return namespace(x).real(x) if is_complex(x) else x
 
 
 def conj(x: Array) -> Array:
+    """The complex conjugate, of real arrays too."""
     if not is_complex(x):
         return x
     xp = namespace(x)

@@ -43,6 +43,7 @@ def inverse_adjoint(qs: Factors, v: Tensor) -> Tensor:
 
 
 def itself(qs: Factors, v: Tensor) -> Tensor:
+    """v."""
     return v
 
 
@@ -52,19 +53,23 @@ def isotropic(q: Factor) -> float:
 
 
 def unlifted(q: Factor, x: Tensor, axis: int) -> Tensor:
+    """x."""
     return x
 
 
 # How a dense factor moves.
 def left(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
+    """q <- q - m D q."""
     return q - m * (d @ q)
 
 
 def right(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
+    """q <- q - m q D."""
     return q - m * (q @ d)
 
 
 def triangular(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
+    """q <- q - m triu(D) q: q stays upper triangular."""
     return q - m * (namespace(q).triu(d) @ q)
 
 
@@ -75,19 +80,23 @@ def two_sided(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
 
 
 def two_sided_half(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
+    """`two_sided` by half the step: in P = Q Q it counts twice."""
     return two_sided(q, d, m / 2)
 
 
 # How a diagonal factor moves.
 def scaled(q: Diagonal, d: Diagonal, m: Scalar) -> Diagonal:
+    """q <- q (1 - m d)."""
     return q * (1 - m * d)
 
 
 def scaled_twice(q: Diagonal, d: Diagonal, m: Scalar) -> Diagonal:
+    """q <- q (1 - m d)^2."""
     return scaled(scaled(q, d, m), d, m)
 
 
 def scaled_twice_half(q: Diagonal, d: Diagonal, m: Scalar) -> Diagonal:
+    """q <- q (1 - (m/2) d)^2."""
     return scaled_twice(q, d, m / 2)
 
 

@@ -94,6 +94,27 @@ def test_a_hermitian_positive_q_stays(framework: Framework, turn: Callable, dtyp
     assert not turned(turn, framework, np.zeros((N, N)), dtype).any()
 
 
+def by_definition(order: int, q: np.ndarray) -> np.ndarray:
+    """The highest point of the line that the rotation takes, from the roots of the derivative of Re tr."""
+    r = q.conj().T - q
+    r = r / np.linalg.norm(r, 2)
+    t1, t2, t3 = (np.trace(np.linalg.matrix_power(r, k) @ q).real for k in (1, 2, 3))
+    slope, largest = ([t2, t1], 1 / 8) if order == 2 else ([3 / 8 * t3, t2, t1], 1 / 3)
+    roots = [a.real for a in np.roots(slope) if a.real > 0]
+    a = min([largest, *roots])
+    return q + a * (r @ q + a / 2 * (r @ r @ q + (a / 4 * r @ r @ r @ q if order == 3 else 0)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "order"), [("procrustes2", 2), ("procrustes3", 3)])
+def test_a_turn_goes_to_the_highest_point_within_reach(name: str, order: int, dtype: str):
+    skew = random_q(dtype, 1)
+    for angle in (3.0, 1.0, 0.3, 0.1, 0.01):
+        q = polar(random_q(dtype)) + angle * (skew - skew.conj().T)
+        got = TURNS[name](q, lambda r, **sweep: np.asarray(np.linalg.norm(r, 2)))
+        assert got == pytest.approx(by_definition(order, q), rel=1e-10, abs=1e-10)
+
+
 @pytest.mark.parametrize("name", TURNS)
 def test_the_line_search_is_exact_for_small_angles(name: str):
     h, skew = polar(random_q("float64")), random_q("float64", 1)

@@ -8,6 +8,7 @@ Shape = tuple[int, ...]
 
 
 def as_is(shape: Shape) -> Shape:
+    """The shape itself."""
     return tuple(shape)
 
 

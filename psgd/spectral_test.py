@@ -141,10 +141,11 @@ class Fixed:
         return self.probes
 
 
-def test_bound_is_the_growth_of_the_last_product():
-    a, probes = skew(random_matrix(4, "float64")), random_matrix(4, "float64", seed=1)[:3]
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_bound_is_the_growth_of_the_last_product(dtype: str):
+    a, probes = skew(random_matrix(4, dtype)), random_matrix(4, dtype, seed=1)[:3]
     row = a[np.argmax(np.linalg.norm(a, axis=1))]
-    v = row + np.sign(probes @ row)[:, None] * abs(a).max() * probes  # the start is formed of a / max|a|
+    v = row + np.sign(probes.conj() @ row)[:, None] * abs(a).max() * probes  # the start is formed of a / max|a|
     grown = [np.linalg.norm(v @ np.linalg.matrix_power(a, m), axis=1) for m in (1, 2)]
     assert NormBound(3, 2)(a, Fixed(probes), "b", positive=False) == pytest.approx(
         (grown[1] / grown[0]).max(), rel=1e-13
