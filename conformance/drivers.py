@@ -18,7 +18,7 @@ import numpy as np
 from conformance.frameworks import FRAMEWORKS, Framework
 from conformance.problems import Problem
 from conformance.reference import Reference
-from psgd.kron import Factors
+from psgd.arrays import Factors
 from psgd.methods import METHODS, Method
 from psgd.pipeline import State
 
@@ -33,11 +33,13 @@ class Snapshot(NamedTuple):
     state: Arrays
 
 
-def flat_state(name: str, state: State, step: int, shape: tuple[int, ...], read: Callable[[Any], np.ndarray]) -> Arrays:
-    """The state of one parameter as flat names."""
+def flat_state(name: str, state: State, step: int, since: Any, read: Callable[[Any], np.ndarray]) -> Arrays:
+    """The state of one parameter as flat names. since: where the method counts it."""
     leaves = {f"{name}/step": np.asarray(float(step))}
+    if since is not None:
+        leaves[f"{name}/since"] = np.asarray(float(since))
     if state.momentum is not None:
-        leaves[f"{name}/momentum"] = read(state.momentum).reshape(shape)
+        leaves[f"{name}/momentum"] = read(state.momentum)
     for kind, tensors in state.factors._asdict().items():
         leaves |= {f"{name}/{kind}/{i}": read(x) for i, x in enumerate(tensors)}
     return leaves
@@ -125,9 +127,9 @@ class NumpyOracle(Driver):
 
     def state(self) -> Arrays:
         flat: Arrays = {}
+        since = self.run.since if self.method.tempo().counts else None
         for name, state in self.run.states.items():
-            shape = tuple(self.run.params[name].shape)
-            flat |= flat_state(name, state, self.run.count, shape, self.framework.numpy)
+            flat |= flat_state(name, state, self.run.count, since, self.framework.numpy)
         return flat
 
     def load(self, snapshot: Snapshot) -> None:
@@ -137,6 +139,7 @@ class NumpyOracle(Driver):
                 name, old, snapshot, lambda x, like: self.framework.array(x.reshape(like.shape), _name(like))
             )
             self.run.count = int(snapshot.state[f"{name}/step"])
+            self.run.since = int(snapshot.state.get(f"{name}/since", 0))
 
 
 def _name(x: Any) -> str:
@@ -209,7 +212,7 @@ class TorchEager(Driver):
                     name,
                     to_state(entry),
                     int(entry["step"]),
-                    tuple(p.shape),
+                    entry.get("since"),
                     lambda x: self.framework.numpy(x).copy(),
                 )
         return flat
@@ -225,7 +228,9 @@ class TorchEager(Driver):
                 p.copy_(self.torch.as_tensor(snapshot.params[name]))
                 entry = self.optimizer.state[p]
                 _filled(name, to_state(entry), snapshot, overwritten)
-                entry["step"].fill_(int(snapshot.state[f"{name}/step"]))
+                for counter in ("step", "since"):
+                    if counter in entry:
+                        entry[counter].fill_(int(snapshot.state[f"{name}/{counter}"]))
 
 
 class TorchLoop(TorchEager):
@@ -288,7 +293,7 @@ class JaxJit(Driver):
         own, states = self._states()
         flat: Arrays = {}
         for name, state in states.items():
-            flat |= flat_state(name, state, int(own.count), tuple(self.tree[name].shape), self.framework.numpy)
+            flat |= flat_state(name, state, int(own.count), own.since, self.framework.numpy)
         return flat if int(own.count) else {}
 
     def load(self, snapshot: Snapshot) -> None:
@@ -301,9 +306,13 @@ class JaxJit(Driver):
         filled = {name: _filled(name, state, snapshot, cast) for name, state in states.items()}
         self.tree = {name: self.array(snapshot.params[name]) for name in self.tree}
         momentum = None if own.momentum is None else {name: s.momentum for name, s in filled.items()}
-        count = jnp.asarray(int(next(v for k, v in snapshot.state.items() if k.endswith("/step"))), own.count.dtype)
+        first = next(iter(self.tree))
+        count, since = (
+            None if old is None else jnp.asarray(int(snapshot.state[f"{first}/{name}"]), old.dtype)
+            for name, old in (("step", own.count), ("since", own.since))
+        )
         q, ell = ({name: getattr(s.factors, kind) for name, s in filled.items()} for kind in Factors._fields)
-        self.inner = (type(own)(count, momentum, q, ell), *self.inner[1:])
+        self.inner = (type(own)(count, since, momentum, q, ell), *self.inner[1:])
 
 
 class JaxEager(JaxJit):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, prod
 from pathlib import Path
@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from conformance.frameworks import Framework, double_precision
-from conformance.reference import change, laid_out, start
+from conformance.reference import start, trusted
 from psgd import criterion, kron, pipeline, rotate, schedule, shapes
 from psgd._xp import make, namespace
+from psgd.arrays import Factors
 from psgd.geometry import GEOMETRIES
 from psgd.methods import METHODS, Method
-from psgd.spectral import NormBound, TraceBound
+from psgd.spectral import NormBound, TraceBound, general_bound
 
 Case = Mapping[str, Any]
 Data = Mapping[str, np.ndarray]
@@ -114,7 +115,9 @@ class Player:
 
 
 def number(value: Any) -> Any:
-    """A recorded option: "inf" stands for infinity, a list for a tuple."""
+    """A recorded option: "inf" stands for infinity, a list for a tuple, four named numbers for a schedule."""
+    if isinstance(value, dict):
+        return schedule.precond_update_prob_schedule(**value)
     return inf if value == "inf" else tuple(value) if isinstance(value, list) else value
 
 
@@ -169,7 +172,7 @@ def replay_function(
             raise ValueError(f"no gradient was recorded at step {t}")
         e = draws.normal("damping", g.shape, g)
         if h is None:
-            pair = criterion.whitening(geometry, g, e, options["damping"])
+            pair = criterion.whitening(geometry.probed(factors.Q), g, e, options["damping"])
         else:
             pair = criterion.newton(v, h, e, options["damping"])
         factors = kron.fit(geometry, bound, factors, pair, options["lr"], options["betaL"], draws)
@@ -195,45 +198,87 @@ def replay_kron_whiten(player: Player) -> Iterator[Compared]:
     return replay_optimizer(player, METHODS["kron_whiten"], {"lr_params": "lr"})
 
 
-def replay_optimizer(player: Player, method: type[Method], renamed: Mapping[str, str | None]) -> Iterator[Compared]:
-    """A method's pipeline, tensor after tensor, in the order in which the recorded run drew its numbers."""
+# Arguments that say nothing of the mathematics.
+MAPPED = dict.fromkeys(
+    ("mask", "weight_decay_mask", "scanned_layers", "lax_map_scanned_layers", "lax_map_batch_size")
+)
+
+
+@family("jax_kron")
+def replay_jax_kron(player: Player) -> Iterator[Compared]:
+    """psgd_jax's `kron`: one balancing coin for all tensors."""
+    renamed = MAPPED | {"learning_rate": "lr"}
+    return replay_optimizer(player, METHODS["kron"], renamed, common=("fit", "balance"))
+
+
+@family("jax_affine")
+def replay_jax_affine(player: Player) -> Iterator[Compared]:
+    """psgd_jax's `affine`."""
+    return replay_optimizer(player, METHODS["affine"], MAPPED | {"learning_rate": "lr"})
+
+
+def replay_optimizer(
+    player: Player,
+    method: type[Method],
+    renamed: Mapping[str, str | None],
+    common: Sequence[str] = ("fit",),
+) -> Iterator[Compared]:
+    """A method's pipeline, tensor after tensor, in the order in which the recorded run drew its numbers.
+
+    common: roles of coins that were tossed once for all tensors; the others were tossed for each.
+    """
     n = len(player.case["shapes"])
     groups = player.case.get("groups") or [{"params": list(range(n))}]
     options: dict[int, Method] = {}
     for group in groups:
         given = player.case["hyperparameters"] | {k: v for k, v in group.items() if k != "params"}
-        kept = {renamed.get(k, k): number(v) for k, v in given.items()}
+        kept = {renamed.get(k, k): number(v) for k, v in given.items() if v != "default schedule"}
         kept.pop(None, None)
         if kept.get("dtype"):
             kept["dtype"] = player.framework.nearest(kept["dtype"])
         options |= dict.fromkeys(group["params"], method.of(**kept))
+    scanned = player.case["hyperparameters"].get("scanned_layers") or [False] * n
     params = [player.read(f"param/0/{i}") for i in range(n)]
     states: list[Any] = [None] * n
+    since = 0
     for t in player.steps:
         draws = Recording(player, t)
         tensors = [player.read(f"grad/{t}/{i}") for i in range(n)]
         if t == 1:
             for indices in (group["params"] for group in groups):
-                started = start(options[indices[0]], [tensors[i] for i in indices])
-                states = [started[indices.index(i)] if i in indices else s for i, s in enumerate(states)]
-        plans = _plans(options, groups, t, draws)
+                started = start(options[indices[0]], [tensors[i][0] if scanned[i] else tensors[i] for i in indices])
+                for i, state in zip(indices, started, strict=True):
+                    states[i] = [state] * len(tensors[i]) if scanned[i] else state
+        since += 1
+        plans = _plans(options, groups, t, draws, since, common)
+        since = 0 if plans[0].fit else since
+        directions = []
         for i, g in enumerate(tensors):
-            recipe = options[i].recipe()
-            u, states[i] = pipeline.step(recipe, plans[i], laid_out(recipe, g), states[i], draws)
-            params[i] = params[i] + change(options[i], params[i], u)
+            stepped = _step_scanned if scanned[i] else pipeline.step
+            u, states[i] = stepped(options[i].recipe(), plans[i], g, states[i], draws)
+            directions.append(u)
+        changes = [
+            pipeline.displacement(p, u, options[i].lr, options[i].weight_decay)
+            for i, (p, u) in enumerate(zip(params, trusted(options[0], directions), strict=True))
+        ]
+        params = [p + change for p, change in zip(params, changes, strict=True)]
         draws.spent()
-        yield from player.state(t, "Q", [q for s in states for q in s.factors.Q])
-        yield from player.state(t, "L", [x for s in states for x in s.factors.L])
-        yield from player.state(t, "m", [s.momentum for s in states])
+        flat = [_stacked(s) if scanned[i] else s for i, s in enumerate(states)]
+        yield from player.state(t, "Q", [q for s in flat for q in s.factors.Q])
+        yield from player.state(t, "L", [x for s in flat for x in s.factors.L])
+        yield from player.state(t, "m", [s.momentum for s in flat])
+        yield from player.state(t, "out", changes)
         yield from player.state(t, "param", params)
 
 
-def _plans(options: Mapping[int, Method], groups: Sequence[Any], t: int, draws: Recording) -> dict[int, pipeline.Plan]:
-    """One decision to fit a step for all tensors, one toss for balancing each."""
+def _plans(
+    options: Mapping[int, Method], groups: Sequence[Any], t: int, draws: Recording, since: int, common: Sequence[str]
+) -> dict[int, pipeline.Plan]:
+    """The plan of each tensor: coins in `common` are tossed once a step, and none but that to fit where nothing is."""
     heads: dict[str, float] = {}
 
     def toss(role: str) -> float:
-        if role != "fit":
+        if role not in common:
             return draws.toss(role)
         if role not in heads:
             heads[role] = draws.toss(role)
@@ -241,10 +286,51 @@ def _plans(options: Mapping[int, Method], groups: Sequence[Any], t: int, draws: 
 
     plans = {}
     for i, method in sorted(options.items()):
-        fit = method.tempo().fit(t, toss)
-        # No coin for balancing was recorded where nothing was fitted.
-        plans[i] = pipeline.host_plan(method.tempo(), t, toss if fit else lambda role: heads.get(role, 1.0))
+        fit = method.tempo().fit(schedule.Moment(t, toss, since))
+        seen = toss if fit else lambda role: heads.get(role, 1.0)
+        plans[i] = pipeline.host_plan(method.tempo(), t, seen, since)
     return plans
+
+
+def _stacked(states: Sequence[pipeline.State]) -> pipeline.State:
+    """The states of layers, each array with a first axis for them."""
+    xp = namespace(states[0].factors.Q[0])
+    columns = ([xp.stack(list(column)) for column in zip(*rows, strict=True)] for rows in _columns(states))
+    q, ell, momentum = (tuple(column) for column in columns)
+    return pipeline.State(momentum[0] if momentum else None, Factors(q, ell))
+
+
+def _columns(states: Sequence[pipeline.State]) -> list[list[Sequence[Any]]]:
+    return [
+        [s.factors.Q for s in states],
+        [s.factors.L for s in states],
+        [() if s.momentum is None else (s.momentum,) for s in states],
+    ]
+
+
+class _Layer:
+    """The draws of one layer of a stack, whose draw was recorded whole."""
+
+    def __init__(self, row: Any) -> None:
+        self.row = row
+
+    def normal(self, role: str, shape: Sequence[int], like: Any, skip: Any = None) -> Any:
+        return self.row
+
+
+def _step_scanned(
+    recipe: pipeline.Recipe, plan: pipeline.Plan, g: Any, states: Sequence[pipeline.State], draws: Recording
+) -> tuple[Any, list[pipeline.State]]:
+    """A step of stacked layers as psgd_jax takes it: the mean in the damping and the RMS clip are the whole stack's."""
+    xp, whole = namespace(g), _stacked(states)
+    g = pipeline.working(recipe, g)
+    m = None if whole.momentum is None else xp.astype(whole.momentum, g.dtype)
+    seen = pipeline.averaged(plan.momentum, g, m)[1] if recipe.whiten == "momentum" else g
+    mean = xp.mean(xp.abs(seen))
+    e = draws.normal("damping", seen.shape, seen) if plan.fit else seen
+    own = replace(recipe, damping=lambda x, e, amount: x + amount * mean * e, clip=pipeline.Clip())
+    rows = [pipeline.step(own, plan, g[k, ...], s, _Layer(e[k, ...])) for k, s in enumerate(states)]
+    return recipe.clip(xp.stack([u for u, _ in rows])), [s for _, s in rows]
 
 
 # ---- primitives: each step is an independent call ----------------------------------------
@@ -263,6 +349,21 @@ def _bound(player: Player, t: int, positive: bool, bound: NormBound) -> Any:
     value = bound(player.read(f"in/{t}/0"), draws, "bound", positive=positive)
     draws.spent()
     return value
+
+
+@primitive("_norm_lower_bound (kron.py, affine.py)")
+def general_norm_bound(player: Player, t: int) -> Any:
+    return general_bound(player.read(f"in/{t}/0"))
+
+
+@primitive("_shape_as_matrix")
+def matricised(player: Player, t: int) -> Any:
+    return pipeline.laid_out(METHODS["affine"]().recipe(), player.read(f"in/{t}/0"))
+
+
+@primitive("precond_update_prob_schedule()")
+def update_probability(player: Player, t: int) -> Any:
+    return np.asarray(schedule.precond_update_prob_schedule()(player.data[f"in/{t}/0"]))
 
 
 QUAD_BOUND = NormBound(probes=4, products=6, offset=1e-9)

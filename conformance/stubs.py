@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from psgd.methods import METHODS, Method
+from psgd_jax_backend.transform import MAPPING
 from psgd_torch_backend.optimizer import ADAPTER_DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,12 +30,19 @@ from psgd_jax_backend.transform import scale_by_psgd as scale_by_psgd
 
 
 def argument(f: Field[Any]) -> str:
-    default = 'float("inf")' if repr(f.default) == "inf" else repr(f.default).replace("'", '"')
+    plain = f.default is None or type(f.default) in (bool, int, float, str, tuple)
+    value = repr(f.default).replace("'", '"') if plain else "..."
+    default = 'float("inf")' if value == "inf" else value
     return f"    {f.name}: {f.type} = {default},\n"
 
 
 def arguments(method: type[Method], *left_out: str) -> str:
     return "".join(argument(f) for f in fields(method) if f.name not in left_out)
+
+
+def type_of(default: Any) -> str:
+    """The annotation of an adapter's argument, by its default."""
+    return "Any" if default is None else type(default).__name__
 
 
 def default(method: type[Method], name: str) -> Any:
@@ -44,7 +52,7 @@ def default(method: type[Method], name: str) -> Any:
 def torch_face(method: type[Method]) -> str:
     """The class of a method."""
     own = "".join(f"    {line}" for line in arguments(method, "lr").splitlines(keepends=True))
-    flags = "".join(f"        {flag}: bool = {on},\n" for flag, on in ADAPTER_DEFAULTS.items())
+    flags = "".join(f"        {flag}: {type_of(on)} = {on!r},\n" for flag, on in ADAPTER_DEFAULTS.items())
     return (
         f"\nclass {method.title}(PSGD):\n    def __init__(\n        self,\n        params: Iterable[Any],\n"
         f"        lr: float | Tensor = {default(method, 'lr')},\n        *,\n{own}{flags}    ) -> None: ...\n"
@@ -55,10 +63,11 @@ def jax_face(method: type[Method]) -> str:
     """The two functions of a method."""
     result = ") -> GradientTransformationExtraArgs: ...\n"
     rate = f"    learning_rate: ScalarOrSchedule = {default(method, 'lr')},\n    *,\n"
-    mask = "    weight_decay_mask: Any = None,\n    stack: bool = True,\n"
-    whole = f"def {method.name}(\n{rate}{arguments(method, 'lr')}{mask}{result}"
-    part = f"def scale_by_{method.name}(\n    *,\n{arguments(method, 'lr', 'weight_decay')}    stack: bool = True,\n"
-    return whole + part + result
+    mapping = "".join(f"    {p.name}: {type_of(p.default)} = {p.default!r},\n" for p in MAPPING)
+    mask = f"    {method.mask_name}: Any = None,\n"
+    whole = f"def {method.name}(\n{rate}{arguments(method, 'lr')}{mask}{mapping}{result}"
+    part = f"def scale_by_{method.name}(\n    *,\n{arguments(method, 'lr', 'weight_decay')}{mapping}{result}"
+    return whole + part
 
 
 def stub(head: str, face: Callable[[type[Method]], str]) -> str:

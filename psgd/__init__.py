@@ -5,6 +5,7 @@
 
 from psgd.geometry import GEOMETRIES, Geometry
 from psgd.methods import METHODS, Method
+from psgd.schedule import precond_update_prob_schedule
 
-__all__ = ["GEOMETRIES", "METHODS", "Geometry", "Method"]
+__all__ = ["GEOMETRIES", "METHODS", "Geometry", "Method", "precond_update_prob_schedule"]
 __version__ = "0.1.0"

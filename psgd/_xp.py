@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 from psgd.arrays import Array
 
 HALF = ("bfloat16", "float16")
+PRECISIONS = (None, "bfloat16", "tensorfloat32", "float32")
 
 
 def namespace(x: Array) -> ModuleType:
@@ -90,6 +94,11 @@ def diagonal(a: Array) -> Array:
     return real(namespace(a).reshape(a, (n * n,))[:: n + 1])
 
 
+def cast(x: Array, dtype: Any) -> Array:
+    """`x` in a dtype: itself where it has it."""
+    return x if x.dtype == dtype else namespace(x).astype(x, dtype)
+
+
 def number(value: Any, like: Array) -> Any:
     """A number of the plan beside an array: cast to the array's real dtype unless it is Python's own."""
     return value if isinstance(value, (int, float)) else namespace(like).astype(value, real_dtype(like))
@@ -107,6 +116,39 @@ def identity(like: Array, n: int) -> Array:
     xp = namespace(like)
     i = make(like, "arange", n, dtype=xp.int32)
     return xp.astype(i[:, None] == i, like.dtype)
+
+
+# ---- products ----------------------------------------------------------------------------
+# The precision in force, for this thread alone; set by `products` and by nothing else.
+_local = threading.local()
+
+
+@contextmanager
+def products(precision: str | None) -> Iterator[None]:
+    """Matrix products of float32 arrays in a precision, while the context lasts, in this thread.
+
+    None: as the framework does by default. "float32": nothing less. "tensorfloat32": float32, which tensor cores may
+    round to 10 bits on the way in. "bfloat16": operands and result in bfloat16, summed in float32 by the hardware.
+    """
+    before = getattr(_local, "precision", None)
+    _local.precision = precision
+    try:
+        yield
+    finally:
+        _local.precision = before
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """a @ b in the precision in force; other dtypes than float32 are multiplied as they are."""
+    precision = getattr(_local, "precision", None)
+    if precision is None or dtype_name(a.dtype) != "float32" or dtype_name(b.dtype) != "float32":
+        return a @ b
+    xp = namespace(a)
+    if precision == "bfloat16":
+        low = dtype_of(xp, "bfloat16")
+        return xp.astype(xp.astype(a, low) @ xp.astype(b, low), a.dtype)
+    # JAX chooses for each product. PyTorch has one switch for the process, which is not ours to turn.
+    return xp.matmul(a, b, precision=precision) if xp.__name__.startswith("jax") else a @ b
 
 
 def solve_adjoint(q: Array, b: Array) -> Array:

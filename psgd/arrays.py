@@ -1,8 +1,11 @@
-"""Names for arrays by shape, for annotations. An array may come from any namespace that follows the standard."""
+"""Names for arrays by shape, for annotations, and the record of a preconditioner's arrays.
+
+An array may come from any namespace that follows the standard.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 Array = Any
 
@@ -17,3 +20,10 @@ if TYPE_CHECKING:
     Tensor = Inexact[Array, "..."]  # a gradient, a probe: any number of axes
 else:  # jaxtyping is a tool of ours and not needed to run
     Matrix = Diagonal = Scalar = Factor = Rows = Tensor = Array
+
+
+class Factors(NamedTuple):
+    """All that a preconditioner keeps. Q: its factors. L: running bounds on their residuals, 0-d, at least float32."""
+
+    Q: tuple[Array, ...]
+    L: tuple[Scalar, ...]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import prod
 
-from psgd._xp import adjoint, conj, namespace, real, solve_adjoint
+from psgd._xp import adjoint, conj, matmul, namespace, real, solve_adjoint
 from psgd.arrays import Factor, Tensor
 
 Act = Callable[[Factor, Tensor, int], Tensor]
@@ -20,10 +20,10 @@ def along(q: Factor, x: Tensor, axis: int) -> Tensor:
     if q.ndim < 2:
         return xp.reshape(q, q.shape + (1,) * (x.ndim - axis - 1)) * x if x.ndim else q * x
     if axis == x.ndim - 1:
-        return x @ q.mT
+        return matmul(x, q.mT)
     before = shape[:axis]
     rows = (prod(before),) if prod(before) > 1 else ()
-    return xp.reshape(q @ xp.reshape(x, (*rows, shape[axis], -1)), shape)
+    return xp.reshape(matmul(q, xp.reshape(x, (*rows, shape[axis], -1))), shape)
 
 
 def along_inverse_adjoint(q: Factor, x: Tensor, axis: int) -> Tensor:
@@ -53,12 +53,12 @@ def gram(x: Tensor, axis: int, *, diagonal: bool) -> Factor:
         return xp.sum(squares, axis=rest) if rest else squares
     if axis == x.ndim - 1:
         rows = xp.reshape(x, (-1, x.shape[axis]))
-        return rows.mT @ conj(rows)
+        return matmul(rows.mT, conj(rows))
     front = xp.permute_dims(x, (axis, *(i for i in range(x.ndim) if i != axis))) if axis else x
     rows = xp.reshape(front, (x.shape[axis], -1))
-    return rows @ adjoint(rows)
+    return matmul(rows, adjoint(rows))
 
 
 def outer(q: Factor) -> Factor:
     """q q^H."""
-    return real(q * conj(q)) if q.ndim < 2 else q @ adjoint(q)
+    return real(q * conj(q)) if q.ndim < 2 else matmul(q, adjoint(q))

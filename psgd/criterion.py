@@ -3,8 +3,8 @@
 Whitening: h is a gradient (or its momentum), v is standard normal and independent of it; P whitens h.
 Newton:    h = H v is a Hessian-vector product; P approaches |H|^-1.
 
-A geometry that knows E T2 over v needs no v in whitening (`Pair.v` is None); the others get the damping noise as their
-probe, so that damping and probe are one draw.
+A preconditioner that knows E T2 over v needs no v in whitening (`Pair.v` is None); the others get the damping noise as
+their probe, so that damping and probe are one draw.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from psgd._xp import eps, namespace, number
 from psgd.arrays import Scalar, Tensor
-from psgd.geometry import Geometry
 
 Damping = Callable[[Tensor, Tensor, Scalar | float], Tensor]
 
@@ -42,9 +41,14 @@ def proportional(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
     return x + amount * xp.mean(xp.abs(x)) * e
 
 
-def whitening(geometry: Geometry, g: Tensor, e: Tensor, amount: Scalar | float, damping: Damping = relative) -> Pair:
-    """The pair that whitens g: (None, g damped by e), or (e, g damped by e) where the geometry must see a probe."""
-    return Pair(damping(g, e, number(amount, g)), e if geometry.expected is None else None)
+def undamped(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
+    """x itself [psgd_jax affine]."""
+    return x
+
+
+def whitening(probed: bool, g: Tensor, e: Tensor, amount: Scalar | float, damping: Damping = relative) -> Pair:
+    """The pair that whitens g: (None, g damped by e), or (e, g damped by e) where a probe must be seen."""
+    return Pair(damping(g, e, number(amount, g)), e if probed else None)
 
 
 def newton(v: Tensor, h: Tensor, e: Tensor, amount: Scalar | float, damping: Damping = relative) -> Pair:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
-from psgd._xp import adjoint, namespace
+from psgd._xp import adjoint, conj, identity, matmul, namespace, real, solve_adjoint
 from psgd.arrays import Diagonal, Factor, Matrix, Scalar, Tensor
 from psgd.axes import along, along_all, along_inverse_adjoint, outer
 from psgd.rotate import polished, procrustes2, symmetrised
@@ -47,9 +48,47 @@ def itself(qs: Factors, v: Tensor) -> Tensor:
     return v
 
 
-def isotropic(q: Factor) -> float:
-    """E v v^H = I, up to c: a number stands for so many times the identity."""
-    return 1.0
+# What T2 is in the mean over v ~ N(0, I); a number stands for so many times the identity.
+def others(qs: Factors, axis: int) -> float:
+    """c = size / n of an axis: the product of the other axes' lengths."""
+    return float(prod(q.shape[0] for i, q in enumerate(qs) if i != axis))
+
+
+def isotropic(qs: Factors, axis: int) -> float:
+    """E Gram(v) = c I."""
+    return others(qs, axis)
+
+
+def lifted_isotropic(qs: Factors, axis: int) -> Factor:
+    """E Gram(q v) = c q q^H."""
+    return others(qs, axis) * outer(qs[axis])
+
+
+def inverse_gram(qs: Factors, axis: int) -> Factor:
+    """E Gram(Q^-H v) = M_i prod of tr M_j over the other axes j, M = q^-H q^-1 of triangular factors."""
+    inverses = [1 / conj(q) if q.ndim < 2 else solve_adjoint(q, identity(q, q.shape[0])) for q in qs]
+    mean = outer(inverses[axis])
+    for i, x in enumerate(inverses):
+        mean = mean if i == axis else mean * namespace(x).sum(real(x * conj(x)))
+    return mean
+
+
+# Must v be drawn, though its mean effect may be known? Asked with the shapes of the factors alone.
+def mean_known(qs: Factors) -> bool:
+    """No: the mean is as cheap as can be."""
+    return False
+
+
+def mean_unknown(qs: Factors) -> bool:
+    """Yes: there is no mean to take."""
+    return True
+
+
+def mean_dear(qs: Factors) -> bool:
+    """Where inverting would cost more than a draw: two dense factors, or one on a longer axis than all diagonal ones."""
+    dense = [q.shape[0] for q in qs if q.ndim == 2]
+    diagonal = [prod(q.shape) for q in qs if q.ndim < 2]
+    return len(dense) > 1 or max(dense, default=0) > max(diagonal, default=0)
 
 
 def unlifted(q: Factor, x: Tensor, axis: int) -> Tensor:
@@ -60,17 +99,17 @@ def unlifted(q: Factor, x: Tensor, axis: int) -> Tensor:
 # How a dense factor moves.
 def left(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
     """q <- q - m D q."""
-    return q - m * (d @ q)
+    return q - m * matmul(d, q)
 
 
 def right(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
     """q <- q - m q D."""
-    return q - m * (q @ d)
+    return q - m * matmul(q, d)
 
 
 def triangular(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
     """q <- q - m triu(D) q: q stays upper triangular."""
-    return q - m * (namespace(q).triu(d) @ q)
+    return q - m * matmul(namespace(q).triu(d), q)
 
 
 def two_sided(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
@@ -110,7 +149,8 @@ class Geometry:
     measure: (factors, h) -> a; None is `precondition`.
     refer: (factors, v) -> b.
     lift: (q, x, axis) -> x, what factor q adds before the Gram products.
-    expected: q -> E T2 over v ~ N(0, I), up to c = size / n; None where v must be drawn.
+    expected: (factors, axis) -> E T2 over v ~ N(0, I); a number stands for so many times the identity.
+    probed: factors -> must whitening draw v, rather than take `expected`?
     fits_p: the stored factors are those of P, not of Q.
     balance_first: balances the factors before each fit (the others do it rarely, after).
     """
@@ -122,14 +162,17 @@ class Geometry:
     measure: Callable[[Factors, Tensor], Tensor] | None = None
     refer: Callable[[Factors, Tensor], Tensor] = itself
     lift: Callable[[Factor, Tensor, int], Tensor] = unlifted
-    expected: Callable[[Factor], Factor | float] | None = isotropic
+    expected: Callable[[Factors, int], Factor | float] = isotropic
+    probed: Callable[[Factors], bool] = mean_known
     fits_p: bool = False
     balance_first: bool = False
 
 
 GEOMETRIES: dict[str, Geometry] = {
-    "EQ": Geometry(move=triangular, measure=along_all, refer=inverse_adjoint, expected=None),
-    "QEP": Geometry(move=left, lift=along, expected=outer, balance_first=True),
+    "EQ": Geometry(
+        move=triangular, measure=along_all, refer=inverse_adjoint, expected=inverse_gram, probed=mean_unknown
+    ),
+    "QEP": Geometry(move=left, lift=along, expected=lifted_isotropic, balance_first=True),
     "QEQ": Geometry(move=right),
     "Q0.5EQ1.5": Geometry(move=left, turn=procrustes2),
     "QUAD": Geometry(move=two_sided_half, move_diagonal=scaled_twice_half),

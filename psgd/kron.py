@@ -6,49 +6,52 @@ a vector is the case of one dense factor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from psgd._xp import diagonal, identity, lifted_dtype, make, namespace, number, tiny
-from psgd.arrays import Factor, Matrix, Scalar, Tensor
+from psgd._xp import diagonal, eps, identity, lifted_dtype, make, namespace, number, real, tiny
+from psgd.arrays import Factor, Factors, Matrix, Scalar, Tensor
 from psgd.axes import gram
 from psgd.criterion import Pair
 from psgd.geometry import Geometry
 from psgd.noise import Draws
 from psgd.rotate import balanced
 from psgd.shapes import Shape
-from psgd.spectral import NormBound
-
-
-class Factors(NamedTuple):
-    """Q: one factor an axis, (n, n) dense or (n,) diagonal. L: one 0-d bound a factor, at least float32."""
-
-    Q: tuple[Factor, ...]
-    L: tuple[Scalar, ...]
+from psgd.spectral import NormBound, general_bound
 
 
 @dataclass(frozen=True)
 class DenseRule:
-    """Which axes are dense: n in (1, max_size], n^2 <= max_skew * size, in tensors of at least min_ndim axes."""
+    """Which axes are dense: n in (1, max_size], n^2 <= max_skew * size, in tensors of at least min_ndim axes.
+
+    spared: axes that stay diagonal whatever their length: None, "one_diag" (the longest, the last of equals) or
+    "all_diag" [psgd_jax `memory_save_mode`].
+    """
 
     max_size: float = inf
     max_skew: float = 1.0
     min_ndim: int = 0
+    spared: str | None = None
 
     def __call__(self, shape: Shape) -> tuple[bool, ...]:
         """One boolean an axis; a scalar has one diagonal factor, a tensor without elements has no factor."""
         size = prod(shape)
         if not shape or not size:
             return (False,) * (1 if size else 0)
-        wide = len(shape) >= self.min_ndim
+        if len(shape) < self.min_ndim or self.spared == "all_diag":
+            return (False,) * len(shape)
+        longest = max(range(len(shape)), key=lambda axis: (shape[axis], axis)) if self.spared == "one_diag" else None
         limit = inf if self.max_skew == inf else self.max_skew * size
-        return tuple(wide and 1 < n <= self.max_size and n * n <= limit for n in shape)
+        return tuple(i != longest and 1 < n <= self.max_size and n * n <= limit for i, n in enumerate(shape))
 
 
 def init(dense: Sequence[bool], like: Tensor) -> Factors:
-    """Identity factors, L = 0, of a tensor as `like`. `dense`: one boolean a factor, as `DenseRule` gives."""
+    """Identity factors, L = 0, of a tensor as `like`. `dense`: one boolean a factor, as `DenseRule` gives.
+
+    Q: one factor an axis, (n, n) dense or (n,) diagonal. L: one bound a factor, at least float32.
+    """
     shapes: list[tuple[int, ...]] = [(n,) for n in like.shape] or [() for _ in dense]
     qs = tuple(
         identity(like, *shape) if full else make(like, "ones", shape)
@@ -83,13 +86,36 @@ class AxisNorm(NamedTuple):
         return self.bound(r, self.draws, f"turn/{self.axis}/{sweep}", positive=False, skip=skip)
 
 
-def _terms(geometry: Geometry, q: Factor, a: Tensor, b: Tensor | None, axis: int) -> tuple[Factor, Factor | float]:
+# What a step is normalised by: (norm, T1, T2) -> ell and the residual D. T2 may be a number of identities.
+def by_terms(norm: AxisNorm, t1: Factor, t2: Factor | float) -> tuple[Scalar, Factor]:
+    """ell = ||T1 + T2||: a step is never too long, and short where both terms are large [psgd_jax '2nd']."""
+    if isinstance(t2, float):
+        # The bound is a sketch: of T1 + c I it is not that of T1, plus c.
+        return norm.positive(t1) + t2, t1 - (t2 if t1.ndim < 2 else t2 * identity(t1, t1.shape[0]))
+    return norm.positive(t1 + t2), t1 - t2
+
+
+def by_triangle(norm: AxisNorm, t1: Factor, t2: Factor) -> tuple[Scalar, Factor]:
+    """ell = ||triu(T1 - T2)||: every step is as long as it may be, unless the residual is rounding [psgd_jax '1st']."""
+    xp, d = namespace(t1), t1 - t2
+    if t1.ndim < 2:
+        ell, terms = xp.max(xp.abs(d)), xp.max(real(t1 + t2))
+    else:
+        ell, terms = general_bound(xp.triu(d)), xp.max(diagonal(t1 + t2))
+    d = xp.where(ell > 4 * eps(d) * terms, d, xp.zeros_like(d))
+    return xp.astype(ell, lifted_dtype(t1)), d
+
+
+Normaliser = Callable[[AxisNorm, Factor, Any], tuple[Scalar, Factor]]
+
+
+def _terms(geometry: Geometry, qs: Sequence[Factor], a: Tensor, b: Tensor | None, axis: int) -> tuple[Factor, Any]:
     """T1 and T2 of one factor; T2 is a number c where it is c times the identity."""
-    diagonal = q.ndim < 2
-    t1 = gram(geometry.lift(q, a, axis), axis, diagonal=diagonal)
-    if geometry.expected is not None and b is None:
-        return t1, prod(a.shape) / prod(q.shape[:1]) * geometry.expected(q)
-    return t1, gram(geometry.lift(q, b, axis), axis, diagonal=diagonal)
+    q = qs[axis]
+    t1 = gram(geometry.lift(q, a, axis), axis, diagonal=q.ndim < 2)
+    if b is None:
+        return t1, geometry.expected(qs, axis)
+    return t1, gram(geometry.lift(q, b, axis), axis, diagonal=q.ndim < 2)
 
 
 def _moved(geometry: Geometry, q: Factor, d: Factor, m: Scalar, norm: AxisNorm) -> Factor:
@@ -108,6 +134,7 @@ def fit(
     rate: Scalar | float,
     memory: Scalar | float,
     draws: Draws,
+    normaliser: Normaliser = by_terms,
 ) -> Factors:
     r"""Move every factor once towards fitting the pair: the one update of all geometries and both criteria.
 
@@ -119,20 +146,18 @@ def fit(
         rate: preconditioner learning rate mu, in (0, 1): the step is normalised, L >= ell >= ||D|| up to the bound.
         memory: beta_L in [0, 1): how slowly L forgets large residuals. 0 is the instantaneous normaliser.
         draws: roles "bound/i" and "turn/i/k" for axis i and sweep k.
+        normaliser: what ell bounds.
 
-    Source: psgd_torch `update_precond_kron_whiten_*`, `update_precond_kron_newton_*`; arXiv 2402.11858.
+    Source: psgd_torch `update_precond_kron_whiten_*`, `update_precond_kron_newton_*`; psgd_jax `_update_precond`,
+    `_update_precond_affine_math_`; arXiv 2402.11858.
     """
     qs = balanced(factors.Q) if geometry.balance_first else factors.Q
     a = (geometry.measure or geometry.precondition)(qs, pair.h)
     b = None if pair.v is None else geometry.refer(qs, pair.v)
     moved, bounds = [], []
     for axis, (q, last) in enumerate(zip(qs, factors.L, strict=True)):
-        (t1, t2), norm = _terms(geometry, q, a, b, axis), AxisNorm(bound, draws, axis)
-        if isinstance(t2, float):
-            # The bound is a sketch: of T1 + c I it is not that of T1, plus c.
-            ell, d = norm.positive(t1) + t2, t1 - (t2 if q.ndim < 2 else t2 * identity(q, q.shape[0]))
-        else:
-            ell, d = norm.positive(t1 + t2), t1 - t2
+        (t1, t2), norm = _terms(geometry, qs, a, b, axis), AxisNorm(bound, draws, axis)
+        ell, d = normaliser(norm, t1, t2)
         beta = number(memory, ell)
         last = namespace(q).maximum(beta * last + (1 - beta) * ell, ell)
         # Where there was nothing to see, all of D would be T2, and Q would grow without end.
@@ -141,3 +166,49 @@ def fit(
         moved.append(_moved(geometry, q, d, number(m, q), norm))
         bounds.append(last)
     return Factors(tuple(moved), tuple(bounds))
+
+
+@dataclass(frozen=True)
+class Kron:
+    """The Kronecker-factored preconditioner as the pipeline sees it: a geometry, and the rules that go with it.
+
+    dense: which axes get a dense factor. bound: the norm bound. normaliser: what a step is divided by.
+    split: the first scale is shared between the factors of a tensor (see `rescaled`).
+    """
+
+    geometry: Geometry
+    dense: DenseRule = DenseRule()
+    bound: NormBound = NormBound()
+    normaliser: Normaliser = by_terms
+    split: bool = True
+
+    def init(self, like: Tensor) -> Factors:
+        """Identity factors of a tensor as `like`."""
+        return init(self.dense(tuple(like.shape)), like)
+
+    def shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """The shapes of the factors Q of a tensor."""
+        dense = self.dense(shape)
+        return tuple((n, n) if full else (n,) for n, full in zip(shape, dense, strict=bool(dense))) if shape else ((),)
+
+    def rescaled(self, factors: Factors, scale: Scalar | float) -> Factors:
+        """Q times `scale` overall."""
+        return rescaled(self.geometry, factors, scale, split=self.split)
+
+    def balanced(self, factors: Factors, when: bool | Scalar) -> Factors:
+        """Factors of equal largest entries, where `when` is true."""
+        return factors._replace(Q=balanced(factors.Q, when))
+
+    def probed(self, factors: Factors) -> bool:
+        """Does whitening need a probe v?"""
+        return self.geometry.probed(factors.Q)
+
+    def fit(
+        self, factors: Factors, pair: Pair, rate: Scalar | float, memory: Scalar | float, draws: Draws
+    ) -> Factors:
+        """One step towards fitting the pair."""
+        return fit(self.geometry, self.bound, factors, pair, rate, memory, draws, self.normaliser)
+
+    def precondition(self, factors: Factors, g: Tensor) -> Tensor:
+        """P g."""
+        return self.geometry.precondition(factors.Q, g)

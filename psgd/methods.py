@@ -14,25 +14,48 @@ from numbers import Real
 from typing import Any, ClassVar
 
 from psgd import criterion
-from psgd._xp import dtype_name
-from psgd.geometry import GEOMETRIES, Geometry, p_of_hermitian_q
-from psgd.kron import DenseRule
+from psgd._xp import PRECISIONS, dtype_name
+from psgd.geometry import GEOMETRIES, Geometry, inverse_gram, mean_dear, p_of_hermitian_q
+from psgd.kron import DenseRule, Kron, Normaliser, by_terms, by_triangle
 from psgd.pipeline import Clip, Recipe, StartScale, Tempo
-from psgd.schedule import capped_average, coin, from_first, inverse_root, never, periodic
-from psgd.shapes import merge, squeeze
+from psgd.schedule import (
+    Annealed,
+    at,
+    capped_average,
+    coin,
+    corrected,
+    early,
+    evenly,
+    from_first,
+    inverse_root,
+    nesterov,
+    never,
+    periodic,
+    precond_update_prob_schedule,
+)
+from psgd.shapes import matrix, matrix_order, merge, squeeze
 from psgd.spectral import NormBound
 
 METHODS: dict[str, type[Method]] = {}
 
 
 # ---- hyperparameters -------------------------------------------------------------------
-def setting(default: Any, doc: str, within: str | None = None, kind: str = "number", names: Any = None) -> Any:
+def setting(
+    default: Any,
+    doc: str,
+    within: str | None = None,
+    kind: str = "number",
+    names: Any = None,
+    *,
+    scheduled: bool = False,
+) -> Any:
     """A hyperparameter: its default, its sentence and what it may be.
 
     within: an interval such as "[0, 1)" for numbers. kind: "number", "whole", "flag", "name", "dtype" or "pair".
     names: for a name, the collection it must be in (None allows None); looked up at each use, so that it may grow.
+    scheduled: it may also be a function of the step, or the four numbers of `precond_update_prob_schedule`.
     """
-    metadata = {"doc": doc, "within": within, "kind": kind, "names": names}
+    metadata = {"doc": doc, "within": within, "kind": kind, "names": names, "scheduled": scheduled}
     return field(default=default, metadata=metadata)
 
 
@@ -47,6 +70,8 @@ def outside(value: float, within: str) -> bool:
 def complaint(f: Field[Any], value: Any) -> str | None:
     """What is wrong with a value of a hyperparameter, with the remedy; None where nothing is."""
     kind, within, names = f.metadata["kind"], f.metadata["within"], f.metadata["names"]
+    if f.metadata["scheduled"] and callable(value):
+        return None
     if kind == "flag":
         return None if isinstance(value, bool) else "must be True or False"
     if kind == "dtype":
@@ -62,15 +87,18 @@ def complaint(f: Field[Any], value: Any) -> str | None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real):
         known = not hasattr(value, "shape")  # the value of an array may not be known, as under a tracer
-        return "must be a number" if known else None
+        wanted = "a number or a function of the step" if f.metadata["scheduled"] else "a number"
+        return f"must be {wanted}" if known else None
     if kind == "whole" and float(value) != inf and not float(value).is_integer():
         return "must be a whole number"
     return f"must lie in {within}" if within and outside(float(value), within) else None
 
 
 def normalised(f: Field[Any], value: Any) -> Any:
-    """A value as it is kept: a dtype by its name, a pair as a tuple, a whole number as an integer."""
+    """A value as it is kept: a dtype by its name, a pair as a tuple, a whole number as an integer, a schedule as one."""
     kind = f.metadata["kind"]
+    if f.metadata["scheduled"] and isinstance(value, (tuple, list)) and len(value) == len(Annealed._fields):
+        return precond_update_prob_schedule(*value)
     if kind == "dtype" and value is not None:
         return dtype_name(value)
     if kind == "pair" and isinstance(value, list):
@@ -92,6 +120,7 @@ class Method:
     summary: ClassVar[str]
     source: ClassVar[str]
     complex_parameters: ClassVar[bool] = False
+    mask_name: ClassVar[str] = "weight_decay_mask"  # of the optax function's mask of weight decay
 
     lr: float = setting(1e-3, "learning rate", "[0, inf)")
     weight_decay: float = setting(
@@ -126,7 +155,7 @@ class Method:
 
     def start_scale(self) -> float | None:
         """The first scale of Q; None is taken from the first gradients."""
-        return getattr(self, "preconditioner_init_scale", None)
+        return getattr(self, "preconditioner_init_scale", getattr(self, "precond_init_scale", None))
 
 
 def method(name: str, title: str, source: str) -> Callable[[type[Method]], type[Method]]:
@@ -154,6 +183,12 @@ def documented(method: type[Method]) -> str:
 def is_positive(value: Any) -> bool:
     """Is a number positive, or unknown yet?"""
     return not isinstance(value, Real) or float(value) > 0
+
+
+def precise(default: str | None, what: str) -> Any:
+    """A hyperparameter for the precision of matrix products; see `psgd._xp.products`."""
+    doc = f"precision of the float32 products that {what}; None is the framework's own"
+    return setting(default, doc, kind="name", names=lambda: PRECISIONS)
 
 
 # ---- quad_torch ------------------------------------------------------------------------
@@ -192,15 +227,18 @@ class QuadTorch(Method):
 
     def recipe(self) -> Recipe:
         return Recipe(
-            geometry=self.geometry,
-            bound=NormBound(probes=4, products=6, offset=1e-9),
-            dense=DenseRule(self.max_size_dense, self.max_skew_dense, min_ndim=2),
+            preconditioner=Kron(
+                self.geometry,
+                DenseRule(self.max_size_dense, self.max_skew_dense, min_ndim=2),
+                NormBound(probes=4, products=6, offset=1e-9),
+                split=False,
+            ),
             layout=merge,
             momentum=is_positive(self.momentum),
             whiten="momentum",
             damping=criterion.absolute,
             balance_last=False,
-            start=StartScale(power=2, split=False),
+            start=StartScale(power=2),
             clip=Clip(rms=1.1),
             gain=0.2 if self.lr_style == "adam" else 1.0,
             dtype=self.dtype,
@@ -266,8 +304,9 @@ class KronWhiten(Method):
     def recipe(self) -> Recipe:
         rms, entry = self.grad_clip_max_amps
         return Recipe(
-            geometry=GEOMETRIES[self.dQ],
-            dense=DenseRule(self.preconditioner_max_size, self.preconditioner_max_skew),
+            preconditioner=Kron(
+                GEOMETRIES[self.dQ], DenseRule(self.preconditioner_max_size, self.preconditioner_max_skew)
+            ),
             layout=squeeze,
             momentum=is_positive(self.momentum),
             whiten="gradient" if self.whiten_grad else "momentum",
@@ -285,4 +324,154 @@ class KronWhiten(Method):
             fit=coin("fit", self.preconditioner_update_probability),
             balance=never if GEOMETRIES[self.dQ].balance_first else coin("balance", 0.01),
             seed=self.seed,
+        )
+
+
+# ---- psgd_jax --------------------------------------------------------------------------
+PSGD_JAX_BOUND = NormBound(probes=0, products=2)
+
+
+@method("kron", "Kron", "psgd_jax `kron`")
+class KronJax(Method):
+    """Whitening of tensors of any order by triangular factors (geometry EQ), fitted more and more rarely."""
+
+    b1: float = setting(0.9, "weight of the past in the average of gradients", "[0, 1)")
+    preconditioner_update_probability: Any = setting(
+        Annealed(),
+        "share of the steps that fit, at even distances; a number, or a function of the step such as "
+        "`precond_update_prob_schedule` gives",
+        "(0, 1]",
+        scheduled=True,
+    )
+    max_size_triangular: float = setting(8192, "longest axis that gets a dense factor", "[0, inf]", "whole")
+    min_ndim_triangular: int = setting(2, "fewest axes of a tensor that gets dense factors", "[0, inf)", "whole")
+    memory_save_mode: str | None = setting(
+        None,
+        'axes that stay diagonal: None, "one_diag" (the longest, the last of equals) or "all_diag"',
+        kind="name",
+        names=lambda: (None, "one_diag", "all_diag"),
+    )
+    momentum_into_precond_update: bool = setting(True, "whiten the momentum; False whitens the gradient", kind="flag")
+    preconditioner_lr: float = setting(0.1, "step size of the factors", "(0, inf)")
+    preconditioner_init_scale: float = setting(1.0, "first scale of Q", "(0, inf)")
+    mu_dtype: Any = setting(None, "dtype in which the momentum is kept; None is the parameter's", kind="dtype")
+    precond_dtype: Any = setting(
+        None, "dtype in which the factors are kept; None is the parameter's, at least float32", kind="dtype"
+    )
+    precond_update_precision: str | None = precise("tensorfloat32", "fit the factors")
+    precond_grads_precision: str | None = precise(None, "apply the factors")
+
+    def recipe(self) -> Recipe:
+        return Recipe(
+            preconditioner=Kron(
+                GEOMETRIES["EQ"],
+                DenseRule(self.max_size_triangular, inf, self.min_ndim_triangular, self.memory_save_mode),
+                PSGD_JAX_BOUND,
+            ),
+            momentum=is_positive(self.b1),
+            whiten="momentum" if self.momentum_into_precond_update else "gradient",
+            damping=criterion.proportional,
+            balance_last=False,
+            clip=Clip(rms=1.1),
+            lifted=True,
+            momentum_dtype=self.mu_dtype,
+            factor_dtype=self.precond_dtype,
+            fit_precision=self.precond_update_precision,
+            apply_precision=self.precond_grads_precision,
+        )
+
+    def tempo(self) -> Tempo:
+        return Tempo(
+            averaging=corrected,
+            momentum=self.b1,
+            rate=lambda xp, step: self.preconditioner_lr,
+            memory=0.0,
+            damping=2.0**-11.5,  # the square root of float32's epsilon
+            fit=evenly(self.preconditioner_update_probability),
+            balance=coin("balance", 0.01),
+            counts=True,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PsgdJax(Method):
+    """What psgd_jax's methods with a coin share: whitening of the gradient, a bounded step, two normalisers."""
+
+    mask_name = "mask"
+
+    lr: float = setting(0.01, "learning rate", "[0, inf)")
+    preconditioner_update_probability: Any = setting(
+        1.0, "probability of a fit, by one coin a step; the first two steps always fit", "(0, 1]", scheduled=True
+    )
+    b1: float = setting(0.9, "weight of the past in the average of gradients", "[0, 1)")
+    nesterov: bool = setting(False, "look one step ahead with the average", kind="flag")
+    precond_lr: Any = setting(0.1, "step size of the factors", "(0, inf)", scheduled=True)
+    precond_init_scale: float | None = setting(
+        None, "first scale of Q; None takes it from the first gradients", "(0, inf)"
+    )
+    update_global_norm_clip: float | None = setting(
+        None, "largest length of the direction over all tensors; None is no limit", "(0, inf)"
+    )
+    step_normalizer_order: str = setting(
+        "2nd",
+        'what a step of the factors is divided by: the norm of both terms of its residual ("2nd") or of their '
+        'difference ("1st")',
+        kind="name",
+        names=lambda: ("1st", "2nd"),
+    )
+    seed: int | None = setting(None, "seed of the noise; None is 0", "[0, 4294967295]", "whole")  # type: ignore[assignment]
+    mu_dtype: Any = setting(None, "dtype in which the momentum is kept; None is the parameter's", kind="dtype")
+    precision: str | None = precise("tensorfloat32", "fit and apply the factors")
+
+    def shared(self) -> dict[str, Any]:
+        """The part of the recipe that all of them have."""
+        return {
+            "momentum": is_positive(self.b1),
+            "trusted": self.update_global_norm_clip is not None,
+            "lifted": True,
+            "momentum_dtype": self.mu_dtype,
+            "fit_precision": self.precision,
+            "apply_precision": self.precision,
+        }
+
+    def tempo(self) -> Tempo:
+        return Tempo(
+            averaging=nesterov if self.nesterov else corrected,
+            momentum=self.b1,
+            rate=lambda xp, step: at(self.precond_lr, step),
+            memory=0.0,
+            damping=0.0,
+            fit=early(2, coin("fit", self.preconditioner_update_probability)),
+            balance=coin("balance", 0.01),
+            trust=inf if self.update_global_norm_clip is None else self.update_global_norm_clip,
+            seed=self.seed or 0,
+        )
+
+
+NORMALISERS: dict[str, Normaliser] = {"1st": by_triangle, "2nd": by_terms}
+
+
+@method("affine", "Affine", "psgd_jax `affine`")
+class Affine(PsgdJax):
+    """Whitening of matrices, tensors as the most square of them, by a triangular factor on either side."""
+
+    max_size_triangular: float = setting(4096, "longest side that gets a dense factor", "[0, inf]", "whole")
+    max_skew_triangular: float = setting(
+        128, "a side is dense if it is at most this many times as long as the other", "[0, inf]"
+    )
+
+    def recipe(self) -> Recipe:
+        return Recipe(
+            preconditioner=Kron(
+                replace(GEOMETRIES["EQ"], expected=inverse_gram, probed=mean_dear),
+                DenseRule(self.max_size_triangular, self.max_skew_triangular),
+                PSGD_JAX_BOUND,
+                NORMALISERS[self.step_normalizer_order],
+            ),
+            order=matrix_order,
+            layout=matrix,
+            damping=criterion.undamped,
+            start=StartScale(power=2, shared=False),
+            **self.shared(),
         )

@@ -12,21 +12,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import inf, prod
+from math import inf, prod, sqrt
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from psgd import criterion, kron, noise
-from psgd._xp import dtype_of, lifted_dtype, make, namespace, number, real_dtype
-from psgd.arrays import Array
-from psgd.geometry import Geometry
+from psgd import criterion, noise
+from psgd._xp import HALF, cast, dtype_name, dtype_of, lifted_dtype, make, namespace, number, products, real_dtype
+from psgd.arrays import Array, Factors
+from psgd.kron import Kron
 from psgd.noise import Draws
-from psgd.rotate import balanced
-from psgd.schedule import Memory, Number, Toss, When, always, never
-from psgd.shapes import Shape, as_is
-from psgd.spectral import NormBound
+from psgd.schedule import Memory, Moment, Number, Toss, When, always, never
+from psgd.shapes import Shape, as_is, in_order
 
 Choose = Callable[..., Any]  # (flag, then, otherwise, operand) -> then(operand) or otherwise(operand)
 
@@ -39,6 +37,16 @@ def power_mean(x: Array, power: int) -> Array:
     top = xp.max(wide)
     unit = xp.where(top > 0, top, xp.ones_like(top))
     return unit * xp.mean((wide / unit) ** power) ** (1 / power)
+
+
+def trust(limit: Number, us: Sequence[Array]) -> Array:
+    """min(1, limit / r), 0-d, r = ||us|| over all entries of all tensors: what keeps a whole step within `limit`."""
+    sizes = [power_mean(u, 2) * sqrt(prod(u.shape)) for u in us]
+    xp = namespace(sizes[0])
+    wide = max((s.dtype for s in sizes), key=lambda d: xp.finfo(d).bits)
+    r = power_mean(xp.stack([cast(s, wide) for s in sizes]), 2) * sqrt(len(sizes))
+    limit = number(limit, r)
+    return limit / xp.maximum(r, xp.zeros_like(r) + limit)
 
 
 @dataclass(frozen=True)
@@ -62,22 +70,28 @@ class Clip:
 class StartScale:
     """The first scale of Q, from the first gradients: s = (max_k mean|g_k|^p + damping^p)^(-1/(2p)) over tensors k.
 
-    With it P starts near 1/rms(g). `split` shares s between the factors of a tensor (see `kron.rescaled`).
+    With it P starts near 1/rms(g). `shared`: one scale for all tensors that start together, or one for each.
     """
 
     power: int = 4
-    split: bool = True
+    shared: bool = True
 
     def size(self, g: Array) -> Array:
         """(mean|g|^p)^(1/p), 0-d."""
         return power_mean(g, self.power)
 
-    def __call__(self, sizes: Sequence[Array], damping: Number) -> Array:
-        """s from the sizes of all tensors; 1 where all gradients and the damping are zero."""
+    def __call__(self, sizes: Sequence[Array], damping: Number) -> list[Array]:
+        """s for each of the tensors that start together, from their sizes; of any shape where several are in one."""
+        if not self.shared or not sizes:
+            return [self.scale(size, damping) for size in sizes]
         xp = namespace(sizes[0])
         wide = max((s.dtype for s in sizes), key=lambda d: xp.finfo(d).bits)
-        size = xp.max(xp.stack([xp.astype(s, wide) for s in sizes]))
-        damping = number(damping, size)
+        largest = xp.max(xp.stack([cast(xp.max(s), wide) for s in sizes]))
+        return [self.scale(largest, damping)] * len(sizes)
+
+    def scale(self, size: Array, damping: Number) -> Array:
+        """s of a size; 1 where it and the damping are zero."""
+        xp, damping = namespace(size), number(damping, size)
         top = xp.maximum(size, xp.zeros_like(size) + damping)
         unit = xp.where(top > 0, top, xp.ones_like(top))
         total = (size / unit) ** self.power + (damping / unit) ** self.power
@@ -90,18 +104,20 @@ class StartScale:
 class Recipe:
     """What a step computes: the rule on each axis of the grid. Static and hashable; one compiled step for each.
 
-    geometry: how factors move. bound: the norm bound they use.
-    dense: which axes get a dense factor. layout: shape of a parameter -> shape of its preconditioned tensor.
+    preconditioner: the factors, and how they move.
+    order, layout: shape of a parameter -> order of its axes, shape of its preconditioned tensor.
     momentum: is there a momentum buffer? whiten: fit to the "gradient" or to the "momentum".
     damping: rule that adds noise to what is fitted. fit_first: fit before preconditioning, or after.
     balance_last: where a fit balances the factors, after it or before.
     start: rule of the first scale. clip: bounds on the direction; gain: a factor on it.
-    dtype: name of the dtype of all state; None is the parameter's.
+    trusted: is the length of a whole step bounded, over all tensors (`Tempo.trust`)?
+    dtype: name of the dtype of all state and work; None is the parameter's. lifted: half precisions work in float32.
+    momentum_dtype, factor_dtype: names of the dtypes these are kept in; None is the work's, of momentum the parameter's.
+    fit_precision, apply_precision: of the matrix products that fit the factors, that apply them (`_xp.products`).
     """
 
-    geometry: Geometry
-    bound: NormBound = NormBound()
-    dense: kron.DenseRule = kron.DenseRule()
+    preconditioner: Kron
+    order: Callable[[Shape], Shape] = in_order
     layout: Callable[[Shape], Shape] = as_is
     momentum: bool = True
     whiten: str = "gradient"
@@ -111,7 +127,13 @@ class Recipe:
     start: StartScale = StartScale()
     clip: Clip = Clip()
     gain: float = 1.0
+    trusted: bool = False
     dtype: str | None = None
+    lifted: bool = False
+    momentum_dtype: str | None = None
+    factor_dtype: str | None = None
+    fit_precision: str | None = None
+    apply_precision: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +141,8 @@ class Tempo:
     """When and how much: the numbers of a method, and its rules in time.
 
     momentum: beta of `averaging`. rate: step -> preconditioner learning rate. memory: beta_L. damping: size of the
-    noise. fit, balance: the steps at which factors are fitted, balanced. seed: of the noise.
+    noise. fit, balance: the steps at which factors are fitted, balanced. counts: `fit` asks for `Moment.since`, an
+    integer of state beside the number of steps. trust: largest length of a whole step. seed: of the noise.
     """
 
     averaging: Callable[[ModuleType, Number, Number], Memory]
@@ -129,6 +152,8 @@ class Tempo:
     damping: Number
     fit: When = always
     balance: When = never
+    counts: bool = False
+    trust: Number = inf
     seed: int = 0
 
 
@@ -148,17 +173,22 @@ class State(NamedTuple):
     """What is kept of one tensor between steps. momentum: the tensor's shape, or None."""
 
     momentum: Array | None
-    factors: kron.Factors
+    factors: Factors
 
 
-def plan(tempo: Tempo, step: Number, xp: ModuleType, toss: Toss | None = None) -> Plan:
-    """The plan of a step (from 1), from the namespace of `step`. `toss` replays recorded coins."""
+def plan(
+    tempo: Tempo, step: Number, xp: ModuleType, toss: Toss | None = None, since: Number | None = None
+) -> Plan:
+    """The plan of a step (from 1), from the namespace of `step`. `toss` replays recorded coins.
+
+    since: steps after the last fit, this one included, where the tempo `counts` them.
+    """
     key = noise.key(xp, tempo.seed, step)
-    toss = partial(noise.uniform, key) if toss is None else toss
+    moment = Moment(step, partial(noise.uniform, key) if toss is None else toss, since)
     t = step * 1.0  # an integer array would take its precision with it
     return Plan(
-        fit=tempo.fit(step, toss),
-        balance=tempo.balance(step, toss),
+        fit=tempo.fit(moment),
+        balance=tempo.balance(moment),
         momentum=tempo.averaging(xp, t, tempo.momentum),
         rate=tempo.rate(xp, t),
         memory=tempo.memory,
@@ -167,9 +197,9 @@ def plan(tempo: Tempo, step: Number, xp: ModuleType, toss: Toss | None = None) -
     )
 
 
-def host_plan(tempo: Tempo, step: int, toss: Toss | None = None) -> Plan:
+def host_plan(tempo: Tempo, step: int, toss: Toss | None = None, since: int | None = None) -> Plan:
     """The plan in Python's own numbers: no array, no device, nothing to wait for."""
-    p = plan(tempo, step, np, toss)
+    p = plan(tempo, step, np, toss, since)
     blend = None if p.momentum.blend is None else (float(p.momentum.blend[0]), float(p.momentum.blend[1]))
     memory = Memory(float(p.momentum.past), blend)
     return Plan(bool(p.fit), bool(p.balance), memory, float(p.rate), p.memory, p.damping, int(p.key[0]))
@@ -182,55 +212,95 @@ def branch(flag: Any, then: Callable[[Any], Any], otherwise: Callable[[Any], Any
 
 
 def working(recipe: Recipe, g: Array) -> Array:
-    """A gradient in the dtype of the state."""
-    return g if recipe.dtype is None else namespace(g).astype(g, dtype_of(namespace(g), recipe.dtype))
+    """A gradient in the dtype of the step's work."""
+    xp = namespace(g)
+    if recipe.dtype is not None:
+        return cast(g, dtype_of(xp, recipe.dtype))
+    if recipe.lifted and dtype_name(g.dtype) in HALF:
+        g = cast(g, lifted_dtype(g))
+    kept = g.dtype if recipe.factor_dtype is None else dtype_of(xp, recipe.factor_dtype)
+    return cast(g, xp.result_type(g.dtype, kept))
+
+
+def laid_out(recipe: Recipe, x: Array) -> Array:
+    """A tensor of a parameter's shape in the shape its preconditioner sees."""
+    xp, shape = namespace(x), tuple(x.shape)
+    order = recipe.order(shape)
+    return xp.reshape(x if order == in_order(shape) else xp.permute_dims(x, order), recipe.layout(shape))
+
+
+def laid_back(recipe: Recipe, x: Array, shape: Shape) -> Array:
+    """The inverse of `laid_out`, for a parameter of a shape."""
+    xp, order = namespace(x), recipe.order(shape)
+    x = xp.reshape(x, tuple(shape[i] for i in order))
+    return x if order == in_order(shape) else xp.permute_dims(x, tuple(order.index(i) for i in in_order(shape)))
+
+
+def stored(recipe: Recipe, like: Array, work: Array) -> tuple[Any, Any]:
+    """The dtypes in which momentum and factors are kept: of a parameter, and of a tensor of the step's work."""
+    xp = namespace(like)
+    momentum = recipe.momentum_dtype or recipe.dtype
+    return (
+        like.dtype if momentum is None else dtype_of(xp, momentum),
+        work.dtype if recipe.factor_dtype is None else dtype_of(xp, recipe.factor_dtype),
+    )
 
 
 def init(recipe: Recipe, like: Array, scale: Number | None = None) -> State:
-    """State before the first step of a tensor in layout shape. `scale` None: identity, to be `rescaled` when known."""
-    like = working(recipe, like)
-    factors = kron.init(recipe.dense(tuple(like.shape)), like)
-    zeros = make(like, "zeros", tuple(like.shape)) if recipe.momentum else None
+    """State before the first step of a parameter. `scale` None: identity, to be `rescaled` when known."""
+    work = working(recipe, like)
+    momentum, kept = stored(recipe, like, work)
+    factors = recipe.preconditioner.init(laid_out(recipe, work))
+    factors = factors._replace(Q=tuple(cast(q, kept) for q in factors.Q))
+    zeros = make(like, "zeros", tuple(like.shape), dtype=momentum) if recipe.momentum else None
     state = State(zeros, factors)
     return state if scale is None else rescaled(recipe, state, scale)
 
 
 def rescaled(recipe: Recipe, state: State, scale: Number) -> State:
     """State with Q times `scale` overall."""
-    factors = kron.rescaled(recipe.geometry, state.factors, scale, split=recipe.start.split)
-    return state._replace(factors=factors)
+    return state._replace(factors=recipe.preconditioner.rescaled(state.factors, scale))
 
 
 def step(
     recipe: Recipe, plan: Plan, g: Array, state: State, draws: Draws | None = None, choose: Choose = branch
 ) -> tuple[Array, State]:
-    """One step of one tensor.
+    """One step of one parameter.
 
     Args:
-        g: gradient in layout shape, any floating dtype; read only.
+        g: gradient, in the parameter's shape, any floating dtype; read only.
         draws: where noise comes from; the plan's counter unless replayed.
         choose: how a decision of the plan selects a branch; a framework that traces passes its own conditional.
 
-    Returns: the direction u (shape of g, dtype of the state), to be subtracted times the learning rate; the new state.
+    Returns: the direction u (shape of g, dtype of the work), to be subtracted times the learning rate; the new state.
     """
     if not prod(g.shape):
         return working(recipe, g), state
+    shape, kept, kind = tuple(g.shape), state, recipe.preconditioner
     g = working(recipe, g)
     draws = noise.Counter(plan.key) if draws is None else draws
-    momentum, smooth = averaged(plan.momentum, g, state.momentum)
-    seen = smooth if recipe.whiten == "momentum" else g
+    momentum, smooth = averaged(plan.momentum, g, None if kept.momentum is None else cast(kept.momentum, g.dtype))
+    tensor = laid_out(recipe, smooth)
+    seen = tensor if recipe.whiten == "momentum" else laid_out(recipe, g)
+    old = kept.factors._replace(Q=tuple(cast(q, g.dtype) for q in kept.factors.Q))
 
-    def fitted(factors: kron.Factors) -> kron.Factors:
+    def fitted(factors: Factors) -> Factors:
         if not recipe.balance_last:
-            factors = factors._replace(Q=balanced(factors.Q, plan.balance))
-        e = draws.normal("damping", g.shape, g)
-        pair = criterion.whitening(recipe.geometry, seen, e, plan.damping, recipe.damping)
-        factors = kron.fit(recipe.geometry, recipe.bound, factors, pair, plan.rate, plan.memory, draws)
-        return factors._replace(Q=balanced(factors.Q, plan.balance)) if recipe.balance_last else factors
+            factors = kind.balanced(factors, plan.balance)
+        probed = kind.probed(factors)
+        silent = recipe.damping is criterion.undamped and not probed
+        e = seen if silent else draws.normal("damping", seen.shape, seen)
+        pair = criterion.whitening(probed, seen, e, plan.damping, recipe.damping)
+        with products(recipe.fit_precision):
+            factors = kind.fit(factors, pair, plan.rate, plan.memory, draws)
+        return kind.balanced(factors, plan.balance) if recipe.balance_last else factors
 
-    new = choose(plan.fit, fitted, lambda factors: factors, state.factors)
-    u = recipe.geometry.precondition((new if recipe.fit_first else state.factors).Q, smooth)
-    u = recipe.clip(u)
+    new = choose(plan.fit, fitted, lambda factors: factors, old)
+    with products(recipe.apply_precision):
+        u = kind.precondition(new if recipe.fit_first else old, tensor)
+    u = laid_back(recipe, recipe.clip(u), shape)
+    new = new._replace(Q=tuple(cast(q, was.dtype) for q, was in zip(new.Q, kept.factors.Q, strict=True)))
+    momentum = None if momentum is None else cast(momentum, kept.momentum.dtype)
     return u if recipe.gain == 1 else u * recipe.gain, State(momentum, new)
 
 

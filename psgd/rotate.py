@@ -7,7 +7,7 @@ from functools import reduce
 from operator import and_
 from typing import Any
 
-from psgd._xp import adjoint, diagonal, lifted_dtype, namespace, number, real_dtype, tiny
+from psgd._xp import adjoint, diagonal, lifted_dtype, matmul, namespace, number, real_dtype, tiny
 from psgd.arrays import Factor, Matrix, Scalar
 from psgd.spectral import SkewNorm
 
@@ -57,8 +57,8 @@ def procrustes2(q: Matrix, norm: SkewNorm, largest: float = 1 / 8) -> Matrix:
     """
     xp = namespace(q)
     r = _unit_skew(q, norm)
-    rq = r @ q
-    rrq = r @ rq
+    rq = matmul(r, q)
+    rrq = matmul(r, rq)
     # t1 = ||q^H - q||^2 / (2 ||R||) is negative only by rounding.
     t1, t2 = xp.clip(_trace(rq), min=0.0), _trace(rrq)
     a = xp.where(t2 < 0, xp.clip(t1 / xp.where(t2 < 0, -t2, xp.ones_like(t2)), max=largest), largest)
@@ -76,9 +76,9 @@ def procrustes3(q: Matrix, norm: SkewNorm, largest: float = 1 / 3, **sweep: Any)
     """
     xp = namespace(q)
     r = _unit_skew(q, norm, **sweep)
-    rq = r @ q
-    rrq = r @ rq
-    rrrq = r @ rrq
+    rq = matmul(r, q)
+    rrq = matmul(r, rq)
+    rrrq = matmul(r, rrq)
     t1, t2, t3 = _trace(rq), _trace(rrq), _trace(rrrq)
     ok = (t1 > 0) & (t3 < 0)
     one = xp.ones_like(t1)

@@ -1,7 +1,7 @@
 """Schedules: pure functions of the step, of Python numbers and of 0-d arrays alike.
 
 A step is counted from 1. Decisions come back as booleans of the same kind as the step, and depend on nothing else but a
-toss, which itself is a function of seed, step and role.
+toss, which itself is a function of seed, step and role, and, where it is kept, the time since the last such decision.
 """
 
 from __future__ import annotations
@@ -10,9 +10,28 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from psgd._xp import namespace
+
 Number = Any  # a Python number or a 0-d array
 Toss = Callable[[str], Number]  # role -> a uniform number in [0, 1)
-When = Callable[[Number, Toss], Any]  # (step, toss) -> a boolean
+
+
+class Moment(NamedTuple):
+    """All that a decision may depend on. since: steps after the last one that was decided for, this one included."""
+
+    step: Number
+    toss: Toss
+    since: Number | None = None
+
+
+When = Callable[[Moment], Any]  # -> a boolean
+
+
+def at(value: Any, step: Number) -> Number:
+    """A number, or what a schedule gives at a step."""
+    return value(step) if callable(value) else value
 
 
 # ---- how gradients are averaged --------------------------------------------------------
@@ -44,29 +63,90 @@ def nesterov(xp: ModuleType, t: Number, beta: Number) -> Memory:
 
 
 # ---- when something happens ------------------------------------------------------------
-def always(step: Number, toss: Toss) -> bool:
+def always(moment: Moment) -> bool:
     """At every step."""
     return True
 
 
-def never(step: Number, toss: Toss) -> bool:
+def never(moment: Moment) -> bool:
     """At no step."""
     return False
 
 
 def periodic(period: int) -> When:
     """At steps period, 2 period, ..."""
-    return lambda step, toss: step % period == 0
+    return lambda moment: moment.step % period == 0
 
 
-def coin(role: str, probability: Number) -> When:
-    """With a probability, by one toss a step, tossed also where the outcome is sure."""
+def coin(role: str, probability: Any) -> When:
+    """With a probability (a number or a schedule), by one toss a step, tossed also where the outcome is sure."""
 
-    def when(step: Number, toss: Toss) -> Any:
-        heads = toss(role) < probability
+    def when(moment: Moment) -> Any:
+        heads = moment.toss(role) < at(probability, moment.step * 1.0)
         return True if isinstance(probability, (int, float)) and probability >= 1 else heads
 
     return when
+
+
+def early(steps: int, otherwise: When) -> When:
+    """At the first steps, and when `otherwise` says, which is asked at every step."""
+
+    def when(moment: Moment) -> Any:
+        due = otherwise(moment)
+        return True if due is True else (moment.step <= steps) | due
+
+    return when
+
+
+def evenly(probability: Any) -> When:
+    """As often as a probability (a number or a schedule) says, at even distances: once 1 / probability steps are over.
+
+    0.3 is every fourth step. The slack of 1e-6 is for 1 / probability to come to the same whole number in float32 and
+    in float64. Source: psgd_jax `kron`, whose counter is `Moment.since`.
+    """
+    return lambda moment: moment.since * at(probability, moment.step * 1.0) >= 1 - 1e-6
+
+
+class Annealed(NamedTuple):
+    """A probability that falls from `max_prob` to `min_prob`: flat for `flat_start` steps, then exponentially.
+
+        p(t) = min(max(max_prob exp(-decay (t - flat_start)), min_prob), max_prob)
+
+    A plain tuple of four numbers, so that it can be saved; called with a step. Source: psgd_jax
+    `precond_update_prob_schedule`.
+    """
+
+    max_prob: float = 1.0
+    min_prob: float = 0.03
+    decay: float = 0.001
+    flat_start: float = 500
+
+    def __call__(self, step: Number) -> Number:
+        xp = np if isinstance(step, (int, float, np.generic)) else namespace(step)
+        fall = xp.clip(xp.asarray(step - self.flat_start), min=0)
+        return xp.clip(self.max_prob * xp.exp(-self.decay * fall), min=self.min_prob)
+
+
+def precond_update_prob_schedule(
+    max_prob: float = 1.0, min_prob: float = 0.03, decay: float = 0.001, flat_start: float = 500
+) -> Annealed:
+    """The probability of a fit that `kron` starts with: often at first, then every 34th step.
+
+    Args:
+        max_prob, min_prob: first and last probability, 0 < min_prob <= max_prob <= 1.
+        decay: rate of the exponential fall, per step, at least 0.
+        flat_start: steps before the fall.
+
+    Returns: a schedule, step -> probability. Raises: ValueError for numbers out of range.
+
+    >>> [round(float(precond_update_prob_schedule()(t)), 3) for t in (1, 500, 1500, 4500)]
+    [1.0, 1.0, 0.368, 0.03]
+    """
+    if not 0 < min_prob <= max_prob <= 1:
+        raise ValueError(f"min_prob={min_prob!r} and max_prob={max_prob!r} must satisfy 0 < min_prob <= max_prob <= 1")
+    if not (decay >= 0 and flat_start >= 0):
+        raise ValueError(f"decay={decay!r} and flat_start={flat_start!r} must not be negative")
+    return Annealed(max_prob, min_prob, decay, flat_start)
 
 
 # ---- how large a step of the factors is ------------------------------------------------

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import permutations
 from math import prod
 
 Shape = tuple[int, ...]
 
 
+# ---- shape of a parameter -> shape of its preconditioned tensor ---------------------------
 def as_is(shape: Shape) -> Shape:
     """The shape itself."""
     return tuple(shape)
@@ -40,3 +43,44 @@ def merge(shape: Shape) -> Shape:
 
     best = min(range(1, len(shape)), key=skew)
     return (prod(shape[:best]), prod(shape[best:]))
+
+
+def matrix(shape: Shape) -> Shape:
+    """The most square matrix that any order of the axes gives [psgd_jax `_shape_as_matrix`].
+
+    Scalars and vectors become one row. Two axes stay. Of more, the order (see `matrix_order`) and the split with the
+    least l^2 + r^2 of the two products.
+
+    >>> matrix((2, 3, 6)), matrix((7,)), matrix(()), matrix((9, 2))
+    ((6, 6), (1, 7), (1, 1), (9, 2))
+    """
+    if len(shape) < 2:
+        return (1, prod(shape))
+    order, split = _most_square(tuple(shape))
+    left = prod(shape[i] for i in order[:split])
+    return (left, prod(shape[i] for i in order[split:]))
+
+
+# ---- shape of a parameter -> order of its axes before that reshape ------------------------
+def in_order(shape: Shape) -> Shape:
+    """The axes as they are."""
+    return tuple(range(len(shape)))
+
+
+def matrix_order(shape: Shape) -> Shape:
+    """The order of axes with which `matrix` comes out the most square, the first in lexicographic order of equals."""
+    return _most_square(tuple(shape))[0] if len(shape) > 2 else in_order(shape)
+
+
+@lru_cache(maxsize=1024)
+def _most_square(shape: Shape) -> tuple[Shape, int]:
+    """The order of the axes, and how many of them make the rows. Two axes have one way only."""
+    if len(shape) < 3:
+        return in_order(shape), 1
+
+    def spread(way: tuple[Shape, int]) -> int:
+        order, split = way
+        return prod(shape[i] for i in order[:split]) ** 2 + prod(shape[i] for i in order[split:]) ** 2
+
+    ways = ((order, split) for order in permutations(in_order(shape)) for split in range(1, len(shape)))
+    return min(ways, key=spread)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from psgd._xp import conj, diagonal, lifted_dtype, namespace, real, tiny
+from psgd._xp import adjoint, conj, diagonal, lifted_dtype, matmul, namespace, real, tiny
 from psgd.arrays import Factor, Matrix, Rows, Scalar
 from psgd.noise import Draws
 
 
-def norm_bound(a: Matrix, probes: Rows, *, products: int, positive: bool, offset: float = 0.0) -> Scalar:
+def norm_bound(a: Matrix, probes: Rows | None, *, products: int, positive: bool, offset: float = 0.0) -> Scalar:
     r"""Lower bound on ||a||_2 of a Hermitian or skew-Hermitian matrix.
 
     With S a cheap upper scale of `a` and A = a / S, the row A_j of largest norm starts the probes in the dominant
@@ -23,34 +23,62 @@ def norm_bound(a: Matrix, probes: Rows, *, products: int, positive: bool, offset
 
     Args:
         a: (n, n). The zero matrix gives 0.
-        probes: (k, n) standard normal rows v_r.
+        probes: (k, n) standard normal rows v_r; None starts from A_j alone.
         products: m, at least 1.
         positive: `a` is positive semidefinite: S is its largest diagonal entry, else its largest modulus.
         offset: added to every entry of the last normalised probes; 1e-9 is what quad_torch does.
 
     Returns: 0-d, real, in the dtype of |a|.
 
-    Source: psgd_torch `norm_lower_bound_spd`, `norm_lower_bound_skh`; quad_torch `_norm_lower_bound`.
+    Source: psgd_torch `norm_lower_bound_spd`, `norm_lower_bound_skh`; quad_torch `_norm_lower_bound`; of psgd_jax's
+    `_norm_lower_bound` the case of a Hermitian matrix.
     """
     xp, small = namespace(a), tiny(a)
     scale = xp.max(diagonal(a)) if positive else xp.max(xp.abs(a))
     a = a / (scale + small)
     largest = xp.argmax(xp.linalg.vector_norm(a, axis=1))
-    row = xp.reshape(xp.take(a, xp.reshape(largest, (1,)), axis=0), (-1,))
-    overlap = conj(probes) @ row
-    size = xp.abs(overlap)
-    v = row + (overlap / xp.where(size == 0, xp.ones_like(size), size))[:, None] * probes
+    row = xp.take(a, xp.reshape(largest, (1,)), axis=0)
+    v = row if probes is None else row + _phases(probes, row) * probes
     for _ in range(products - 1):
-        v = v @ a
+        v = matmul(v, a)
         v = v / (xp.linalg.vector_norm(v, axis=1, keepdims=True) + small)
     if offset:
         v = v + offset
-    return scale * xp.max(xp.linalg.vector_norm(v @ a, axis=1))
+    return scale * xp.max(xp.linalg.vector_norm(matmul(v, a), axis=1))
+
+
+def _phases(probes: Rows, row: Rows) -> Rows:
+    """sgn(<row, v>) of each probe v, (k, 1): with it a probe adds to the row, whatever its sign."""
+    xp = namespace(probes)
+    overlap = matmul(conj(probes), row.mT)
+    size = xp.abs(overlap)
+    return overlap / xp.where(size == 0, xp.ones_like(size), size)
+
+
+def general_bound(a: Matrix) -> Scalar:
+    r"""Lower bound on ||a||_2 of any square matrix, by two products from its largest row or column.
+
+        x = a a_j^H of the largest row a_j,  bound ||a^H x|| / ||x||;  of the largest column the same with a^H for a
+
+    `a`: (n, n); zero gives 0. Returns: 0-d, real. Source: psgd_jax `_norm_lower_bound`.
+    """
+    xp, small = namespace(a), tiny(a)
+    scale = xp.max(xp.abs(a))
+    a = a / (scale + small)
+    rows, columns = (xp.sum(real(a * conj(a)), axis=axis) for axis in (1, 0))
+    flip = xp.max(columns) > xp.max(rows)
+    a = xp.where(flip, adjoint(a), a)
+    largest = xp.argmax(xp.where(flip, columns, rows))
+    row = xp.take(a, xp.reshape(largest, (1,)), axis=0)
+    x = matmul(a, adjoint(row))
+    x = x / (xp.linalg.vector_norm(x) + small)
+    return scale * xp.linalg.vector_norm(matmul(adjoint(a), x))
 
 
 @dataclass(frozen=True)
 class NormBound:
-    """k probes, m products: `NormBound(32, 4)` is psgd_torch's, `NormBound(4, 6, 1e-9)` quad_torch's."""
+    """k probes, m products: `NormBound(32, 4)` is psgd_torch's, `NormBound(4, 6, 1e-9)` quad_torch's, `NormBound(0, 2)`
+    psgd_jax's."""
 
     probes: int = 32
     products: int = 4
@@ -62,7 +90,7 @@ class NormBound:
         if a.ndim < 2:
             bound = xp.max(real(a))
         else:
-            probes = draws.normal(role, (self.probes, a.shape[0]), a, skip)
+            probes = draws.normal(role, (self.probes, a.shape[0]), a, skip) if self.probes else None
             bound = norm_bound(a, probes, products=self.products, positive=positive, offset=self.offset)
         return xp.astype(bound, lifted_dtype(a))
 

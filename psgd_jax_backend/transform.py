@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from psgd import pipeline
-from psgd.kron import Factors
+from psgd._xp import real_dtype
+from psgd.arrays import Factors
 from psgd.methods import Method, documented
 from psgd.pipeline import Plan, Recipe, State
 
@@ -21,61 +22,119 @@ Tree = Any
 
 
 class PSGDState(NamedTuple):
-    """count: steps done. momentum: a tree as the parameters', or None. Q, L: such a tree with a tuple of arrays, one
-    for each factor, in place of every leaf."""
+    """count: steps done. since: steps done after the last fit, or None where the method does not ask. momentum: a tree
+    as the parameters', or None. Q, L: such a tree with a tuple of arrays, one for each factor, in place of every leaf.
+    """
 
     count: Leaf  # type: ignore[assignment]  # a tuple's method; optax's own states have the name too
+    since: Leaf | None
     momentum: Tree
     Q: Tree
     L: Tree
 
 
-def scale_by_psgd(method: Method, *, stack: bool = True) -> optax.GradientTransformationExtraArgs:
+class Mapping(NamedTuple):
+    """How the step of one tensor is mapped over many; the numbers are the same.
+
+    stack: leaves of equal shape and dtype are stepped together. scanned_layers: a tree of booleans, the parameters' or a
+    prefix of it: which leaves hold one layer for each entry of their first axis; each layer has its own preconditioner.
+    lax_map_scanned_layers: map over stacks in batches of `lax_map_batch_size`, which bounds the memory of the update.
+    """
+
+    stack: bool = True
+    scanned_layers: Tree = None
+    lax_map_scanned_layers: bool = False
+    lax_map_batch_size: int = 8
+
+    def flags(self, tree: Tree) -> list[bool]:
+        """Is each leaf of a tree a stack of layers?"""
+        if self.scanned_layers is None:
+            return [False] * len(jax.tree.leaves(tree))
+        try:
+            flags = jax.tree.leaves(jax.tree.broadcast(self.scanned_layers, tree))
+        except ValueError as error:
+            raise ValueError(
+                f"scanned_layers has another structure than the parameters ({error}); give one boolean for each "
+                "parameter, or for each of their subtrees"
+            ) from error
+        return [bool(flag) for flag in flags]
+
+    def over(self, one: Callable[..., Any], *stacks: Any) -> Any:
+        """A function of one tensor, mapped over stacks of them."""
+        if self.lax_map_scanned_layers:
+            return jax.lax.map(lambda xs: one(*xs), stacks, batch_size=self.lax_map_batch_size)
+        return jax.vmap(one)(*stacks)
+
+
+def scale_by_psgd(
+    method: Method,
+    *,
+    stack: bool = True,
+    scanned_layers: Tree = None,
+    lax_map_scanned_layers: bool = False,
+    lax_map_batch_size: int = 8,
+) -> optax.GradientTransformationExtraArgs:
     """Precondition gradients by a method: gives the direction u, without learning rate and weight decay.
 
-    Leaves of equal shape and dtype are stepped together under `jax.vmap` unless `stack` is false; the numbers are the
-    same, compilation and many small layers are faster. Updates come back in the dtype of the parameters where these
-    are given, else of the gradients. State: `PSGDState`.
+    Args:
+        method: a record of `psgd.METHODS`.
+        stack: step leaves of equal shape and dtype together, under `jax.vmap`; compilation and many small layers are
+            faster.
+        scanned_layers: tree of booleans, as the parameters or a prefix of them: leaves whose first axis counts layers,
+            as `nn.scan` makes them. Each layer is preconditioned by itself, as if it were a leaf of its own.
+        lax_map_scanned_layers: step stacks in batches of `lax_map_batch_size` layers, for less memory at a time.
+
+    Returns: a transformation with state `PSGDState`. Updates come back in the dtype of the parameters where these are
+    given, else of the gradients, and in the boxes of the gradients.
 
     Raises: TypeError for leaves that are not floating point, ValueError for shapes that are not those of `init`.
     """
     recipe, tempo = method.recipe(), method.tempo()
+    mapping = Mapping(stack, scanned_layers, lax_map_scanned_layers, lax_map_batch_size)
+    if lax_map_scanned_layers and not (isinstance(lax_map_batch_size, int) and lax_map_batch_size > 0):
+        raise ValueError(f"{method.name}: lax_map_batch_size={lax_map_batch_size!r} must be a whole number above 0")
 
     def init(params: Tree) -> PSGDState:
         leaves, treedef = _flattened(params)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            _check_leaf(method, path, leaf)
+        flags = mapping.flags(params)
+        for (path, leaf), scanned in zip(jax.tree_util.tree_leaves_with_path(params), flags, strict=True):
+            _check_leaf(method, path, leaf, scanned)
         scale = method.start_scale()
-        states = []
-        for p in map(jnp.asarray, leaves):
-            state = pipeline.init(recipe, _laid_out(recipe, p), scale)
-            momentum = None if state.momentum is None else state.momentum.reshape(p.shape)
-            states.append(state._replace(momentum=momentum))
-        return _to_trees(jnp.zeros((), jnp.int32), states, treedef, recipe)
+
+        def one(p: Leaf) -> State:
+            return pipeline.init(recipe, p, scale)
+
+        states = [_over(one, scanned)(p) for p, scanned in zip(map(jnp.asarray, leaves), flags, strict=True)]
+        zero = jnp.zeros((), jnp.int32)
+        return _to_trees(zero, zero if tempo.counts else None, states, treedef, recipe)
 
     def update(updates: Tree, state: PSGDState, params: Tree = None, **extra_args: Any) -> tuple[Tree, PSGDState]:
         del extra_args
         gradients, treedef = _flattened(updates)
         like = gradients if params is None else treedef.flatten_up_to(params)
-        states = _to_states(state, treedef)
-        for (path, g), kept in zip(jax.tree_util.tree_leaves_with_path(updates), states, strict=True):
-            _check_leaf(method, path, g)
-            _check_shape(method, recipe, path, g, kept)
+        states, flags = _to_states(state, treedef), mapping.flags(updates)
+        paths = jax.tree_util.tree_leaves_with_path(updates)
+        for (path, g), kept, scanned in zip(paths, states, flags, strict=True):
+            _check_leaf(method, path, g, scanned)
+            _check_shape(method, recipe, path, g, kept, scanned)
         count = optax.safe_increment(state.count)
-        plan = pipeline.plan(tempo, count, jnp)
-        flat = [_laid_out(recipe, jnp.asarray(g)) for g in gradients]
-        old = [_reshaped(s, g.shape) for s, g in zip(states, flat, strict=True)]
+        since = None if state.since is None else optax.safe_increment(state.since)
+        plan = pipeline.plan(tempo, count, jnp, since=since)
+        gradients = [jnp.asarray(g) for g in gradients]
         if method.start_scale() is None:
-            old = _started(recipe, tempo.damping, state.count == 0, flat, old)
-        directions, new = _step_all(recipe, plan, flat, old, stack=stack)
-        out = [
-            u.reshape(jnp.shape(g)).astype(jnp.result_type(p))
-            for u, g, p in zip(directions, gradients, like, strict=True)
-        ]
-        new = [_reshaped(s, jnp.shape(g)) for s, g in zip(new, gradients, strict=True)]
-        return treedef.unflatten(out), _to_trees(count, new, treedef, recipe)
+            states = _started(recipe, tempo.damping, state.count == 0, gradients, states, flags)
+        directions, new = _step_all(recipe, plan, gradients, states, flags, mapping)
+        directions = _trusted(recipe, tempo.trust, directions)
+        out = [u.astype(jnp.result_type(p)) for u, p in zip(directions, like, strict=True)]
+        since = None if since is None else jnp.where(plan.fit, 0, since)
+        return treedef.unflatten(out), _to_trees(count, since, new, treedef, recipe)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _over(one: Callable[..., Any], scanned: bool) -> Callable[..., Any]:
+    """A function of one tensor, or of a leaf of many."""
+    return jax.vmap(one) if scanned else one
 
 
 def _flattened(tree: Tree) -> tuple[list[Any], Any]:
@@ -83,18 +142,20 @@ def _flattened(tree: Tree) -> tuple[list[Any], Any]:
 
 
 # ---- checks -----------------------------------------------------------------------------
-def _check_leaf(method: Method, path: Any, leaf: Any) -> None:
+def _check_leaf(method: Method, path: Any, leaf: Any, scanned: bool) -> None:
     dtype, where = jnp.result_type(leaf), jax.tree_util.keystr(path) or "the parameter"
+    if scanned and not jnp.ndim(leaf):
+        raise ValueError(f"{method.name}: scanned_layers says that {where} stacks layers, but it is a scalar")
     if jnp.issubdtype(dtype, jnp.complexfloating) and not method.complex_parameters:
         raise TypeError(f"{method.name} does not support complex parameters; {where} is {dtype}: split it in two")
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"{method.name} needs floating-point parameters; {where} is {dtype}: use optax.masked")
 
 
-def _check_shape(method: Method, recipe: Recipe, path: Any, g: Any, state: State) -> None:
-    layout = recipe.layout(tuple(jnp.shape(g)))
-    expected = layout if 0 not in layout else ()
-    if tuple(n for q in state.factors.Q for n in q.shape[:1]) != expected:
+def _check_shape(method: Method, recipe: Recipe, path: Any, g: Any, state: State, scanned: bool) -> None:
+    layers, shape = (jnp.shape(g)[:1], jnp.shape(g)[1:]) if scanned else ((), jnp.shape(g))
+    expected = recipe.preconditioner.shapes(recipe.layout(shape))
+    if tuple(q.shape for q in state.factors.Q) != tuple((*layers, *q) for q in expected):
         raise ValueError(
             f"{method.name}: the gradient of {jax.tree_util.keystr(path)} has shape {jnp.shape(g)}, its state belongs "
             "to another; give update the tree that init was given"
@@ -102,19 +163,10 @@ def _check_shape(method: Method, recipe: Recipe, path: Any, g: Any, state: State
 
 
 # ---- trees and stacks -------------------------------------------------------------------
-def _laid_out(recipe: Recipe, x: Leaf) -> Leaf:
-    return x.reshape(recipe.layout(tuple(x.shape)))
-
-
-def _reshaped(state: State, shape: Sequence[int]) -> State:
-    """The state with its momentum in a shape."""
-    return state if state.momentum is None else state._replace(momentum=state.momentum.reshape(shape))
-
-
-def _to_trees(count: Leaf, states: list[State], treedef: Any, recipe: Recipe) -> PSGDState:
+def _to_trees(count: Leaf, since: Leaf | None, states: list[State], treedef: Any, recipe: Recipe) -> PSGDState:
     momentum = treedef.unflatten([s.momentum for s in states]) if recipe.momentum else None
     q, ell = ([getattr(s.factors, name) for s in states] for name in Factors._fields)
-    return PSGDState(count, momentum, treedef.unflatten(q), treedef.unflatten(ell))
+    return PSGDState(count, since, momentum, treedef.unflatten(q), treedef.unflatten(ell))
 
 
 def _to_states(state: PSGDState, treedef: Any) -> list[State]:
@@ -123,13 +175,32 @@ def _to_states(state: PSGDState, treedef: Any) -> list[State]:
     return [State(m, Factors(a, b)) for m, a, b in zip(momentum, q, ell, strict=True)]
 
 
-def _started(recipe: Recipe, damping: Any, first: Leaf, gradients: list[Leaf], states: list[State]) -> list[State]:
-    """At the first step the factors take their automatic scale, one for all leaves."""
-    sizes = [recipe.start.size(pipeline.working(recipe, g)) for g in gradients if g.size]
-    if not sizes:
-        return states
-    scale = jnp.where(first, recipe.start(sizes, damping), 1)
-    return [pipeline.rescaled(recipe, s, scale) for s in states]
+def _started(
+    recipe: Recipe, damping: Any, first: Leaf, gradients: list[Leaf], states: list[State], flags: list[bool]
+) -> list[State]:
+    """At the first step the factors take their automatic scale."""
+    there = [i for i, g in enumerate(gradients) if g.size]
+
+    def size(g: Leaf) -> Leaf:
+        return recipe.start.size(pipeline.working(recipe, g))
+
+    scales = recipe.start([_over(size, flags[i])(gradients[i]) for i in there], damping)
+    started = list(states)
+    for i, scale in zip(there, scales, strict=True):
+        scale = jnp.where(first, scale, 1)
+        if flags[i]:
+            scale = jnp.broadcast_to(scale, gradients[i].shape[:1])
+        started[i] = _over(lambda s, c: pipeline.rescaled(recipe, s, c), flags[i])(states[i], scale)
+    return started
+
+
+def _trusted(recipe: Recipe, limit: Any, directions: list[Leaf]) -> list[Leaf]:
+    """Directions no longer than a limit, all of them together, where the recipe says so."""
+    there = [u for u in directions if u.size]
+    if not recipe.trusted or not there:
+        return directions
+    factor = pipeline.trust(limit, there)
+    return [u * factor.astype(real_dtype(u)) for u in directions]
 
 
 def _choose(flag: Any, then: Callable[[Any], Any], otherwise: Callable[[Any], Any], operand: Any) -> Any:
@@ -142,7 +213,7 @@ def _choose(flag: Any, then: Callable[[Any], Any], otherwise: Callable[[Any], An
 
 
 def _step_all(
-    recipe: Recipe, plan: Plan, gradients: list[Leaf], states: list[State], *, stack: bool
+    recipe: Recipe, plan: Plan, gradients: list[Leaf], states: list[State], flags: list[bool], mapping: Mapping
 ) -> tuple[list[Leaf], list[State]]:
     """One step of all leaves; those of one shape and dtype in one call."""
 
@@ -151,14 +222,16 @@ def _step_all(
 
     buckets: dict[Any, list[int]] = {}
     for i, g in enumerate(gradients):
-        buckets.setdefault((g.shape, g.dtype) if stack else i, []).append(i)
+        buckets.setdefault((g.shape, g.dtype) if mapping.stack and not flags[i] else i, []).append(i)
     done: list[Any] = [None] * len(gradients)
     for indices in buckets.values():
         members = [(gradients[i], states[i]) for i in indices]
-        if len(members) == 1:
+        if flags[indices[0]]:
+            results = [mapping.over(one, *members[0])]
+        elif len(members) == 1:
             results = [one(*members[0])]
         else:
-            stacked = jax.vmap(one)(*jax.tree.map(lambda *xs: jnp.stack(xs), *members))
+            stacked = mapping.over(one, *jax.tree.map(lambda *xs: jnp.stack(xs), *members))
             results = [jax.tree.map(lambda x, k=k: x[k], stacked) for k in range(len(members))]
         for i, result in zip(indices, results, strict=True):
             done[i] = result
@@ -178,15 +251,31 @@ def _known(method: type[Method], names: Sequence[str], given: dict[str, Any]) ->
     return given
 
 
+# Arguments of every function that say how the work is mapped, not what it computes.
+MAPPING = [
+    Parameter(name, Parameter.KEYWORD_ONLY, default=default)
+    for name, default in Mapping._field_defaults.items()
+]
+
+
+def _split(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of the method, arguments of the mapping."""
+    return (
+        {k: v for k, v in given.items() if k not in Mapping._fields},
+        {k: v for k, v in given.items() if k in Mapping._fields},
+    )
+
+
 def scaling(method: type[Method], module: str) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """`scale_by_<name>`: the method without learning rate and weight decay."""
     settings = [f for f in fields(method) if f.name not in ("lr", "weight_decay")]
     names = [f.name for f in settings]
 
-    def scale_by(*, stack: bool = True, **hyperparameters: Any) -> optax.GradientTransformationExtraArgs:
-        return scale_by_psgd(method.of(**_known(method, names, hyperparameters)), stack=stack)
+    def scale_by(**given: Any) -> optax.GradientTransformationExtraArgs:
+        hyperparameters, mapping = _split(given)
+        return scale_by_psgd(method.of(**_known(method, names, hyperparameters)), **mapping)
 
-    return _dressed(scale_by, f"scale_by_{method.name}", method, module, [], settings)
+    return _dressed(scale_by, f"scale_by_{method.name}", method, module, _parameters(settings))
 
 
 def alias(method: type[Method], module: str) -> Callable[..., optax.GradientTransformationExtraArgs]:
@@ -196,20 +285,18 @@ def alias(method: type[Method], module: str) -> Callable[..., optax.GradientTran
     names = ["learning_rate", *(f.name for f in settings)]
 
     def optimizer(
-        learning_rate: optax.ScalarOrSchedule = default["lr"],
-        *,
-        weight_decay_mask: Any = None,
-        stack: bool = True,
-        **hyperparameters: Any,
+        learning_rate: optax.ScalarOrSchedule = default["lr"], **given: Any
     ) -> optax.GradientTransformationExtraArgs:
+        hyperparameters, mapping = _split(given)
+        mask = hyperparameters.pop(method.mask_name, None)
         made = method.of(**_known(method, names, hyperparameters))
         if not callable(learning_rate):
             method.of(lr=learning_rate)  # only to check it
         decay = made.weight_decay
         off = isinstance(decay, (int, float)) and decay == 0
         return optax.chain(
-            scale_by_psgd(made, stack=stack),
-            optax.identity() if off else optax.add_decayed_weights(decay, weight_decay_mask),
+            scale_by_psgd(made, **mapping),
+            optax.identity() if off else optax.add_decayed_weights(decay, mask),
             optax.scale_by_learning_rate(learning_rate),
         )
 
@@ -219,22 +306,15 @@ def alias(method: type[Method], module: str) -> Callable[..., optax.GradientTran
         default=default["lr"],
         annotation=optax.ScalarOrSchedule,
     )
-    mask = Parameter("weight_decay_mask", Parameter.KEYWORD_ONLY, default=None)
-    return _dressed(optimizer, method.name, method, module, [rate], settings, mask)
+    mask = Parameter(method.mask_name, Parameter.KEYWORD_ONLY, default=None)
+    return _dressed(optimizer, method.name, method, module, [rate, *_parameters(settings), mask])
 
 
 def _dressed(
-    function: Callable[..., Any],
-    name: str,
-    method: type[Method],
-    module: str,
-    first: list[Parameter],
-    settings: Sequence[Field[Any]],
-    *more: Parameter,
+    function: Callable[..., Any], name: str, method: type[Method], module: str, parameters: list[Parameter]
 ) -> Callable[..., Any]:
     """A function with the name, signature and documentation that its method's record says."""
     function.__name__ = function.__qualname__ = name
     function.__module__, function.__doc__ = module, documented(method)
-    flags = Parameter("stack", Parameter.KEYWORD_ONLY, default=True, annotation=bool)
-    function.__signature__ = Signature([*first, *_parameters(settings), *more, flags])  # type: ignore[attr-defined]
+    function.__signature__ = Signature([*parameters, *MAPPING])  # type: ignore[attr-defined]
     return function

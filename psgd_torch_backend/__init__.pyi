@@ -26,6 +26,8 @@ class Procrustes(PSGD):
         maximize: bool = False,
         stack: bool = True,
         compile: bool = False,
+        scanned_layers: bool = False,
+        stack_batch_size: Any = None,
     ) -> None: ...
 
 class QUAD(PSGD):
@@ -47,6 +49,8 @@ class QUAD(PSGD):
         maximize: bool = False,
         stack: bool = True,
         compile: bool = False,
+        scanned_layers: bool = False,
+        stack_batch_size: Any = None,
     ) -> None: ...
 
 class KronWhiten(PSGD):
@@ -72,4 +76,59 @@ class KronWhiten(PSGD):
         maximize: bool = False,
         stack: bool = True,
         compile: bool = False,
+        scanned_layers: bool = False,
+        stack_batch_size: Any = None,
+    ) -> None: ...
+
+class Kron(PSGD):
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 0.001,
+        *,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        b1: float = 0.9,
+        preconditioner_update_probability: Any = ...,
+        max_size_triangular: float = 8192,
+        min_ndim_triangular: int = 2,
+        memory_save_mode: str | None = None,
+        momentum_into_precond_update: bool = True,
+        preconditioner_lr: float = 0.1,
+        preconditioner_init_scale: float = 1.0,
+        mu_dtype: Any = None,
+        precond_dtype: Any = None,
+        precond_update_precision: str | None = "tensorfloat32",
+        precond_grads_precision: str | None = None,
+        maximize: bool = False,
+        stack: bool = True,
+        compile: bool = False,
+        scanned_layers: bool = False,
+        stack_batch_size: Any = None,
+    ) -> None: ...
+
+class Affine(PSGD):
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 0.01,
+        *,
+        weight_decay: float = 0.0,
+        seed: int | None = None,
+        preconditioner_update_probability: Any = 1.0,
+        b1: float = 0.9,
+        nesterov: bool = False,
+        precond_lr: Any = 0.1,
+        precond_init_scale: float | None = None,
+        update_global_norm_clip: float | None = None,
+        step_normalizer_order: str = "2nd",
+        mu_dtype: Any = None,
+        precision: str | None = "tensorfloat32",
+        max_size_triangular: float = 4096,
+        max_skew_triangular: float = 128,
+        maximize: bool = False,
+        stack: bool = True,
+        compile: bool = False,
+        scanned_layers: bool = False,
+        stack_batch_size: Any = None,
     ) -> None: ...

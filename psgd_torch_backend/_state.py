@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psgd.kron import Factors
-from psgd.pipeline import State
+from psgd.arrays import Factors
+from psgd.pipeline import Recipe, State
 
 Entry = dict[str, Any]  # {"step": ..., "momentum": ..., "Q": {"0": ...}, "L": {"0": ...}}
 
@@ -71,6 +71,7 @@ def write(old: State, new: State) -> None:
         target.copy_(source.reshape(target.shape))
 
 
-def belongs(entry: Entry, layout: tuple[int, ...]) -> bool:
-    """Are the factors of a state those of a tensor of this layout?"""
-    return tuple(n for q in entry["Q"].values() for n in q.shape[:1]) == (layout if 0 not in layout else ())
+def belongs(entry: Entry, recipe: Recipe, layers: Sequence[int], shape: Sequence[int]) -> bool:
+    """Are the factors of a state those of a tensor of a shape, stacked in so many layers?"""
+    expected = recipe.preconditioner.shapes(recipe.layout(tuple(shape)))
+    return [tuple(q.shape) for q in entry["Q"].values()] == [(*layers, *q) for q in expected]

@@ -36,14 +36,17 @@ class _Opaque(noise.Counter):
 
 
 def make_step(recipe: Recipe, *, stacked: bool, compiled: bool) -> Step:
-    """(plan, lr, weight_decay, p, g, state) -> (what to add to p, new state), of tensors or of stacks of them."""
+    """(plan, lr, weight_decay, p, g, state) -> (what to add to p, new state), of tensors or of stacks of them.
+
+    A recipe whose whole step is bounded gives the direction instead: its length is known when all are.
+    """
 
     def step(plan: Plan, lr: Any, weight_decay: Any, p: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
         draws = (_Opaque if compiled else noise.Counter)(plan.key)
 
         def one(p: Tensor, g: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             u, new = pipeline.step(recipe, plan, g, rebuilt(state, tensors), draws)
-            return pipeline.displacement(p, u, lr, weight_decay), *leaves(new)
+            return u if recipe.trusted else pipeline.displacement(p, u, lr, weight_decay), *leaves(new)
 
         # Flat tensors in and out: torch.vmap takes no None, which is the momentum of a recipe without.
         change, *new = (torch.vmap(one) if stacked else one)(p, g, *leaves(state))

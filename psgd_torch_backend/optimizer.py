@@ -6,21 +6,29 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from inspect import Parameter, Signature
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from psgd import pipeline
+from psgd._xp import real_dtype
 from psgd.methods import Method, documented
-from psgd_torch_backend._state import Stack, belongs, to_entry, to_state, write
+from psgd_torch_backend._state import Stack, belongs, leaves, rebuilt, to_entry, to_state, write
 from psgd_torch_backend._step import Step, as_tensors, make_step, on_device
 
-ADAPTER_DEFAULTS = {"maximize": False, "stack": True, "compile": False}
+ADAPTER_DEFAULTS: dict[str, Any] = {
+    "maximize": False,
+    "stack": True,
+    "compile": False,
+    "scanned_layers": False,
+    "stack_batch_size": None,
+}
 # What a group may hold beside hyperparameters: its parameters, and what torch's own schedulers keep there.
 NOT_HYPERPARAMETERS = frozenset(
     ["params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"]
 )
+COUNTERS = ("step", "since")
 KNOWN_SETTINGS = 64  # how many combinations of hyperparameters are remembered
 Group = dict[str, Any]
 
@@ -34,9 +42,12 @@ class PSGD(torch.optim.Optimizer):
         stack: step parameters of equal shape together (`torch.vmap`); the numbers are the same, many small
             layers are faster.
         compile: compile the step with `torch.compile`, once for each layout of parameters.
+        scanned_layers: the parameters (of a group) hold one layer for each entry of their first axis. Each layer is
+            preconditioned by itself, as if it were a parameter of its own.
+        stack_batch_size: step at most so many layers in one call, for less memory at a time; None is all of a shape.
 
-    State of a parameter: "step", "momentum" (its shape), "Q" and "L" with one entry a factor, keyed "0", "1", ...
-    in the dtype that the method says.
+    State of a parameter: "step" (and "since", the steps after the last fit, where the method asks for it), "momentum"
+    (its shape), "Q" and "L" with one entry a factor, keyed "0", "1", ... in the dtype that the method says.
 
     Raises: ValueError for hyperparameters out of range or unknown; TypeError for parameters that are not floating
     point; RuntimeError at a step for sparse gradients. State and parameters then stay as they were.
@@ -53,15 +64,18 @@ class PSGD(torch.optim.Optimizer):
     def _complete(cls, given: Group) -> Group:
         """Given hyperparameters, checked, with the defaults of the others."""
         flags = {name: given.get(name, default) for name, default in ADAPTER_DEFAULTS.items()}
+        size = flags["stack_batch_size"]
         for name, value in flags.items():
-            if not isinstance(value, bool):
+            if name != "stack_batch_size" and not isinstance(value, bool):
                 raise ValueError(f"{cls.__name__}: {name}={value!r} must be True or False")
+        if not (size is None or (isinstance(size, int) and size > 0)):
+            raise ValueError(f"{cls.__name__}: stack_batch_size={size!r} must be None or a whole number above 0")
         for name in ("lr", "weight_decay"):
             value = given.get(name)
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"{cls.__name__}: Tensor {name} must be 1-element, not of shape {tuple(value.shape)}")
         method = cls.method.of(**{k: v for k, v in given.items() if k not in ADAPTER_DEFAULTS})
-        return {f.name: getattr(method, f.name) for f in fields(method)} | flags
+        return {f.name: _plain(getattr(method, f.name)) for f in fields(method)} | flags
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, with its own hyperparameters where it has them, also between steps."""
@@ -72,8 +86,8 @@ class PSGD(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             for name, p in self._named(self.param_groups[-1]):
-                self._check_parameter(name, p)
-        except TypeError:
+                self._check_parameter(name, p, self.param_groups[-1]["scanned_layers"])
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
@@ -81,8 +95,10 @@ class PSGD(torch.optim.Optimizer):
         names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
         return zip(names, group["params"], strict=True)
 
-    def _check_parameter(self, name: str, p: Tensor) -> None:
+    def _check_parameter(self, name: str, p: Tensor, scanned: bool) -> None:
         cls = type(self).__name__
+        if scanned and not p.ndim:
+            raise ValueError(f"{cls}: {name} is a scalar and cannot stack layers; give it a group of its own")
         if p.layout != torch.strided:
             raise TypeError(f"{cls} does not support sparse parameters; {name} is {p.layout}: make it dense")
         if p.is_complex() and not self.method.complex_parameters:
@@ -102,9 +118,8 @@ class PSGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         ready = [(group, self._with_gradients(group)) for group in self.param_groups]
-        for group, params in ready:
-            if params:
-                self._step_group(group, params)
+        waiting = [held for group, params in ready for held in self._step_group(group, params)]
+        self._apply(waiting)
         return loss
 
     def _with_gradients(self, group: Group) -> list[Tensor]:
@@ -122,8 +137,8 @@ class PSGD(torch.optim.Optimizer):
                     f"{cls}: {name} has shape {tuple(p.shape)} and a gradient of shape {tuple(g.shape)}; "
                     "call zero_grad() and backward() again after changing a parameter's shape"
                 )
-            entry, recipe = self.state.get(p), self._settings(group)[1]
-            if entry and "Q" in entry and not belongs(entry, recipe.layout(tuple(p.shape))):
+            entry = self.state.get(p)
+            if entry and "Q" in entry and not belongs(entry, self._settings(group)[1], *_parted(group, p)):
                 raise RuntimeError(
                     f"{cls}: {name} has shape {tuple(p.shape)}, its state belongs to another; delete optimizer.state[p]"
                 )
@@ -141,58 +156,96 @@ class PSGD(torch.optim.Optimizer):
             self._known[values] = (method, method.recipe(), method.tempo())
         return self._known[values]
 
-    def _step_group(self, group: Group, params: list[Tensor]) -> None:
+    def _step_group(self, group: Group, params: list[Tensor]) -> list[Held]:
+        """Step a group; what must wait for the directions of all others comes back."""
         method, recipe, tempo = self._settings(group)
-        self._start(method, recipe, tempo, [p for p in params if "Q" not in self.state[p]])
-        plans: dict[int, pipeline.Plan] = {}
-        for (age, *_), bucket in self._buckets(group, params).items():
-            if age not in plans:
-                plans[age] = pipeline.host_plan(tempo, age)
-            self._step_bucket(group, recipe, plans[age], bucket)
+        self._start(group, method, recipe, tempo, [p for p in params if "Q" not in self.state[p]])
+        plans: dict[Any, pipeline.Plan] = {}
+        waiting: list[Held] = []
+        for (age, since, *_), bucket in self._buckets(group, params).items():
+            if (age, since) not in plans:
+                plans[age, since] = pipeline.host_plan(tempo, age, since=since)
+            plan = plans[age, since]
+            if since is not None:
+                for p in bucket:
+                    self.state[p]["since"] = torch.tensor(0 if plan.fit else since)
+            waiting += self._step_bucket(group, recipe, plan, bucket, tempo.trust)
+        return waiting
 
-    def _start(self, method: Method, recipe: pipeline.Recipe, tempo: pipeline.Tempo, new: list[Tensor]) -> None:
-        """State of parameters seen for the first time; an automatic scale is shared by those that start together."""
-        scale: Any = method.start_scale()
-        seen = [pipeline.working(recipe, _gradient(p)) for p in new if p.numel()]
-        if scale is None and seen:
-            scale = recipe.start([recipe.start.size(g) for g in seen], tempo.damping)
+    def _start(
+        self, group: Group, method: Method, recipe: pipeline.Recipe, tempo: pipeline.Tempo, new: list[Tensor]
+    ) -> None:
+        """State of parameters seen for the first time, with their automatic scale if the method has none."""
+
+        def over(one: Callable[..., Any], *args: Any) -> Any:
+            return torch.vmap(one)(*args) if group["scanned_layers"] else one(*args)
+
+        given: Any = method.start_scale()
+        seen = [p for p in new if p.numel()]
+        scales: dict[int, Any] = {}
+        if given is None:
+            sizes = [over(lambda g: recipe.start.size(pipeline.working(recipe, g)), _gradient(p)) for p in seen]
+            scales = dict(zip(map(id, seen), recipe.start(sizes, tempo.damping), strict=True))
         for p in new:
-            like = p.detach().reshape(recipe.layout(tuple(p.shape)))
-            state = pipeline.init(recipe, like, 1.0 if scale is None else scale)
-            entry = to_entry(state)
-            if state.momentum is not None:
-                entry["momentum"] = state.momentum.reshape(p.shape)
-            self.state[p].update({"step": torch.zeros((), dtype=torch.int64), **entry})
+            layers, shape = _parted(group, p)
+            state = _fresh(recipe, p.detach().new_empty(shape), layers, scales.get(id(p), given or 1.0))
+            self.state[p].update({"step": torch.zeros((), dtype=torch.int64), **to_entry(state)})
+            if tempo.counts:
+                self.state[p]["since"] = torch.zeros((), dtype=torch.int64)
 
     def _buckets(self, group: Group, params: list[Tensor]) -> dict[tuple[Any, ...], list[Tensor]]:
         """Parameters that step in one call, being of equal age, shape, dtype and device. All grow one step older."""
         buckets: dict[tuple[Any, ...], list[Tensor]] = {}
         for i, p in enumerate(params):
-            age = self.state[p]["step"] = self.state[p]["step"] + 1
-            alone = () if group["stack"] else (i,)
-            buckets.setdefault((int(age), p.shape, p.dtype, p.device, *alone), []).append(p)
+            entry = self.state[p]
+            age = entry["step"] = entry["step"] + 1
+            since = int(entry["since"]) + 1 if "since" in entry else None
+            alone = () if group["stack"] and not group["scanned_layers"] else (i,)
+            buckets.setdefault((int(age), since, p.shape, p.dtype, p.device, *alone), []).append(p)
         return buckets
 
-    def _step_bucket(self, group: Group, recipe: pipeline.Recipe, plan: pipeline.Plan, bucket: list[Tensor]) -> None:
-        layout, state = recipe.layout(tuple(bucket[0].shape)), self._gathered(bucket)
-        p, g = (self._joined(tensors, layout) for tensors in (bucket, [_gradient(p) for p in bucket]))
-        if group["maximize"]:
-            g = -g
-        plan, numbers = on_device(plan, p.device), [group["lr"], group["weight_decay"]]
+    def _step_bucket(
+        self, group: Group, recipe: pipeline.Recipe, plan: pipeline.Plan, bucket: list[Tensor], trust: Any
+    ) -> list[Held]:
+        """Step parameters of one shape, or the layers of one parameter, in batches if the group says so."""
+        scanned, state = group["scanned_layers"], self._gathered(bucket)
+        many = scanned or len(bucket) > 1
+        count = len(bucket[0]) if scanned else len(bucket)
+        size = group["stack_batch_size"] or max(count, 1)
+        plan, numbers = on_device(plan, bucket[0].device), [group["lr"], group["weight_decay"]]
         if group["compile"]:
             plan, *numbers = as_tensors(plan, *numbers)
-        step = self._step_of(recipe, len(bucket) > 1, tuple(p.shape) if group["compile"] else None)
-        flat = state if state.momentum is None else state._replace(momentum=state.momentum.reshape(p.shape))
-        change, new = step(plan, *numbers, p, g, flat)
-        write(state, new)
-        for target, part in zip(bucket, change.unbind() if len(bucket) > 1 else [change], strict=True):
-            target.add_(part.reshape(target.shape))
+        waiting: list[Held] = []
+        for rows in (slice(i, i + size) for i in range(0, count, size)):
+            targets = [bucket[0].detach()[rows]] if scanned else [p.detach() for p in bucket[rows]]
+            gradients = [_gradient(bucket[0])[rows]] if scanned else [_gradient(p) for p in bucket[rows]]
+            batch = rebuilt(state, [x[rows] for x in leaves(state)]) if many and size < count else state
+            stacked = many and not scanned
+            p, g = (torch.stack(xs) if stacked else xs[0] for xs in (targets, gradients))
+            g = -g if group["maximize"] else g
+            step = self._step_of(recipe, many, tuple(p.shape) if group["compile"] else None)
+            change, new = step(plan, *numbers, p, g, batch)
+            write(batch, new)
+            changes = list(change.unbind()) if stacked else [change]
+            if recipe.trusted:
+                waiting.append(Held(group, trust, targets, changes))
+            else:
+                for target, part in zip(targets, changes, strict=True):
+                    target.add_(part)
+        return waiting
 
     @staticmethod
-    def _joined(tensors: list[Tensor], layout: tuple[int, ...]) -> Tensor:
-        """Tensors of one shape in layout shape; stacked if there are several."""
-        flat = [x.detach().reshape(layout) for x in tensors]
-        return torch.stack(flat) if len(flat) > 1 else flat[0]
+    def _apply(waiting: list[Held]) -> None:
+        """Take the steps whose length is bounded as a whole."""
+        directions = [u for held in waiting for u in held.directions if u.numel()]
+        if not directions:
+            return
+        near = [u.to(directions[0].device) for u in directions]
+        for held in waiting:
+            factor = pipeline.trust(held.trust, near)
+            for p, u in zip(held.targets, held.directions, strict=True):
+                u = u * factor.to(u.device, real_dtype(u))
+                p.add_(pipeline.displacement(p, u, held.group["lr"], held.group["weight_decay"]))
 
     def _gathered(self, bucket: list[Tensor]) -> pipeline.State:
         """The state of a bucket, to be overwritten in place: of one parameter, or the stack of them all."""
@@ -213,9 +266,19 @@ class PSGD(torch.optim.Optimizer):
         return self._steps[key]
 
     # ---- saving and copying ------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """State and groups as plain data. Functions given as hyperparameters stay behind: give them again to load."""
+        state = super().state_dict()
+        groups = [{k: v for k, v in group.items() if not callable(v)} for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` gave. Tensors keep their saved dtype, on the device of their parameter."""
+        """Load what `state_dict()` gave. Tensors keep their saved dtype, on the device of their parameter.
+
+        Functions of the step that were given as hyperparameters are not saved; this optimizer's own stay.
+        """
         loaded: dict[str, Any] = {}
+        functions = [{k: v for k, v in group.items() if callable(v)} for group in self.param_groups]
 
         def capture(_: Any, final: dict[str, Any]) -> None:
             loaded.update(final)
@@ -238,6 +301,8 @@ class PSGD(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+        for group, own in zip(self.param_groups, functions, strict=True):
+            group.update({k: v for k, v in own.items() if k not in group})
         self._forget()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -251,6 +316,36 @@ class PSGD(torch.optim.Optimizer):
         self._steps: dict[Any, Step] = {}
 
 
+def _parted(group: Group, p: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How many layers a parameter stacks, and the shape of one."""
+    split = 1 if group["scanned_layers"] else 0
+    return tuple(p.shape[:split]), tuple(p.shape[split:])
+
+
+def _fresh(recipe: pipeline.Recipe, like: Tensor, layers: tuple[int, ...], scale: Any) -> pipeline.State:
+    """The first state of a parameter as `like`, or of layers of it, each with its own scale or all with one."""
+    state = pipeline.init(recipe, like)
+    if not layers:
+        return pipeline.rescaled(recipe, state, scale)
+    scales = scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64, device=like.device)
+    each = [pipeline.rescaled(recipe, state, s) for s in scales.expand(layers)]
+    return Stack(each).stacked if each else rebuilt(state, [x.new_empty((0, *x.shape)) for x in leaves(state)])
+
+
+class Held(NamedTuple):
+    """Directions that wait for those of all other parameters, and where they go."""
+
+    group: Group
+    trust: Any
+    targets: list[Tensor]
+    directions: list[Tensor]
+
+
+def _plain(value: Any) -> Any:
+    """A hyperparameter as plain data: a schedule of numbers is the tuple of them."""
+    return tuple(value) if isinstance(value, tuple) else value
+
+
 def _gradient(p: Tensor) -> Tensor:
     if p.grad is None:
         raise RuntimeError("a parameter lost its gradient while it was stepped")
@@ -258,11 +353,11 @@ def _gradient(p: Tensor) -> Tensor:
 
 
 def _placed(value: Any, device: torch.device, name: str = "") -> Any:
-    """A copy of a nested state on a device; the step stays on the host."""
+    """A copy of a nested state on a device; counters stay on the host."""
     if isinstance(value, dict):
         return {k: _placed(v, device, k) for k, v in value.items()}
     if isinstance(value, Tensor):
-        return value.detach().clone() if name == "step" else value.detach().to(device, copy=True)
+        return value.detach().clone() if name in COUNTERS else value.detach().to(device, copy=True)
     return value
 
 
