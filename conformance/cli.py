@@ -6,8 +6,11 @@ missing. Frameworks load when a driver asks for them, so help is quick.
 
 from __future__ import annotations
 
+import ast
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import import_module
 from itertools import chain
 from math import inf
@@ -47,6 +50,8 @@ from conformance.frameworks import FRAMEWORKS, Framework
 from conformance.problems import PROBLEMS
 from conformance.tolerances import LOCKED, bound_for
 from psgd.methods import METHODS
+from psgd.outline import BYTES
+from psgd.summary import row, summary
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -62,13 +67,48 @@ Json = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write
 
 # ---- comparing ----------------------------------------------------------------------------
 def run(
-    method: str, problem: str, steps: int, dtype: str, seed: int, locked: bool, drivers: Sequence[str]
+    method: str,
+    problem: str,
+    steps: int,
+    dtype: str,
+    seed: int,
+    locked: bool,
+    drivers: Sequence[str],
+    **hyperparameters: Any,
 ) -> Comparison:
     """A comparison behind a progress bar."""
     enveloped = bound_for(PROBLEMS[problem], dtype, locked=locked).value is None
     title = f"{method}, {pages.MODES['locked' if locked else 'free']}"
     with progress(title, steps * (2 if enveloped else 1)) as tick:
-        return compared(method, problem, steps=steps, dtype=dtype, seed=seed, locked=locked, drivers=drivers, tick=tick)
+        return compared(
+            method,
+            problem,
+            steps=steps,
+            dtype=dtype,
+            seed=seed,
+            locked=locked,
+            drivers=drivers,
+            tick=tick,
+            **hyperparameters,
+        )
+
+
+def settings(method: str, given: Sequence[str]) -> dict[str, Any]:
+    """Hyperparameters from NAME=VALUE; a value is a Python literal, or else a string."""
+    read: dict[str, Any] = {}
+    for text in given:
+        name, sign, value = text.partition("=")
+        if not sign:
+            refuse(f"--set {text} has no value; write it as NAME=VALUE")
+        try:
+            read[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            read[name] = value
+    try:
+        METHODS[method].of(**read)
+    except ValueError as error:
+        refuse(str(error))
+    return read
 
 
 def loaded(framework: Framework) -> Framework:
@@ -129,6 +169,9 @@ def compare(
     drivers: Annotated[
         str | None, typer.Option(help=f"At least two of {','.join(DRIVERS)}; default: all that are installed.")
     ] = None,
+    given: Annotated[
+        list[str] | None, typer.Option("--set", help="A hyperparameter as NAME=VALUE; may be repeated.")
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Run drivers beside each other on one problem; exit code 1 if a pair leaves its bound.
@@ -139,8 +182,9 @@ def compare(
     known("problem", problem, PROBLEMS)
     known("dtype", dtype, LOCKED)
     writable(json_file)
+    hyperparameters = settings(method, given or [])
     with packages():
-        comparison = run(method, problem, steps, dtype, seed, locked, chosen(drivers))
+        comparison = run(method, problem, steps, dtype, seed, locked, chosen(drivers), **hyperparameters)
     write_json(json_file, comparison.json())
     out = console()
     out.print(f"[bold]{method}[/] on {problem}, {steps} steps, {dtype}, seed {seed}, {pages.MODES[comparison.mode]}")
@@ -340,6 +384,56 @@ def tell_golden(out: Console, results: Results, waiting: Mapping[str, Mapping[st
 
 
 # ---- the methods --------------------------------------------------------------------------
+# ---- planning -------------------------------------------------------------------------------
+# Bytes of an adapter's counter of steps, and whether it keeps one for each parameter.
+COUNTERS = {"torch": (8, True), "jax": (4, False)}
+
+
+def read_shapes(path: Path) -> dict[str, dict[str, Any]]:
+    """Parameters from a JSON file: name to shape, or name to an object with "shape", "dtype" and "scanned"."""
+    try:
+        given = json.loads(path.read_text())
+        read = {name: x if isinstance(x, dict) else {"shape": x} for name, x in given.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        refuse(f"{path} is not a JSON object of shapes ({error}); write {{'weight': [768, 3072], ...}}")
+    for name, x in read.items():
+        whole = isinstance(x.get("shape"), list) and all(isinstance(n, int) and n >= 0 for n in x["shape"])
+        if not whole or x.keys() - {"shape", "dtype", "scanned"} or (x.get("scanned") and not x["shape"]):
+            refuse(f"{path}: {name} is {json.dumps(x)}; give a list of whole numbers, and of a stack of layers an axis")
+        known("dtype", x.get("dtype", "float32"), BYTES)
+    return read
+
+
+@app.command()
+def plan(
+    shapes: Annotated[Path, typer.Argument(metavar="SHAPES.json", help="Names and shapes of the parameters.")],
+    method: Annotated[str, typer.Option(help="A registered method; `psgd methods` lists them.")],
+    dtype: Annotated[str, typer.Option(help="Of parameters whose dtype the file leaves open.")] = "float32",
+    framework: Annotated[str, typer.Option(help="torch or jax: whose counters of steps are added.")] = "torch",
+    given: Annotated[
+        list[str] | None, typer.Option("--set", help="A hyperparameter as NAME=VALUE; may be repeated.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Show what a method would keep of a model and what a step would cost, from its shapes alone."""
+    known("method", method, METHODS)
+    known("dtype", dtype, BYTES)
+    known("framework", framework, COUNTERS)
+    writable(json_file)
+    made = METHODS[method].of(**settings(method, given or []))
+    size, each = COUNTERS[framework]
+    parameters = read_shapes(shapes)
+    rows = [
+        (made, row(made, name, x["shape"], x.get("dtype", dtype), scanned=x.get("scanned", False)))
+        for name, x in parameters.items()
+    ]
+    counted = size * (1 + made.tempo().counts) * (len(parameters) if each else 1)
+    whole = summary(rows, counted)
+    console().print(str(whole), markup=False, highlight=False, soft_wrap=True)
+    totals = {name: getattr(whole, name) for name in ("bytes", "state", "apply", "fit", "counters")}
+    write_json(json_file, totals | {"rows": [asdict(r) for r in whole.rows]})
+
+
 @app.command()
 def methods() -> None:
     """List the registered methods."""

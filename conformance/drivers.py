@@ -117,7 +117,7 @@ class NumpyOracle(Driver):
         return "float64"
 
     def begin(self, params: dict[str, Any]) -> None:
-        self.run = Reference(self.method, params)
+        self.run = Reference(self.method, params, self.problem.scanned)
 
     def advance(self, gradients: dict[str, Any]) -> None:
         self.run.step(gradients)
@@ -187,7 +187,10 @@ class TorchEager(Driver):
         self.torch = import_module("torch")
         self.tensors = {name: self.torch.nn.Parameter(p) for name, p in params.items()}
         made = {f.name: getattr(self.method, f.name) for f in fields(self.method)}
-        self.optimizer = torch_class(self.method.name)(self.tensors.items(), **made, **self.flags)
+        layers = tuple(sorted(self.problem.scanned))
+        self.optimizer = torch_class(self.method.name)(
+            self.tensors.items(), **made, **self.flags, scanned_layers=layers or False
+        )
 
     def gradient(self, data: Mapping[str, np.ndarray]) -> tuple[float, Arrays]:
         loss = self.problem.loss(self.tensors, self.batch(data))
@@ -264,7 +267,8 @@ class JaxJit(Driver):
     def begin(self, params: dict[str, Any]) -> None:
         self.jax, self.optax = import_module("jax"), import_module("optax")
         made = {f.name: getattr(self.method, f.name) for f in fields(self.method) if f.name != "lr"}
-        self.transform = jax_alias(self.method.name)(self.method.lr, **made)
+        layers = {name: name in self.problem.scanned for name in params}
+        self.transform = jax_alias(self.method.name)(self.method.lr, **made, scanned_layers=layers)
         self.tree, self.inner = params, self.transform.init(params)
         differentiated = self.jax.value_and_grad(self.problem.loss)
         self.differentiated = self.jax.jit(differentiated) if self.jitted else differentiated

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from conformance.frameworks import Framework, double_precision
-from conformance.reference import start, trusted
+from conformance.reference import stacked, start, trusted
 from psgd import criterion, kron, pipeline, rotate, schedule, shapes
 from psgd._xp import make, namespace
-from psgd.arrays import Factors
 from psgd.geometry import GEOMETRIES
 from psgd.methods import METHODS, Method
 from psgd.spectral import NormBound, TraceBound, general_bound
@@ -199,9 +198,7 @@ def replay_kron_whiten(player: Player) -> Iterator[Compared]:
 
 
 # Arguments that say nothing of the mathematics.
-MAPPED = dict.fromkeys(
-    ("mask", "weight_decay_mask", "scanned_layers", "lax_map_scanned_layers", "lax_map_batch_size")
-)
+MAPPED = dict.fromkeys(("mask", "weight_decay_mask", "scanned_layers", "lax_map_scanned_layers", "lax_map_batch_size"))
 
 
 @family("jax_kron")
@@ -263,7 +260,7 @@ def replay_optimizer(
         ]
         params = [p + change for p, change in zip(params, changes, strict=True)]
         draws.spent()
-        flat = [_stacked(s) if scanned[i] else s for i, s in enumerate(states)]
+        flat = [stacked(s) if scanned[i] else s for i, s in enumerate(states)]
         yield from player.state(t, "Q", [q for s in flat for q in s.factors.Q])
         yield from player.state(t, "L", [x for s in flat for x in s.factors.L])
         yield from player.state(t, "m", [s.momentum for s in flat])
@@ -292,22 +289,6 @@ def _plans(
     return plans
 
 
-def _stacked(states: Sequence[pipeline.State]) -> pipeline.State:
-    """The states of layers, each array with a first axis for them."""
-    xp = namespace(states[0].factors.Q[0])
-    columns = ([xp.stack(list(column)) for column in zip(*rows, strict=True)] for rows in _columns(states))
-    q, ell, momentum = (tuple(column) for column in columns)
-    return pipeline.State(momentum[0] if momentum else None, Factors(q, ell))
-
-
-def _columns(states: Sequence[pipeline.State]) -> list[list[Sequence[Any]]]:
-    return [
-        [s.factors.Q for s in states],
-        [s.factors.L for s in states],
-        [() if s.momentum is None else (s.momentum,) for s in states],
-    ]
-
-
 class _Layer:
     """The draws of one layer of a stack, whose draw was recorded whole."""
 
@@ -322,7 +303,7 @@ def _step_scanned(
     recipe: pipeline.Recipe, plan: pipeline.Plan, g: Any, states: Sequence[pipeline.State], draws: Recording
 ) -> tuple[Any, list[pipeline.State]]:
     """A step of stacked layers as psgd_jax takes it: the mean in the damping and the RMS clip are the whole stack's."""
-    xp, whole = namespace(g), _stacked(states)
+    xp, whole = namespace(g), stacked(states)
     g = pipeline.working(recipe, g)
     m = None if whole.momentum is None else xp.astype(whole.momentum, g.dtype)
     seen = pipeline.averaged(plan.momentum, g, m)[1] if recipe.whiten == "momentum" else g

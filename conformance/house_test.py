@@ -42,7 +42,19 @@ FORBIDDEN = {"conformance": {"benchmarks"}, "benchmarks": set()}
 # A module of the core imports those before it.
 ORDER = [
     *("arrays", "_xp", "shapes", "noise", "schedule", "spectral", "rotate", "axes"),
-    *("geometry", "criterion", "kron", "lra", "xmat", "pipeline", "methods", "portable", "__init__"),
+    *(
+        "geometry",
+        "criterion",
+        "kron",
+        "lra",
+        "xmat",
+        "pipeline",
+        "methods",
+        "outline",
+        "summary",
+        "portable",
+        "__init__",
+    ),
 ]
 # Where the names of methods and geometries belong: their own pages, and the replay of recorded runs, which maps the
 # names that other programs gave to their recordings.

@@ -49,6 +49,7 @@ class Problem:
     lr: float  # a step size at which a whitened update visibly trains it
     chaotic: bool  # does a difference of one ulp grow as training goes on?
     evaluate: Callable[[Arrays], float] | None = None  # numpy parameters -> accuracy on held-out data
+    scanned: frozenset[str] = frozenset()  # parameters that hold one layer for each entry of their first axis
 
 
 def _random(seed: int, step: int = 0, purpose: int = 0) -> np.random.Generator:
@@ -187,6 +188,29 @@ def _mlp_logits(xp: Any, params: Arrays, images: Array) -> Array:
     return hidden @ params[f"w{last}"] + params[f"b{last}"]
 
 
+DEPTH, WIDTH = 4, 16
+
+
+def _deep_init(seed: int) -> Data:
+    random = _random(seed)
+    return {
+        "first": _dense(random, PIXELS, WIDTH),
+        "hidden": 0.5 * np.stack([_dense(random, WIDTH, WIDTH) for _ in range(DEPTH)]),
+        "shift": np.zeros((DEPTH, WIDTH)),
+        "gain": np.ones(DEPTH),
+        "last": _dense(random, WIDTH, CLASSES),
+    }
+
+
+def _deep_logits(xp: Any, params: Arrays, images: Array) -> Array:
+    """z = h_L W, where h_l = h_{l-1} + g_l tanh(h_{l-1} W_l + b_l) and h_0 = x W_0."""
+    h = images @ params["first"]
+    for layer in range(DEPTH):
+        inner = xp.tanh(h @ params["hidden"][layer, ...] + params["shift"][layer, ...])
+        h = h + params["gain"][layer, ...] * inner
+    return h @ params["last"]
+
+
 KERNEL = 3
 CHANNELS = 8
 
@@ -296,6 +320,23 @@ PROBLEMS: dict[str, Problem] = {
             init=_conv_init,
             logits=_conv_logits,
             lr=0.01,
+            chaotic=True,
+        ),
+        _classifier(
+            name="stacked-digits",
+            summary="Four residual layers on the digits, stacked in one tensor and preconditioned one by one.",
+            init=_deep_init,
+            logits=_deep_logits,
+            lr=0.005,
+            chaotic=True,
+            scanned=frozenset(["hidden", "shift", "gain"]),
+        ),
+        _classifier(
+            name="tensor-digits",
+            summary="The same layers, their stack preconditioned as one tensor of three axes.",
+            init=_deep_init,
+            logits=_deep_logits,
+            lr=0.005,
             chaotic=True,
         ),
     )

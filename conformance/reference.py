@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from psgd import pipeline
 from psgd._xp import namespace, number
+from psgd.arrays import Factors
 from psgd.methods import Method
 
 Array = Any
@@ -30,29 +31,69 @@ def trusted(method: Method, us: Sequence[Array]) -> list[Array]:
     return [u * number(factor, u) for u in us]
 
 
-class Reference:
-    """Parameters, their states, the number of steps done and of those after the last fit."""
+def leaves(state: pipeline.State) -> list[Array]:
+    """All arrays of a state, in a fixed order."""
+    return [*(() if state.momentum is None else (state.momentum,)), *state.factors.Q, *state.factors.L]
 
-    def __init__(self, method: Method, params: Mapping[str, Array]) -> None:
-        self.method, self.params = method, dict(params)
+
+def rebuilt(state: pipeline.State, arrays: Sequence[Array]) -> pipeline.State:
+    """A state of the structure of `state`, from its leaves."""
+    rest = iter(arrays)
+    momentum = None if state.momentum is None else next(rest)
+    q = tuple(next(rest) for _ in state.factors.Q)
+    return pipeline.State(momentum, Factors(q, tuple(rest)))
+
+
+def stacked(states: Sequence[pipeline.State]) -> pipeline.State:
+    """The states of layers as one, each array with a first axis for them."""
+    xp = namespace(states[0].factors.Q[0])
+    return rebuilt(states[0], [xp.stack(list(column)) for column in zip(*map(leaves, states), strict=True)])
+
+
+def layer(state: pipeline.State, k: int) -> pipeline.State:
+    """The state of layer k of `stacked` ones."""
+    return rebuilt(state, [x[k, ...] for x in leaves(state)])
+
+
+class Reference:
+    """Parameters, their states, the number of steps done and of those after the last fit.
+
+    scanned: parameters that stack layers; each layer goes alone, and their states are kept stacked.
+    """
+
+    def __init__(self, method: Method, params: Mapping[str, Array], scanned: Collection[str] = ()) -> None:
+        self.method, self.params, self.scanned = method, dict(params), frozenset(scanned)
         self.states: dict[str, pipeline.State] = {}
         self.count = self.since = 0
+
+    def _parts(self, name: str, x: Array) -> list[Array]:
+        return [x[k, ...] for k in range(x.shape[0])] if name in self.scanned else [x]
+
+    def _whole(self, name: str, states: list[pipeline.State]) -> pipeline.State:
+        return stacked(states) if name in self.scanned else states[0]
+
+    def _start(self, gradients: Mapping[str, Array]) -> None:
+        parts = {name: self._parts(name, g) for name, g in gradients.items()}
+        states = iter(start(self.method, [g for own in parts.values() for g in own]))
+        self.states = {name: self._whole(name, [next(states) for _ in own]) for name, own in parts.items()}
 
     def step(self, gradients: Mapping[str, Array]) -> None:
         """One step of all parameters."""
         if not self.states:
-            started = start(self.method, list(gradients.values()))
-            self.states = dict(zip(gradients, started, strict=True))
+            self._start(gradients)
         self.count, self.since = self.count + 1, self.since + 1
         recipe = self.method.recipe()
         plan = pipeline.host_plan(self.method.tempo(), self.count, since=self.since)
         self.since = 0 if plan.fit else self.since
         directions = []
-        for name, g in gradients.items():
-            xp = namespace(g)
+        for name, whole in gradients.items():
+            xp, old = namespace(whole), self.states[name]
             own = plan._replace(key=xp.full((1,), plan.key, dtype=xp.int32))
-            u, self.states[name] = pipeline.step(recipe, own, g, self.states[name])
-            directions.append(u)
+            states = [layer(old, k) for k in range(whole.shape[0])] if name in self.scanned else [old]
+            pairs = zip(self._parts(name, whole), states, strict=True)
+            us, new = zip(*(pipeline.step(recipe, own, g, state) for g, state in pairs), strict=True)
+            self.states[name] = self._whole(name, list(new))
+            directions.append(xp.stack(list(us)) if name in self.scanned else us[0])
         for name, u in zip(gradients, trusted(self.method, directions), strict=True):
             p = self.params[name]
             self.params[name] = p + pipeline.displacement(p, u, self.method.lr, self.method.weight_decay)

@@ -18,14 +18,17 @@ from typing import Any
 
 from torch import Tensor
 
+from psgd.schedule import precond_update_prob_schedule as precond_update_prob_schedule
 from psgd_torch_backend.optimizer import PSGD as PSGD
 """
 JAX = """from typing import Any
 
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
+from psgd.schedule import precond_update_prob_schedule as precond_update_prob_schedule
 from psgd_jax_backend.transform import PSGDState as PSGDState
 from psgd_jax_backend.transform import scale_by_psgd as scale_by_psgd
+from psgd_jax_backend.transform import summary as summary
 """
 
 

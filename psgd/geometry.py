@@ -25,16 +25,27 @@ Factors = Sequence[Factor]
 
 
 # Where things are measured. P g is in every case a product of factors along the axes of g.
+def twice(then: Factor, q: Factor, g: Tensor, axis: int) -> Tensor:
+    """(then q) applied to an axis, multiplied out first where that is less work: on axes shorter than the rest."""
+    if q.ndim < 2:
+        return along(then * q, g, axis)
+    if q.shape[0] * q.shape[0] < prod(g.shape):
+        return along(matmul(then, q), g, axis)
+    return along(then, along(q, g, axis), axis)
+
+
 def p_of_q(qs: Factors, g: Tensor) -> Tensor:
     """P g, P = Q^H Q."""
-    return along_all([adjoint(q) for q in qs], along_all(qs, g))
+    for axis, q in enumerate(qs):
+        g = twice(adjoint(q), q, g, axis)
+    return g
 
 
 def p_of_hermitian_q(qs: Factors, g: Tensor) -> Tensor:
     """P g, P = Q Q with Q taken as Hermitian: Q1 Q1 G Q2 Q2, each factor acting from its own side [quad_torch]."""
     for axis, q in enumerate(qs):
         side = q if axis == 0 or q.ndim < 2 else q.mT
-        g = along(side, along(side, g, axis), axis)
+        g = twice(side, side, g, axis)
     return g
 
 

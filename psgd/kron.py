@@ -203,9 +203,7 @@ class Kron:
         """Does whitening need a probe v?"""
         return self.geometry.probed(factors.Q)
 
-    def fit(
-        self, factors: Factors, pair: Pair, rate: Scalar | float, memory: Scalar | float, draws: Draws
-    ) -> Factors:
+    def fit(self, factors: Factors, pair: Pair, rate: Scalar | float, memory: Scalar | float, draws: Draws) -> Factors:
         """One step towards fitting the pair."""
         return fit(self.geometry, self.bound, factors, pair, rate, memory, draws, self.normaliser)
 

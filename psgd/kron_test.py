@@ -14,18 +14,22 @@ from hypothesis import strategies as st
 from conformance.frameworks import FRAMEWORKS, double_precision
 from psgd import criterion, kron, noise
 from psgd._xp import dtype_name, namespace
-from psgd.geometry import GEOMETRIES, Geometry, p_of_hermitian_q, p_of_q, unlifted
-from psgd.kron import DenseRule, Factors
+from psgd.geometry import GEOMETRIES, Geometry, isotropic, mean_dear, mean_unknown, p_of_hermitian_q, p_of_q, triangular
+from psgd.kron import AxisNorm, DenseRule, Factors, Kron, by_terms, by_triangle
 from psgd.noise import Counter
 from psgd.rotate import balanced
-from psgd.spectral import NormBound
+from psgd.spectral import NormBound, general_bound
 
 DTYPES = ["float64", "complex128"]
 PUBLISHED = ["EQ", "QEP", "QEQ", "Q0.5EQ1.5", "QUAD", "PRO4P", "QUAD4P"]
 SHAPES = [(), (1,), (5,), (3, 4), (1, 3), (2, 1, 3), (0,), (3, 0)]
 
 
-@pytest.fixture(params=GEOMETRIES.values(), ids=GEOMETRIES)
+# Those of the table, and the triangular one as it is where no probe need be drawn.
+KINDS = GEOMETRIES | {"EQ in the mean": replace(GEOMETRIES["EQ"], probed=mean_dear)}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
 def geometry(request: pytest.FixtureRequest) -> Geometry:
     return request.param
 
@@ -50,6 +54,11 @@ def spread(n: int, dtype: str) -> np.ndarray:
 def root(a: np.ndarray, power: float = 0.5) -> np.ndarray:
     w, v = np.linalg.eigh(a)
     return (v * w**power) @ v.conj().T
+
+
+def whitening(geometry: Geometry, factors: Factors, g, e, amount: float = 0.0) -> criterion.Pair:
+    """The pair that whitens g, with the probe e where the geometry must see one."""
+    return criterion.whitening(geometry.probed(factors.Q), g, e, amount)
 
 
 def matrix_of(geometry: Geometry, qs, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -96,6 +105,66 @@ def test_dense_rule_is_the_published_inequality(shape: tuple[int, ...], size: in
     total = prod(shape)
     diagonal = [n <= 1 or n > size or n**2 > skew * total for n in shape]
     assert DenseRule(size, skew)(shape) == tuple(not d for d in diagonal)
+
+
+LENGTHS = st.lists(st.integers(0, 6), max_size=4).map(tuple)
+
+
+@given(shape=LENGTHS)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_spared_axes_stay_diagonal(shape: tuple[int, ...]):
+    full = DenseRule(max_size=5, max_skew=inf, min_ndim=2)
+    assert replace(full, spared="all_diag")(shape) == tuple(False for _ in full(shape))
+    one = list(full(shape))
+    if one:
+        one[np.argsort(shape, kind="stable")[::-1][0] if shape else 0] = False
+    assert replace(full, spared="one_diag")(shape) == tuple(one)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dense"),
+    [
+        ((), (False,)),
+        ((4,), (False,)),
+        ((3, 3), (True, False)),
+        ((3, 1, 3, 2), (True, False, False, True)),
+        ((4, 3), (False, True)),
+        ((9, 3), (False, True)),  # too long already, and still the one that is spared
+        ((0, 3), ()),
+    ],
+)
+def test_one_diagonal(shape: tuple[int, ...], dense: tuple[bool, ...]):
+    assert DenseRule(max_size=8, max_skew=inf, spared="one_diag")(shape) == dense
+
+
+# ---- the record ---------------------------------------------------------------------------
+@given(shape=LENGTHS, spared=st.sampled_from([None, "one_diag", "all_diag"]), skew=st.sampled_from([1.0, inf]))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_shapes_are_those_of_the_factors(shape: tuple[int, ...], spared: str | None, skew: float):
+    kind = Kron(GEOMETRIES["EQ"], DenseRule(5, skew, 1, spared))
+    factors = kind.init(np.zeros(shape, np.float32))
+    assert kind.shapes(shape) == tuple(q.shape for q in factors.Q)
+    assert all(q.dtype == np.float32 for q in factors.Q)
+    assert all(np.array_equal(q, np.eye(len(q)) if q.ndim == 2 else np.ones(q.shape)) for q in factors.Q)
+
+
+def test_the_record_passes_its_rules_on(geometry: Geometry):
+    kind = Kron(geometry, DenseRule(max_skew=inf), NormBound(4, 6), by_triangle, split=False)
+    g = gaussian((3, 4), "float64", 0)
+    factors = kind.init(g)
+    assert kind.probed(factors) is geometry.probed(factors.Q)
+    assert equal(kind.rescaled(factors, 0.3), kron.rescaled(geometry, factors, 0.3, split=False))
+    lopsided = kron.rescaled(geometry, factors, 0.5)._replace(Q=(2 * factors.Q[0], factors.Q[1]))
+    assert [q.max() for q in kind.balanced(lopsided, True).Q] == pytest.approx([2**0.5] * 2)
+    assert equal(kind.balanced(lopsided, False), lopsided)
+    assert np.array_equal(kind.precondition(lopsided, g), geometry.precondition(lopsided.Q, g))
+    pair = criterion.Pair(g, g)
+    wanted = kron.fit(geometry, NormBound(4, 6), factors, pair, 0.5, 0.9, draws(1), by_triangle)
+    assert equal(kind.fit(factors, pair, 0.5, 0.9, draws(1)), wanted)
+
+
+def equal(one: Factors, other: Factors) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip((*one.Q, *one.L), (*other.Q, *other.L), strict=True))
 
 
 # ---- the start ----------------------------------------------------------------------------
@@ -168,7 +237,7 @@ def fitted(geometry: Geometry, task: Task, *, newton: bool) -> list[np.ndarray]:
             v = gaussian(task.shape, task.dtype, t)
             pair = criterion.newton(v, task.hvp(v), e, 1e-9)
         else:
-            pair = criterion.whitening(geometry, task.gradient(t), e, 1e-9)
+            pair = whitening(geometry, factors, task.gradient(t), e, 1e-9)
         factors = kron.fit(geometry, NormBound(), factors, pair, 0.5 / (1 + t / 30), 0.9, draws(t))
     return seen
 
@@ -181,7 +250,7 @@ def test_whitening(geometry: Geometry, dtype: str):
     # What is left is the noise of the last gradients at the last step size: over 12 runs 0.36 at most with a drawn
     # probe, which doubles that noise, and 0.24 with its expectation.
     assert start > 1.6
-    assert task.distance(p @ task.covariance() @ p.conj().T) < (0.45 if geometry.expected is None else 0.3)
+    assert task.distance(p @ task.covariance() @ p.conj().T) < (0.45 if geometry.probed is mean_unknown else 0.3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -191,14 +260,14 @@ def test_newton(geometry: Geometry, dtype: str):
     # P h = v can hold for every pair, so nothing but the number of steps limits it: 0.04 at most of 12 runs with
     # triangular factors, 0.0013 with the others.
     assert left[0] > 1.6 and left == sorted(left, reverse=True)
-    assert left[-1] < (0.06 if geometry.expected is None else 0.003)
+    assert left[-1] < (0.06 if geometry.move is triangular else 0.003)
 
 
 def solution(geometry: Geometry, task: Task) -> Factors:
     """Factors with P C P = I for the covariance C, in the group of the geometry."""
     power = -0.5 if geometry.fits_p else -0.25
     dense = root(task.mixing, power)
-    if geometry.expected is None:  # triangular, Q^H Q = P
+    if geometry.move is triangular:  # Q^H Q = P
         dense = np.linalg.cholesky(dense @ dense).conj().T
     return Factors((dense, (task.scales**power).astype(task.dtype)), (np.asarray(1e4), np.asarray(1e4)))
 
@@ -213,7 +282,7 @@ def test_the_solution_is_a_fixed_point_in_the_mean(geometry: Geometry, scale: fl
     steps = []
     for t in range(1, 101):
         e = draws(t).normal("damping", task.shape, np.zeros((), dtype))
-        pair = criterion.whitening(geometry, task.gradient(t), e, 0.0)
+        pair = whitening(geometry, factors, task.gradient(t), e)
         # L far above any residual and never forgotten: a step size that does not depend on the gradient.
         new = kron.fit(geometry, NormBound(), factors, pair, 1e-3, 1.0, draws(t))
         assert new.L == factors.L
@@ -232,7 +301,7 @@ def run(geometry: Geometry, g: np.ndarray, dense, steps: int, rate: float = 0.5,
     for t in range(1, steps + 1):
         noisy = g * gaussian(g.shape, str(g.dtype), t).astype(g.dtype)
         e = draws(t).normal("damping", g.shape, g)
-        pair = criterion.whitening(geometry, noisy, e, amount)
+        pair = whitening(geometry, factors, noisy, e, amount)
         factors = kron.fit(geometry, NormBound(), factors, pair, rate, 0.9, draws(t))
     return factors
 
@@ -292,7 +361,8 @@ def published(name: str, qs: list[np.ndarray], h: np.ndarray, v: np.ndarray | No
         one = np.eye(len(q))
         if name == "EQ":
             inverses = [np.linalg.inv(q).conj().T for q in qs]
-            t1, t2 = gram(qs[0] @ h @ qs[1].T), gram(inverses[0] @ v @ inverses[1].T)
+            basis = np.eye(h.size).reshape(-1, *h.shape) if v is None else [v]  # the mean over v is the sum over these
+            t1, t2 = gram(qs[0] @ h @ qs[1].T), sum(gram(inverses[0] @ e @ inverses[1].T) for e in basis)
         elif name == "QEP":
             t1, t2 = gram(y, q), q @ q.conj().T * h.size / len(q) if v is None else gram(v, q)
         else:
@@ -317,7 +387,7 @@ def test_a_step_is_the_published_one(name: str, newton: bool, full: bool):
     qs = [q + q.conj().T if name in ("QUAD", "QUAD4P") else np.triu(q) if name == "EQ" else q for q in qs]
     qs = list(balanced([q if full else q * np.eye(len(q)) for q in qs]))
     start = Factors(tuple(q if full else np.diag(q) for q in qs), (np.asarray(50.0), np.asarray(50.0)))
-    pair = criterion.Pair(h, v if newton or name == "EQ" else None)
+    pair = criterion.Pair(h, v if newton else None)
     # Without its rotation, and with L = 50 whatever the residual: the step size is known.
     geometry = replace(GEOMETRIES[name], turn=None)
     new = kron.fit(geometry, lambda t, *args, **options: np.asarray(0.0), start, pair, 0.5, 1.0, draws(1))
@@ -338,8 +408,80 @@ def test_dense_factors_turn_after_their_step(name: str, sweeps: int):
     assert turned == [f"turn/0/{sweep}" for sweep in range(sweeps)]
 
 
+# ---- the update: what a step is divided by ----------------------------------------------------
+def spectral_norm(t: np.ndarray, own: Counter, role: str, *, positive: bool, skip=None) -> np.ndarray:
+    """The norm itself, in the place of its bound."""
+    assert positive and role == "bound/1"
+    return np.asarray(np.linalg.norm(t, 2) if t.ndim == 2 else np.max(t))
+
+
+NORM = AxisNorm(spectral_norm, draws(1), 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_by_terms_is_the_norm_of_both(dtype: str):
+    t1, t2 = (x @ x.conj().T for x in (gaussian((4, 4), dtype, 0), gaussian((4, 4), dtype, 1)))
+    for a, b in ((t1, t2), (np.diag(t1).real, np.diag(t2).real), (np.asarray(2.0), np.asarray(3.0))):
+        ell, d = by_terms(NORM, a, b)
+        assert np.array_equal(d, a - b) and ell == spectral_norm(a + b, NORM.draws, "bound/1", positive=True)
+    for a, one in ((t1, np.eye(4)), (np.diag(t1).real, np.ones(4))):
+        ell, d = by_terms(NORM, a, 5.0)
+        assert np.array_equal(d, a - 5 * one)
+        assert ell == pytest.approx(spectral_norm(a + 5 * one, NORM.draws, "bound/1", positive=True), rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_by_triangle_is_the_norm_of_their_upper_difference(dtype: str):
+    t1, t2 = (x @ x.conj().T for x in (gaussian((4, 4), dtype, 0), gaussian((4, 4), dtype, 1)))
+    ell, d = by_triangle(NORM, t1, t2)
+    assert np.array_equal(d, t1 - t2) and ell == general_bound(np.triu(t1 - t2)) and ell.dtype == np.float64
+    for a, b in ((np.diag(t1).real, np.diag(t2).real), (np.asarray(2.0), np.asarray(3.0))):
+        ell, d = by_triangle(NORM, a, b)
+        assert np.array_equal(d, a - b) and ell == np.abs(a - b).max()
+
+
+@pytest.mark.parametrize(("dtype", "eps"), [("float32", 2.0**-23), ("complex128", 2.0**-52)])
+def test_by_triangle_sees_no_residual_in_rounding(dtype: str, eps: float):
+    """T1 + T2 is 2 at most, so that 8 eps are rounding, of the largest terms though others be smaller."""
+    wide = np.diag([1, 1e-3, 0]).astype(dtype)
+    for one in (wide, np.diag(wide).real, np.diag(wide).real[0]):
+        for size, seen in ((2, False), (7, False), (9, True), (100, True)):
+            ell, d = by_triangle(NORM, one, one * (1 - size * eps))
+            assert ell == pytest.approx(size * eps, rel=1e-6, abs=0)
+            assert np.abs(d).max() == pytest.approx(size * eps if seen else 0, rel=1e-6, abs=0)
+    ell, d = by_triangle(NORM, wide, wide + np.diag([0, 7 * eps, 0]).astype(dtype))
+    assert ell > 0 and not d.any()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_a_step_is_divided_by_is_at_least_float32(dtype: str):
+    for name in ("torch", "jax"):
+        t = FRAMEWORKS[name].array(np.eye(3), dtype)
+        for one in (t, t[0]):
+            ell, d = by_triangle(NORM, one, 3 * one)
+            assert dtype_name(ell.dtype) == "float32" and d.dtype == t.dtype and float(ell) == 2
+
+
+def test_by_triangle_a_step_is_as_long_as_its_rate():
+    factors, pair = Factors((np.asarray([1.0, 2.0]),), (np.asarray(0.0),)), criterion.Pair(np.asarray([3.0, 1.0]), None)
+    new = kron.fit(KINDS["EQ in the mean"], NormBound(), factors, pair, 0.1, 0.0, draws(1), by_triangle)
+    d = np.asarray([9 - 1, 4 - 0.25])
+    assert new.Q[0] == pytest.approx(factors.Q[0] * (1 - 0.1 * d / 8), rel=1e-14) and new.L[0] == 8
+    still = kron.fit(
+        KINDS["EQ in the mean"],
+        NormBound(),
+        factors,
+        criterion.Pair(np.asarray([1.0, 0.25]), None),
+        0.1,
+        0.0,
+        draws(1),
+        by_triangle,
+    )
+    assert np.array_equal(still.Q[0], factors.Q[0])
+
+
 # ---- the update: its frame ------------------------------------------------------------------
-@pytest.mark.parametrize("name", [n for n, g in GEOMETRIES.items() if g.expected and g.lift is unlifted])
+@pytest.mark.parametrize("name", [n for n, g in GEOMETRIES.items() if g.expected is isotropic])
 def test_bound_remembers_and_rises_at_once(name: str):
     geometry = GEOMETRIES[name]
     seen, factors = [], kron.init((False,), np.zeros(3))
@@ -366,7 +508,7 @@ def test_measured_with_the_old_factors(geometry: Geometry):
 
     def moved(g: np.ndarray, e: np.ndarray) -> tuple[np.ndarray, ...]:
         factors = kron.init((False, False), g)
-        return kron.fit(geometry, NormBound(), factors, criterion.whitening(geometry, g, e, 0.0), 0.5, 0.9, draws(1)).Q
+        return kron.fit(geometry, NormBound(), factors, whitening(geometry, factors, g, e), 0.5, 0.9, draws(1)).Q
 
     for q, other in zip(moved(g, e), reversed(moved(g.T, e.T)), strict=True):
         assert q == pytest.approx(other, rel=1e-13)
@@ -377,7 +519,7 @@ def test_only_one_balances_first(name: str):
     geometry = GEOMETRIES[name]
     g = gaussian((3, 4), "float64", 0)
     lopsided = Factors((np.full(3, 100.0), np.full(4, 0.01)), (np.zeros(()), np.zeros(())))
-    pair = criterion.whitening(geometry, g, g, 0.0)
+    pair = whitening(geometry, lopsided, g, g)
     sizes = [np.abs(q).max() for q in kron.fit(geometry, NormBound(), lopsided, pair, 1e-3, 0.9, draws(1)).Q]
     assert sizes == pytest.approx([1, 1] if name == "QEP" else [100, 0.01], rel=0.01)
 
@@ -385,8 +527,9 @@ def test_only_one_balances_first(name: str):
 def one_fit(geometry: Geometry, g, q, diagonal, last) -> list:
     """Factors, bounds and P g after a fit to g."""
     own = draws(1, namespace(g))
-    pair = criterion.whitening(geometry, g, own.normal("damping", g.shape, g), 1e-9)
-    new = kron.fit(geometry, NormBound(), Factors((q, diagonal), (last, last)), pair, 0.5, 0.9, own)
+    factors = Factors((q, diagonal), (last, last))
+    pair = whitening(geometry, factors, g, own.normal("damping", g.shape, g), 1e-9)
+    new = kron.fit(geometry, NormBound(), factors, pair, 0.5, 0.9, own)
     return [*new.Q, *new.L, geometry.precondition(new.Q, g)]
 
 

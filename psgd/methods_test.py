@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from psgd import criterion
 from psgd.geometry import GEOMETRIES
+from psgd.kron import by_terms, by_triangle
 from psgd.methods import METHODS, Method, documented
-from psgd.pipeline import Recipe, Tempo, host_plan
+from psgd.pipeline import Recipe, Tempo, host_plan, init
+from psgd.schedule import Annealed, Moment, corrected, nesterov
+from psgd.spectral import NormBound
 
 QUAD_TORCH = {
     "lr": 0.001,
@@ -46,7 +50,46 @@ KRON_WHITEN = {  # psgd_torch calls lr lr_params, and has neither weight decay n
     "preconditioner_init_scale": None,
     "grad_clip_max_amps": (2.0, 10.0),
 }
-PUBLISHED = {"procrustes": QUAD_TORCH, "quad": QUAD_TORCH, "kron_whiten": KRON_WHITEN}
+KRON = {  # psgd_jax calls lr learning_rate, and has a seed of its own
+    "lr": 0.001,
+    "weight_decay": 0.0,
+    "seed": 0,
+    "b1": 0.9,
+    "preconditioner_update_probability": (1.0, 0.03, 0.001, 500),
+    "max_size_triangular": 8192,
+    "min_ndim_triangular": 2,
+    "memory_save_mode": None,
+    "momentum_into_precond_update": True,
+    "preconditioner_lr": 0.1,
+    "preconditioner_init_scale": 1.0,
+    "mu_dtype": None,
+    "precond_dtype": None,
+    "precond_update_precision": "tensorfloat32",
+    "precond_grads_precision": None,
+}
+AFFINE = {
+    "lr": 0.01,
+    "weight_decay": 0.0,
+    "seed": None,
+    "preconditioner_update_probability": 1.0,
+    "b1": 0.9,
+    "nesterov": False,
+    "precond_lr": 0.1,
+    "precond_init_scale": None,
+    "update_global_norm_clip": None,
+    "step_normalizer_order": "2nd",
+    "mu_dtype": None,
+    "precision": "tensorfloat32",
+    "max_size_triangular": 4096,
+    "max_skew_triangular": 128,
+}
+PUBLISHED = {
+    "procrustes": QUAD_TORCH,
+    "quad": QUAD_TORCH,
+    "kron_whiten": KRON_WHITEN,
+    "kron": KRON,
+    "affine": AFFINE,
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -54,23 +97,125 @@ def test_defaults_are_the_published_ones(name: str):
     assert {f.name: f.default for f in fields(METHODS[name])} == PUBLISHED[name]
 
 
+def balances(timing: Tempo, *tosses: float) -> list[bool]:
+    """Whether factors are balanced, for each outcome of the toss."""
+    return [bool(timing.balance(Moment(1, {"balance": u}.get))) for u in tosses]
+
+
 def test_fixed_numbers_of_quad_torch():
     for name in ("procrustes", "quad"):
         recipe, timing = METHODS[name]().recipe(), METHODS[name]().tempo()
         assert (timing.memory, recipe.clip.rms, recipe.clip.entry, recipe.gain) == (0.95, 1.1, inf, 0.2)
-        assert (recipe.bound.probes, recipe.bound.products, recipe.bound.offset) == (4, 6, 1e-9)
+        assert recipe.preconditioner.bound == NormBound(probes=4, products=6, offset=1e-9)
+        assert not recipe.preconditioner.split
         assert [float(timing.rate(np, t)) for t in (30_000, 60_000)] == pytest.approx([0.35, 0.3])
-        assert [t for t in range(1, 250) if timing.balance(t, None)] == [100, 200]
+        assert [t for t in range(1, 250) if timing.balance(Moment(t, None))] == [100, 200]
         assert METHODS[name](lr_style=None).recipe().gain == 1
-        assert [recipe.dense(s) for s in ((5,), (1, 5), (4, 5))] == [(False,), (False, False), (True, False)]
+        assert [recipe.preconditioner.dense(s) for s in ((5,), (1, 5), (4, 5))] == [
+            (False,),
+            (False, False),
+            (True, False),
+        ]
 
 
 def test_fixed_numbers_of_psgd_torch():
     recipe, timing = METHODS["kron_whiten"]().recipe(), METHODS["kron_whiten"]().tempo()
-    assert (recipe.bound.probes, recipe.bound.products, recipe.bound.offset) == (32, 4, 0)
-    assert [timing.balance(1, {"balance": u}.get) for u in (0.0, 0.00999, 0.01)] == [True, True, False]
-    assert timing.fit(1, {"fit": 0.999}.get) is True
-    assert METHODS["kron_whiten"](dQ="QEP").tempo().balance(1, {"balance": 0.0}.get) is False
+    assert recipe.preconditioner.bound == NormBound(probes=32, products=4, offset=0)
+    assert balances(timing, 0.0, 0.00999, 0.01) == [True, True, False]
+    assert timing.fit(Moment(1, {"fit": 0.999}.get)) is True
+    assert balances(METHODS["kron_whiten"](dQ="QEP").tempo(), 0.0) == [False]
+
+
+def test_fixed_numbers_of_psgd_jax():
+    for name, rms, damping in (("kron", 1.1, np.sqrt(np.finfo(np.float32).eps)), ("affine", inf, 0)):
+        recipe, timing = METHODS[name]().recipe(), METHODS[name]().tempo()
+        assert (timing.memory, recipe.clip.rms, recipe.clip.entry, recipe.gain) == (0, rms, inf, 1)
+        assert recipe.preconditioner.bound == NormBound(probes=0, products=2) and recipe.preconditioner.split
+        assert timing.damping == pytest.approx(damping, rel=1e-7, abs=0) and timing.rate(np, 5.0) == 0.1
+        assert balances(timing, 0.0, 0.00999, 0.01) == [True, True, False]
+
+
+def test_rules_of_kron():
+    made = METHODS["kron"]
+    recipe = made().recipe()
+    assert recipe.preconditioner.normaliser is by_terms and recipe.damping is criterion.proportional
+    assert recipe.whiten == "momentum" and not recipe.balance_last and not recipe.trusted
+    assert [name for name in METHODS if METHODS[name]().tempo().counts] == ["kron"]
+    assert made(momentum_into_precond_update=False).recipe().whiten == "gradient" and not made(b1=0).recipe().momentum
+    shapes = ((7,), (2, 9000), (3, 3))
+    for mode, dense in ((None, (True, True)), ("one_diag", (True, False)), ("all_diag", (False, False))):
+        rule = made(memory_save_mode=mode).recipe().preconditioner.dense
+        assert [rule(s) for s in shapes] == [(False,), (mode != "all_diag", False), dense]
+    assert made(min_ndim_triangular=1, max_size_triangular=7).recipe().preconditioner.dense((7,)) == (True,)
+    assert made(mu_dtype="bfloat16", precond_dtype=jnp.float32).recipe().momentum_dtype == "bfloat16"
+    assert made(precond_dtype=jnp.float32).recipe().factor_dtype == "float32"
+    own = made(precond_update_precision="bfloat16", precond_grads_precision="float32").recipe()
+    assert (own.fit_precision, own.apply_precision) == ("bfloat16", "float32")
+    assert made().start_scale() == 1 and made(preconditioner_init_scale=0.1).start_scale() == 0.1
+
+
+def test_rules_of_affine():
+    made = METHODS["affine"]
+    recipe, timing = made().recipe(), made().tempo()
+    kind = recipe.preconditioner
+    assert kind.normaliser is by_terms and recipe.whiten == "gradient" and recipe.damping is criterion.undamped
+    assert made(step_normalizer_order="1st").recipe().preconditioner.normaliser is by_triangle
+    assert [kind.dense(s) for s in ((2, 256), (2, 257), (1, 129), (5000, 5000))] == [
+        (True, True),
+        (True, False),
+        (False, False),
+        (False, False),
+    ]
+    rare = made(preconditioner_update_probability=0.5).tempo()
+    assert [bool(rare.fit(Moment(t, {"fit": 0.5}.get))) for t in (1, 2, 3)] == [True, True, False]
+    assert timing.averaging is corrected and made(nesterov=True).tempo().averaging is nesterov
+    assert not recipe.trusted and timing.trust == inf and made().start_scale() is None
+    bounded = made(update_global_norm_clip=2.0)
+    assert bounded.recipe().trusted and bounded.tempo().trust == 2
+    own = made(precision="bfloat16").recipe()
+    assert (own.fit_precision, own.apply_precision) == ("bfloat16", "bfloat16")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (200,), (3, 4), (300, 2), (2, 300), (2, 3, 6), (0, 3)])
+def test_affine_draws_a_probe_only_where_its_mean_is_dear(shape: tuple[int, ...]):
+    recipe = METHODS["affine"]().recipe()
+    probed = recipe.preconditioner.probed(init(recipe, np.zeros(shape)).factors)
+    assert probed is (shape in [(5,), (3, 4), (2, 3, 6)])
+
+
+# ---- schedules ------------------------------------------------------------------------------
+SCHEDULED = [(m.name, f.name) for m in METHODS.values() for f in fields(m) if f.metadata["scheduled"]]
+
+
+def test_what_may_be_a_schedule():
+    assert SCHEDULED == [
+        ("kron", "preconditioner_update_probability"),
+        ("affine", "preconditioner_update_probability"),
+        ("affine", "precond_lr"),
+    ]
+
+
+@pytest.mark.parametrize(("name", "argument"), SCHEDULED)
+def test_a_schedule_is_a_function_or_four_numbers(name: str, argument: str):
+    def half(step: float) -> float:
+        return 0.5
+
+    made = METHODS[name]
+    assert getattr(made(**{argument: half}), argument) is half
+    for four in ((0.9, 0.1, 0.01, 50), [0.9, 0.1, 0.01, 50], Annealed(0.9, 0.1, 0.01, 50)):
+        one = made(**{argument: four})
+        assert isinstance(getattr(one, argument), Annealed) and one == made(**{argument: Annealed(0.9, 0.1, 0.01, 50)})
+    with pytest.raises(ValueError, match=r"min_prob=0\.1 and max_prob=1\.5 "):
+        made(**{argument: (1.5, 0.1, 0.01, 50)})
+
+
+def test_schedules_are_asked_at_each_step():
+    at_tenth = METHODS["affine"](precond_lr=lambda step: 0.1 / step).tempo().rate(np, 10.0)
+    assert at_tenth == 0.01
+    fits = METHODS["kron"](preconditioner_update_probability=lambda step: 1 / step).tempo().fit
+    assert [bool(fits(Moment(7, None, since))) for since in (6, 7, 8)] == [False, True, True]
+    coins = METHODS["affine"](preconditioner_update_probability=lambda step: 1 / step).tempo().fit
+    assert [bool(coins(Moment(t, {"fit": 0.2}.get))) for t in (4, 6)] == [True, False]
 
 
 # ---- wrong values ---------------------------------------------------------------------------
@@ -121,6 +266,37 @@ WRONG = [
     ("kron_whiten", "grad_clip_max_amps", (nan, 2.0), "0 < first <= second"),
     ("kron_whiten", "grad_clip_max_amps", 2.0, "0 < first <= second"),
     ("kron_whiten", "grad_clip_max_amps", ("a", "b"), "0 < first <= second"),
+    ("kron", "b1", 1.0, "[0, 1)"),
+    ("kron", "preconditioner_update_probability", 0.0, "(0, 1]"),
+    ("kron", "preconditioner_update_probability", nan, "(0, 1]"),
+    ("kron", "preconditioner_update_probability", None, "a number or a function of the step"),
+    ("kron", "preconditioner_update_probability", "often", "a number or a function of the step"),
+    ("kron", "preconditioner_update_probability", (1.0, 0.1, 0.01), "a number or a function of the step"),
+    ("kron", "preconditioner_lr", lambda step: 0.1, "must be a number;"),
+    ("kron", "max_size_triangular", -1, "[0, inf]"),
+    ("kron", "min_ndim_triangular", 1.5, "whole number"),
+    ("kron", "min_ndim_triangular", inf, "[0, inf)"),
+    ("kron", "memory_save_mode", "diag", "None, 'one_diag', 'all_diag'"),
+    ("kron", "momentum_into_precond_update", 1, "True or False"),
+    ("kron", "preconditioner_init_scale", None, "number"),
+    ("kron", "preconditioner_init_scale", 0, "(0, inf)"),
+    ("kron", "mu_dtype", "int8", "bfloat16, float16, float32, float64"),
+    ("kron", "precond_dtype", "complex64", "bfloat16, float16, float32, float64"),
+    ("kron", "precond_update_precision", "float64", "None, 'bfloat16', 'tensorfloat32', 'float32'"),
+    ("kron", "precond_grads_precision", "high", "None, 'bfloat16', 'tensorfloat32', 'float32'"),
+    ("affine", "b1", -0.1, "[0, 1)"),
+    ("affine", "nesterov", 0, "True or False"),
+    ("affine", "preconditioner_update_probability", 1.5, "(0, 1]"),
+    ("affine", "precond_lr", 0, "(0, inf)"),
+    ("affine", "precond_lr", "fast", "a number or a function of the step"),
+    ("affine", "precond_init_scale", -1, "(0, inf)"),
+    ("affine", "update_global_norm_clip", 0.0, "(0, inf)"),
+    ("affine", "step_normalizer_order", "3rd", "'1st', '2nd'"),
+    ("affine", "step_normalizer_order", None, "'1st', '2nd'"),
+    ("affine", "seed", -1, "[0, 4294967295]"),
+    ("affine", "max_size_triangular", 0.5, "whole number"),
+    ("affine", "max_skew_triangular", nan, "[0, inf]"),
+    ("affine", "precision", "tf32", "None, 'bfloat16', 'tensorfloat32', 'float32'"),
     ("procrustes", "lr", np.float64(-1), "[0, inf)"),
     ("procrustes", "lr", np.float32(nan), "[0, inf)"),
 ]
@@ -156,12 +332,20 @@ def test_ends_of_ranges_are_accepted():
     METHODS["kron_whiten"](
         lr=0, preconditioner_update_probability=1, preconditioner_max_size=0, preconditioner_max_skew=inf, betaL=0
     )
+    METHODS["kron"](b1=0, preconditioner_update_probability=1, max_size_triangular=inf, min_ndim_triangular=0)
+    METHODS["affine"](seed=0, max_skew_triangular=0, max_size_triangular=0, precision=None)
     METHODS["quad"](max_size_dense=inf, max_skew_dense=0, seed=2**32 - 1, lr_style=None, momentum=0, noise_scale=0)
 
 
 def test_values_under_a_tracer_are_not_looked_at():
     assert float(jax.jit(lambda lr: METHODS["quad"](lr=lr).lr * 2)(0.5)) == 1
     assert METHODS["quad"](momentum=jnp.asarray(0.9)).recipe().momentum is True
+    assert (
+        float(
+            jax.jit(lambda p: METHODS["kron"](preconditioner_update_probability=p).tempo().fit(Moment(1, None, 2)))(0.5)
+        )
+        == 1
+    )
 
 
 # ---- the record -----------------------------------------------------------------------------
@@ -174,7 +358,7 @@ def test_a_dtype_goes_by_its_name(given: object):
 def test_methods_are_values(name: str):
     one, same, other = METHODS[name](lr=0.5), METHODS[name](lr=0.5), METHODS[name](lr=0.25)
     assert one == same and hash(one) == hash(same) and one != other and len({one, same, other}) == 2
-    assert eval(repr(one), {type(one).__name__: type(one), "inf": inf}) == one
+    assert eval(repr(one), {type(one).__name__: type(one), "inf": inf, "Annealed": Annealed}) == one
     assert pickle.loads(pickle.dumps(one)) == one and replace(other, lr=0.5) == one
     with pytest.raises(FrozenInstanceError):
         one.lr = 1.0
@@ -200,12 +384,13 @@ def test_a_method_describes_itself(name: str):
 
 def test_every_geometry_can_be_chosen():
     for name, geometry in GEOMETRIES.items():
-        assert METHODS["kron_whiten"](dQ=name).recipe().geometry is geometry
+        assert METHODS["kron_whiten"](dQ=name).recipe().preconditioner.geometry is geometry
 
 
 def test_start_scale():
     assert METHODS["quad"]().start_scale() is None
     assert METHODS["kron_whiten"](preconditioner_init_scale=0.1).start_scale() == 0.1
+    assert METHODS["affine"](precond_init_scale=0.1).start_scale() == 0.1
 
 
 def test_the_base_is_abstract(monkeypatch: pytest.MonkeyPatch):

@@ -112,7 +112,7 @@ class Recipe:
     start: rule of the first scale. clip: bounds on the direction; gain: a factor on it.
     trusted: is the length of a whole step bounded, over all tensors (`Tempo.trust`)?
     dtype: name of the dtype of all state and work; None is the parameter's. lifted: half precisions work in float32.
-    momentum_dtype, factor_dtype: names of the dtypes these are kept in; None is the work's, of momentum the parameter's.
+    momentum_dtype, factor_dtype: names of the dtypes these are kept in; None is the parameter's, and the work's.
     fit_precision, apply_precision: of the matrix products that fit the factors, that apply them (`_xp.products`).
     """
 
@@ -176,9 +176,7 @@ class State(NamedTuple):
     factors: Factors
 
 
-def plan(
-    tempo: Tempo, step: Number, xp: ModuleType, toss: Toss | None = None, since: Number | None = None
-) -> Plan:
+def plan(tempo: Tempo, step: Number, xp: ModuleType, toss: Toss | None = None, since: Number | None = None) -> Plan:
     """The plan of a step (from 1), from the namespace of `step`. `toss` replays recorded coins.
 
     since: steps after the last fit, this one included, where the tempo `counts` them.
@@ -276,32 +274,45 @@ def step(
     """
     if not prod(g.shape):
         return working(recipe, g), state
-    shape, kept, kind = tuple(g.shape), state, recipe.preconditioner
+    momentum, seen, smooth = observed(recipe, plan, g, state.momentum)
+    old = state.factors
+    new = choose(plan.fit, lambda factors: fitted(recipe, plan, seen, factors, draws), lambda factors: factors, old)
+    return directed(recipe, new if recipe.fit_first else old, smooth), State(momentum, new)
+
+
+def observed(recipe: Recipe, plan: Plan, g: Array, m: Array | None) -> tuple[Array | None, Array, Array]:
+    """The new momentum; what is fitted to; what is preconditioned. The momentum comes and goes in its own dtype."""
     g = working(recipe, g)
+    new, smooth = averaged(plan.momentum, g, None if m is None else cast(m, g.dtype))
+    new = new if m is None else cast(new, m.dtype)
+    return new, smooth if recipe.whiten == "momentum" else g, smooth
+
+
+def fitted(recipe: Recipe, plan: Plan, seen: Array, factors: Factors, draws: Draws | None = None) -> Factors:
+    """Factors after a fit to what was seen of a parameter, in their own dtypes."""
+    kind, seen, dtypes = recipe.preconditioner, laid_out(recipe, seen), [q.dtype for q in factors.Q]
     draws = noise.Counter(plan.key) if draws is None else draws
-    momentum, smooth = averaged(plan.momentum, g, None if kept.momentum is None else cast(kept.momentum, g.dtype))
-    tensor = laid_out(recipe, smooth)
-    seen = tensor if recipe.whiten == "momentum" else laid_out(recipe, g)
-    old = kept.factors._replace(Q=tuple(cast(q, g.dtype) for q in kept.factors.Q))
+    factors = factors._replace(Q=tuple(cast(q, seen.dtype) for q in factors.Q))
+    if not recipe.balance_last:
+        factors = kind.balanced(factors, plan.balance)
+    probed = kind.probed(factors)
+    silent = recipe.damping is criterion.undamped and not probed
+    e = seen if silent else draws.normal("damping", seen.shape, seen)
+    pair = criterion.whitening(probed, seen, e, plan.damping, recipe.damping)
+    with products(recipe.fit_precision):
+        factors = kind.fit(factors, pair, plan.rate, plan.memory, draws)
+    if recipe.balance_last:
+        factors = kind.balanced(factors, plan.balance)
+    return factors._replace(Q=tuple(cast(q, dtype) for q, dtype in zip(factors.Q, dtypes, strict=True)))
 
-    def fitted(factors: Factors) -> Factors:
-        if not recipe.balance_last:
-            factors = kind.balanced(factors, plan.balance)
-        probed = kind.probed(factors)
-        silent = recipe.damping is criterion.undamped and not probed
-        e = seen if silent else draws.normal("damping", seen.shape, seen)
-        pair = criterion.whitening(probed, seen, e, plan.damping, recipe.damping)
-        with products(recipe.fit_precision):
-            factors = kind.fit(factors, pair, plan.rate, plan.memory, draws)
-        return kind.balanced(factors, plan.balance) if recipe.balance_last else factors
 
-    new = choose(plan.fit, fitted, lambda factors: factors, old)
+def directed(recipe: Recipe, factors: Factors, smooth: Array) -> Array:
+    """The direction u of a parameter, from its factors and its averaged gradient."""
+    work = factors._replace(Q=tuple(cast(q, smooth.dtype) for q in factors.Q))
     with products(recipe.apply_precision):
-        u = kind.precondition(new if recipe.fit_first else old, tensor)
-    u = laid_back(recipe, recipe.clip(u), shape)
-    new = new._replace(Q=tuple(cast(q, was.dtype) for q, was in zip(new.Q, kept.factors.Q, strict=True)))
-    momentum = None if momentum is None else cast(momentum, kept.momentum.dtype)
-    return u if recipe.gain == 1 else u * recipe.gain, State(momentum, new)
+        u = recipe.preconditioner.precondition(work, laid_out(recipe, smooth))
+    u = laid_back(recipe, recipe.clip(u), tuple(smooth.shape))
+    return u if recipe.gain == 1 else u * recipe.gain
 
 
 def averaged(memory: Memory, g: Array, m: Array | None) -> tuple[Array | None, Array]:

@@ -4,8 +4,10 @@ from typing import Any
 
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
+from psgd.schedule import precond_update_prob_schedule as precond_update_prob_schedule
 from psgd_jax_backend.transform import PSGDState as PSGDState
 from psgd_jax_backend.transform import scale_by_psgd as scale_by_psgd
+from psgd_jax_backend.transform import summary as summary
 
 def procrustes(
     learning_rate: ScalarOrSchedule = 0.001,

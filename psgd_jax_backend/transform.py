@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import Field, fields
+from functools import partial
 from inspect import Parameter, Signature
 from typing import Any, NamedTuple
 
@@ -16,6 +18,8 @@ from psgd._xp import real_dtype
 from psgd.arrays import Factors
 from psgd.methods import Method, documented
 from psgd.pipeline import Plan, Recipe, State
+from psgd.summary import Row, Summary, row
+from psgd.summary import summary as summed
 
 Leaf = jax.Array
 Tree = Any
@@ -36,8 +40,9 @@ class PSGDState(NamedTuple):
 class Mapping(NamedTuple):
     """How the step of one tensor is mapped over many; the numbers are the same.
 
-    stack: leaves of equal shape and dtype are stepped together. scanned_layers: a tree of booleans, the parameters' or a
-    prefix of it: which leaves hold one layer for each entry of their first axis; each layer has its own preconditioner.
+    stack: leaves of equal shape and dtype are stepped together. scanned_layers: a tree of booleans, as the parameters or
+    a prefix of them: which leaves hold one layer for each entry of their first axis; each layer is preconditioned by
+    itself.
     lax_map_scanned_layers: map over stacks in batches of `lax_map_batch_size`, which bounds the memory of the update.
     """
 
@@ -97,6 +102,8 @@ def scale_by_psgd(
     def init(params: Tree) -> PSGDState:
         leaves, treedef = _flattened(params)
         flags = mapping.flags(params)
+        for told in _listeners.get():
+            told(method, params, flags)
         for (path, leaf), scanned in zip(jax.tree_util.tree_leaves_with_path(params), flags, strict=True):
             _check_leaf(method, path, leaf, scanned)
         scale = method.start_scale()
@@ -105,8 +112,8 @@ def scale_by_psgd(
             return pipeline.init(recipe, p, scale)
 
         states = [_over(one, scanned)(p) for p, scanned in zip(map(jnp.asarray, leaves), flags, strict=True)]
-        zero = jnp.zeros((), jnp.int32)
-        return _to_trees(zero, zero if tempo.counts else None, states, treedef, recipe)
+        count, since = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two, for each may be donated
+        return _to_trees(count, since if tempo.counts else None, states, treedef, recipe)
 
     def update(updates: Tree, state: PSGDState, params: Tree = None, **extra_args: Any) -> tuple[Tree, PSGDState]:
         del extra_args
@@ -139,6 +146,43 @@ def _over(one: Callable[..., Any], scanned: bool) -> Callable[..., Any]:
 
 def _flattened(tree: Tree) -> tuple[list[Any], Any]:
     return jax.tree.leaves(tree), jax.tree.structure(tree)
+
+
+# ---- looking ----------------------------------------------------------------------------
+# Who wants to hear what is initialised with which method, in this context; see `summary`.
+_listeners: ContextVar[tuple[Callable[[Method, Tree, list[bool]], None], ...]] = ContextVar("listeners", default=())
+COUNTER_BYTES = 4  # int32
+
+
+def summary(tx: optax.GradientTransformation, params: Tree) -> Summary:
+    """What a transformation keeps of each parameter and what its update costs; `print` it, or read its rows.
+
+    Args:
+        tx: any transformation with a PSGD method in it, in chains, masks and partitions too.
+        params: the parameters, or their shapes as `jax.eval_shape` gives them. Nothing is allocated.
+
+    Returns: a `psgd.summary.Summary`; of other transformations in `tx` it knows nothing.
+
+    Raises: ValueError if there is no PSGD method in `tx`.
+    """
+    rows: list[tuple[Method, Row]] = []
+    counters = 0
+
+    def told(method: Method, params: Tree, flags: list[bool]) -> None:
+        nonlocal counters
+        counters += COUNTER_BYTES * (1 + method.tempo().counts)
+        for (path, x), scanned in zip(jax.tree_util.tree_leaves_with_path(params), flags, strict=True):
+            name = jax.tree_util.keystr(path, simple=True, separator="/") or "parameter"
+            rows.append((method, row(method, name, jnp.shape(x), jnp.result_type(x).name, scanned=scanned)))
+
+    token = _listeners.set((*_listeners.get(), told))
+    try:
+        jax.eval_shape(tx.init, params)
+    finally:
+        _listeners.reset(token)
+    if not rows and not counters:
+        raise ValueError("the transformation holds no PSGD method; give one made by psgd_jax_backend, or a chain of it")
+    return summed(rows, counters)
 
 
 # ---- checks -----------------------------------------------------------------------------
@@ -228,14 +272,42 @@ def _step_all(
         members = [(gradients[i], states[i]) for i in indices]
         if flags[indices[0]]:
             results = [mapping.over(one, *members[0])]
-        elif len(members) == 1:
-            results = [one(*members[0])]
+        elif len(members) == 1 or not gradients[indices[0]].size:
+            results = [one(*member) for member in members]
         else:
-            stacked = mapping.over(one, *jax.tree.map(lambda *xs: jnp.stack(xs), *members))
-            results = [jax.tree.map(lambda x, k=k: x[k], stacked) for k in range(len(members))]
+            results = _step_stack(recipe, plan, *map(list, zip(*members, strict=True)), mapping)
         for i, result in zip(indices, results, strict=True):
             done[i] = result
     return [u for u, _ in done], [s for _, s in done]
+
+
+def _stacked(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+
+
+def _unstacked(tree: Any, n: int) -> list[Any]:
+    return [jax.tree.map(lambda x, k=k: x[k], tree) for k in range(n)]
+
+
+def _step_stack(
+    recipe: Recipe, plan: Plan, gradients: list[Leaf], states: list[State], mapping: Mapping
+) -> list[tuple[Leaf, State]]:
+    """`pipeline.step` of several equal leaves. The factors are put together and taken apart only where they are fitted:
+    a step that leaves them as they are leaves them where they are."""
+    n, old = len(gradients), [s.factors for s in states]
+    observe = partial(pipeline.observed, recipe, plan)
+    if states[0].momentum is None:
+        momentum, seen, smooth = mapping.over(lambda g: observe(g, None), _stacked(gradients))
+    else:
+        momentum, seen, smooth = mapping.over(observe, _stacked(gradients), _stacked([s.momentum for s in states]))
+
+    def fitted(factors: list[Factors]) -> list[Factors]:
+        return _unstacked(mapping.over(partial(pipeline.fitted, recipe, plan), seen, _stacked(factors)), n)
+
+    new = _choose(plan.fit, fitted, lambda factors: factors, old)
+    u = mapping.over(partial(pipeline.directed, recipe), _stacked(new if recipe.fit_first else old), smooth)
+    momenta = [None] * n if momentum is None else list(momentum)
+    return [(u[k], State(momenta[k], new[k])) for k in range(n)]
 
 
 # ---- named faces ------------------------------------------------------------------------
@@ -253,8 +325,7 @@ def _known(method: type[Method], names: Sequence[str], given: dict[str, Any]) ->
 
 # Arguments of every function that say how the work is mapped, not what it computes.
 MAPPING = [
-    Parameter(name, Parameter.KEYWORD_ONLY, default=default)
-    for name, default in Mapping._field_defaults.items()
+    Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in Mapping._field_defaults.items()
 ]
 
 

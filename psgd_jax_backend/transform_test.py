@@ -8,15 +8,30 @@ from dataclasses import fields
 from functools import cache
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
+from flax import nnx
 
 import psgd_jax_backend
+import psgd_torch_backend
 from psgd.methods import METHODS
-from psgd_jax_backend import PSGDState, kron_whiten, procrustes, quad, scale_by_procrustes, scale_by_psgd
+from psgd_jax_backend import (
+    PSGDState,
+    affine,
+    kron,
+    kron_whiten,
+    procrustes,
+    quad,
+    scale_by_affine,
+    scale_by_kron,
+    scale_by_procrustes,
+    scale_by_psgd,
+)
 
 ALIASES = {name: getattr(psgd_jax_backend, name) for name in METHODS}
 Tree = Any
@@ -99,12 +114,13 @@ def test_names_and_signatures(name: str):
     whole, scaling = getattr(psgd_jax_backend, name), getattr(psgd_jax_backend, f"scale_by_{name}")
     assert whole.__name__ == name and scaling.__name__ == f"scale_by_{name}"
     assert {name, f"scale_by_{name}"} <= set(psgd_jax_backend.__all__)
-    defaults = {f.name: f.default for f in fields(method)} | {"stack": True}
+    defaults = {f.name: f.default for f in fields(method)} | {"stack": True, "scanned_layers": None}
+    defaults |= {"lax_map_scanned_layers": False, "lax_map_batch_size": 8}
     shown = {k: p.default for k, p in inspect.signature(scaling).parameters.items()}
     assert shown == {k: v for k, v in defaults.items() if k not in ("lr", "weight_decay")}
     shown = {k: p.default for k, p in inspect.signature(whole).parameters.items()}
     assert next(iter(shown)) == "learning_rate" and shown.pop("learning_rate") == defaults.pop("lr")
-    assert shown.pop("weight_decay_mask") is None and shown == defaults
+    assert shown.pop("mask" if name == "affine" else "weight_decay_mask") is None and shown == defaults
     assert method.summary in whole.__doc__ and whole.__module__ == "psgd_jax_backend"
 
 
@@ -156,6 +172,8 @@ TYPED = [
     (kron_whiten, {"preconditioner_update_probability": 0.5}),
     (kron_whiten, {"momentum": 0.9, "preconditioner_init_scale": 0.1}),
     *((alias, options) for alias in (procrustes, quad) for options in ({}, {"dtype": "float32"})),
+    *((kron, {"preconditioner_update_probability": p}) for p in (0.3, lambda t: 1 / t)),
+    *((affine, options) for options in ({"nesterov": True}, {"update_global_norm_clip": 1.0})),
 ]
 
 
@@ -173,6 +191,28 @@ def test_state_keeps_its_type_from_the_start(alias: Callable, options: dict, dty
         assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
         kept = options.get("dtype", dtype)
         assert dtypes(state) == {"int32", kept, "float32" if kept == "bfloat16" else kept}
+
+
+KEPT = [
+    (scale_by_kron, {}, "bfloat16", "bfloat16", "float32"),
+    (scale_by_affine, {}, "bfloat16", "bfloat16", "float32"),
+    (scale_by_kron, {"mu_dtype": "bfloat16", "precond_dtype": jnp.bfloat16}, "float32", "bfloat16", "bfloat16"),
+    (scale_by_kron, {"mu_dtype": jnp.float32}, "float16", "float32", "float32"),
+    (scale_by_affine, {"mu_dtype": jnp.float16}, "float32", "float16", "float32"),
+]
+
+
+@pytest.mark.parametrize(("scaling", "options", "dtype", "momentum", "factors"), KEPT)
+def test_state_is_kept_in_its_dtypes(scaling: Callable, options: dict, dtype: str, momentum: str, factors: str):
+    optimizer, params = scaling(**options), tree(dtype)
+    state = optimizer.init(params)
+    updates, new = jax.eval_shape(optimizer.update, params, state, params)
+    assert types(new) == types(state) and dtypes(updates) == {dtype}
+    assert [dtypes(x) for x in (new.momentum, new.Q, new.L)] == [{momentum}, {factors}, {"float32"}]
+    assert [x if x is None else x.dtype.name for x in (new.count, new.since)] == [
+        "int32",
+        "int32" if scaling is scale_by_kron else None,
+    ]
 
 
 def test_state_fits_scan_and_cond():
@@ -227,7 +267,17 @@ def test_trees_with_nothing_in_them(alias: Callable, params: Tree):
     assert types(updates) == types(params) and int(optax.tree.get(state, "count")) == 1
 
 
-@pytest.mark.parametrize(("alias", "shape"), [(quad, (2, 3, 1, 2, 3)), (kron_whiten, (1, 3, 2))])
+STRANGE = [
+    (quad, (2, 3, 1, 2, 3)),
+    (kron_whiten, (1, 3, 2)),
+    (kron, (2, 3, 4)),
+    (kron, (2, 3, 2, 2)),
+    (affine, (2, 3, 4)),
+    (affine, (3, 1, 2, 3)),
+]
+
+
+@pytest.mark.parametrize(("alias", "shape"), STRANGE)
 def test_strange_shapes(alias: Callable, shape: tuple[int, ...]):
     params = [(jnp.ones(()), jnp.ones((1,)), jnp.ones((1, 1))), {"many": jnp.ones(shape)}]
     optimizer = alias()
@@ -255,14 +305,17 @@ def test_masked_leaves_are_left_out():
     close(updates["keep"], alone)
 
 
-def test_decay_by_mask():
+@pytest.mark.parametrize(
+    ("alias", "name"), [(quad, "weight_decay_mask"), (kron, "weight_decay_mask"), (affine, "mask")]
+)
+def test_decay_by_mask(alias: Callable, name: str):
     params = {"w": normal((4, 3)), "b": normal((3,))}
     zeros = jax.tree.map(jnp.zeros_like, params)
 
     @jax.jit
     def decayed() -> list[Tree]:
         masks = ({"w": True, "b": False}, lambda p: jax.tree.map(lambda x: x.ndim > 1, p), None)
-        made = [quad(0.1, weight_decay=0.5, weight_decay_mask=mask) for mask in masks]
+        made = [alias(0.1, weight_decay=0.5, **{name: mask}) for mask in masks]
         return [o.update(zeros, o.init(params), params)[0] for o in made]
 
     first, second, full = decayed()
@@ -296,6 +349,160 @@ def test_order_of_leaves_does_not_matter():
     leaves = [normal((4, 3)), normal((5,)), normal((4, 3), 1)]
     (forth, _), (back, _) = (run(compiled(quad), x, range(3)) for x in (leaves, leaves[::-1]))
     close(forth, back[::-1])
+
+
+# ---- leaves that stack layers ---------------------------------------------------------------
+def walk(optimizer: optax.GradientTransformation, start: Tree) -> tuple[Tree, Tree]:
+    """Parameters and state after three steps down |p|^2, in one compilation."""
+
+    def step(carry: tuple, _: None) -> tuple:
+        params, state = carry
+        updates, state = optimizer.update(jax.tree.map(lambda p: p + 0.1, params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), length=3)[0])(start)
+
+
+def layers() -> Tree:
+    """A stack of three matrices, one of three scalars, and a plain matrix."""
+    return {"layers": {"w": normal((3, 4, 2)), "gain": normal((3,), 1)}, "head": normal((4, 2), 2)}
+
+
+STACKED = {"layers": True, "head": False}  # a prefix of that tree
+
+
+def apart(stacks: Tree) -> Tree:
+    """The same, parameters or state, with each layer in a place of its own."""
+
+    def row(i: int) -> Tree:
+        return jax.tree.map(lambda x: x[i], stacks["layers"])
+
+    return {"layers": [row(i) for i in range(3)], "head": stacks["head"]}
+
+
+def compare(ours: tuple, theirs: tuple, split: Callable[[Tree], Tree] = lambda x: x) -> None:
+    """Parameters and state of two walks; `split` makes the places of the first those of the second."""
+    close(split(ours[0]), theirs[0])
+    for name in ("momentum", "Q", "L"):
+        mine, other = (getattr(state[0], name) for _, state in (ours, theirs))
+        assert mine is other is None or close(split(mine), other, ulps=64) is None
+    close(ours[1][0].count, theirs[1][0].count)
+
+
+def test_layers_step_as_leaves_do(alias: Callable):
+    compare(walk(alias(0.1, scanned_layers=STACKED), layers()), walk(alias(0.1), apart(layers())), apart)
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_layers_step_in_batches(size: int):
+    """A stack of layers and a stack of equal leaves, in batches that do not come out even."""
+    params = {"layers": normal((3, 4, 2)), "head": [normal((4, 2), i) for i in range(3)]}
+    options = {"scanned_layers": STACKED, "preconditioner_update_probability": 0.5}
+    batched = kron(0.1, lax_map_scanned_layers=True, lax_map_batch_size=size, **options)
+    compare(walk(batched, params), walk(kron(0.1, **options), params))
+
+
+BAD_LAYERS = [
+    ({"scanned_layers": {"v": True}}, "scanned_layers has another structure than the parameters"),
+    ({"scanned_layers": {"w": True, "s": {"t": True}}}, "scanned_layers has another structure than the parameters"),
+    ({"scanned_layers": True}, r"kron: scanned_layers says that \['s'\] stacks layers, but it is a scalar"),
+    ({"lax_map_scanned_layers": True, "lax_map_batch_size": 0}, "kron: lax_map_batch_size=0 must be a whole number"),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), BAD_LAYERS)
+def test_wrong_layers_are_refused(options: dict, text: str):
+    with pytest.raises(ValueError, match=text):
+        scale_by_kron(**options).init({"w": jnp.ones((2, 3)), "s": jnp.ones(())})
+
+
+# ---- flax -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("alias", [kron, affine])
+def test_boxes_come_back(alias: Callable):
+    plain = {"w": normal((4, 2)), "stack": normal((3, 4, 2), 1)}
+    boxed = {
+        "w": nn.Partitioned(plain["w"], names=("in", "out")),
+        "stack": nn.LogicallyPartitioned(plain["stack"], names=(None, "in", "out")),
+    }
+    optimizer = alias(0.1, scanned_layers={"w": False, "stack": True})
+    (params, state), (expected, alone) = walk(optimizer, boxed), walk(optimizer, plain)
+    assert jax.tree.structure(params) == jax.tree.structure(boxed)
+    assert isinstance(params["stack"], nn.LogicallyPartitioned) and params["w"].names == ("in", "out")
+    close(nn.unbox(params), expected)
+    close(jax.tree.leaves(state), jax.tree.leaves(alone), ulps=64)
+
+
+@pytest.mark.parametrize("alias", [kron, affine])
+def test_nnx_states_and_optimizers(alias: Callable):
+    model, x = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), normal((16, 4))
+    params, optimizer = nnx.state(model, nnx.Param), alias(0.1)
+    updates, _ = jax.eval_shape(optimizer.update, params, optimizer.init(params), params)
+    assert isinstance(updates, nnx.State) and jax.tree.structure(updates) == jax.tree.structure(params)
+
+    def loss(model: nnx.Linear) -> jax.Array:
+        return jnp.mean((model(x) - x @ jnp.ones((4, 3))) ** 2)
+
+    trained, start = nnx.Optimizer(model, optimizer, wrt=nnx.Param), loss(model)
+
+    @nnx.jit
+    def step(model: nnx.Linear, trained: nnx.Optimizer) -> None:
+        trained.update(model, nnx.grad(loss)(model))
+
+    for _ in range(20):
+        step(model, trained)
+    assert loss(model) < 0.2 * start
+
+
+# ---- when factors are fitted, and how far a step goes ---------------------------------------
+def test_code_for_psgd_jax_runs():
+    params, grads = small(), gradients(small(), 1)
+    start = params
+    optimizer = kron()
+    opt_state = optimizer.init(params)
+    updates, opt_state = optimizer.update(grads, opt_state)
+    params = optax.apply_updates(params, updates)
+    assert types(params) == types(start) and not equal(params, start)
+
+
+RHYTHMS = [
+    ({"preconditioner_update_probability": 0.3}, 100, [4, 8, 12]),
+    ({}, 5000, [4907, 4941, 4975]),
+    ({"preconditioner_update_probability": lambda t: 1 / (1 + 0.01 * t)}, 1000, [2, 4, 6]),
+]
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize(("options", "steps", "some"), RHYTHMS)
+def test_fits_are_at_the_steps_of_pytorch(options: dict, steps: int, some: list[int], x64: bool):
+    theirs = torch.nn.Parameter(torch.ones(1))
+    theirs.grad = torch.ones(1)
+    other, expected = psgd_torch_backend.Kron([theirs], **options), []
+    for t in range(1, steps + 1):
+        other.step()
+        expected += [t] if int(other.state[theirs]["since"]) == 0 else []
+
+    with jax.enable_x64(x64):
+        optimizer, p = scale_by_kron(**options), jnp.ones(1, "float32")
+
+        def step(state: PSGDState, _: None) -> tuple[PSGDState, tuple]:
+            _, new = optimizer.update(p, state, p)
+            return new, (new.since == 0, jnp.any(new.Q[0] != state.Q[0]))
+
+        _, (counted, moved) = jax.jit(lambda s: jax.lax.scan(step, s, length=steps))(optimizer.init(p))
+    found = [int(t) + 1 for t in np.flatnonzero(counted)]
+    assert found == expected and set(some) <= set(found)
+    assert set(np.flatnonzero(moved) + 1) <= set(found)
+
+
+def test_the_whole_step_is_bounded():
+    """All leaves together, in one ratio; shorter steps are not lengthened."""
+    grads = {"a": normal((4, 3)), "b": normal((4, 3), 1), "none": jnp.zeros((0, 3))}
+    made = [scale_by_affine(update_global_norm_clip=limit) for limit in (None, 0.5, 1e3)]
+    free, short, long = jax.jit(lambda g: [o.update(g, o.init(g), g)[0] for o in made])(grads)
+    length = float(optax.tree.norm(free))
+    assert 2 < length < 1e3
+    close(short, jax.tree.map(lambda u: u * 0.5 / length, free))
+    close(long, free, ulps=4)
 
 
 # ---- learning rates and other arguments -----------------------------------------------------

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from psgd.schedule import precond_update_prob_schedule as precond_update_prob_schedule
 from psgd_torch_backend.optimizer import PSGD as PSGD
 
 class Procrustes(PSGD):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,14 +36,17 @@ class _Opaque(noise.Counter):
         return _noise(self.step_key, noise.role_number(role), n, dtype)
 
 
-def make_step(recipe: Recipe, *, stacked: bool, compiled: bool) -> Step:
+def make_step(recipe: Recipe, *, stacked: bool, compiled: Sequence[int] | None = None) -> Step:
     """(plan, lr, weight_decay, p, g, state) -> (what to add to p, new state), of tensors or of stacks of them.
 
     A recipe whose whole step is bounded gives the direction instead: its length is known when all are.
+    compiled: the shape of one tensor for which to compile the step, or None.
     """
+    if compiled is not None:
+        recipe = _settled(recipe, tuple(compiled))
 
     def step(plan: Plan, lr: Any, weight_decay: Any, p: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
-        draws = (_Opaque if compiled else noise.Counter)(plan.key)
+        draws = (noise.Counter if compiled is None else _Opaque)(plan.key)
 
         def one(p: Tensor, g: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             u, new = pipeline.step(recipe, plan, g, rebuilt(state, tensors), draws)
@@ -52,13 +56,19 @@ def make_step(recipe: Recipe, *, stacked: bool, compiled: bool) -> Step:
         change, *new = (torch.vmap(one) if stacked else one)(p, g, *leaves(state))
         return change, rebuilt(state, new)
 
-    if not compiled:
+    if compiled is None:
         return step
     # Each layout compiles once; without its own count, dynamo gives up after eight shapes of one function.
     wanted = {"recompile_limit": 64, "isolate_recompiles": True}
     known = inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {name: value for name, value in wanted.items() if name in known}
     return torch.compile(step, fullgraph=True, dynamic=False, **options)
+
+
+def _settled(recipe: Recipe, shape: tuple[int, ...]) -> Recipe:
+    """The recipe with the layout of one shape worked out: the compiler need not follow how."""
+    order, layout = recipe.order(shape), recipe.layout(shape)
+    return replace(recipe, order=lambda _: order, layout=lambda _: layout)
 
 
 def on_device(plan: Plan, device: torch.device) -> Plan:

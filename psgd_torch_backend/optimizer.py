@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from psgd import pipeline
-from psgd._xp import real_dtype
+from psgd._xp import dtype_name, real_dtype
 from psgd.methods import Method, documented
+from psgd.summary import Summary, row, summary
 from psgd_torch_backend._state import Stack, belongs, leaves, rebuilt, to_entry, to_state, write
 from psgd_torch_backend._step import Step, as_tensors, make_step, on_device
 
@@ -29,6 +30,7 @@ NOT_HYPERPARAMETERS = frozenset(
     ["params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"]
 )
 COUNTERS = ("step", "since")
+COUNTER_BYTES = 8  # int64, on the host
 KNOWN_SETTINGS = 64  # how many combinations of hyperparameters are remembered
 Group = dict[str, Any]
 
@@ -42,8 +44,8 @@ class PSGD(torch.optim.Optimizer):
         stack: step parameters of equal shape together (`torch.vmap`); the numbers are the same, many small
             layers are faster.
         compile: compile the step with `torch.compile`, once for each layout of parameters.
-        scanned_layers: the parameters (of a group) hold one layer for each entry of their first axis. Each layer is
-            preconditioned by itself, as if it were a parameter of its own.
+        scanned_layers: parameters that hold one layer for each entry of their first axis: the names of some, as a
+            tuple, or True for all (of a group). Each layer is preconditioned by itself, as if it were a parameter.
         stack_batch_size: step at most so many layers in one call, for less memory at a time; None is all of a shape.
 
     State of a parameter: "step" (and "since", the steps after the last fit, where the method asks for it), "momentum"
@@ -59,17 +61,22 @@ class PSGD(torch.optim.Optimizer):
         given = hyperparameters if lr is None else {"lr": lr, **hyperparameters}
         self._forget()
         super().__init__(params, self._complete(given))
+        self._check_layer_names()
 
     @classmethod
     def _complete(cls, given: Group) -> Group:
         """Given hyperparameters, checked, with the defaults of the others."""
         flags = {name: given.get(name, default) for name, default in ADAPTER_DEFAULTS.items()}
-        size = flags["stack_batch_size"]
-        for name, value in flags.items():
-            if name != "stack_batch_size" and not isinstance(value, bool):
-                raise ValueError(f"{cls.__name__}: {name}={value!r} must be True or False")
+        for name in ("maximize", "stack", "compile"):
+            if not isinstance(flags[name], bool):
+                raise ValueError(f"{cls.__name__}: {name}={flags[name]!r} must be True or False")
+        size, layers = flags["stack_batch_size"], flags["scanned_layers"]
         if not (size is None or (isinstance(size, int) and size > 0)):
             raise ValueError(f"{cls.__name__}: stack_batch_size={size!r} must be None or a whole number above 0")
+        if isinstance(layers, (list, set, frozenset)):
+            layers = flags["scanned_layers"] = tuple(layers)
+        if not (isinstance(layers, bool) or (isinstance(layers, tuple) and all(isinstance(x, str) for x in layers))):
+            raise ValueError(f"{cls.__name__}: scanned_layers={layers!r} must be True, False or a tuple of names")
         for name in ("lr", "weight_decay"):
             value = given.get(name)
             if isinstance(value, Tensor) and value.numel() != 1:
@@ -85,8 +92,7 @@ class PSGD(torch.optim.Optimizer):
             param_group = param_group | self._complete(own | shared)
         super().add_param_group(param_group)
         try:
-            for name, p in self._named(self.param_groups[-1]):
-                self._check_parameter(name, p, self.param_groups[-1]["scanned_layers"])
+            self._check_group(self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -95,10 +101,34 @@ class PSGD(torch.optim.Optimizer):
         names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
         return zip(names, group["params"], strict=True)
 
-    def _check_parameter(self, name: str, p: Tensor, scanned: bool) -> None:
+    def _layered(self, group: Group) -> set[int]:
+        """The identities of the parameters of a group that stack layers."""
+        layers = group["scanned_layers"]
+        if not layers:
+            return set()
+        return {id(p) for name, p in self._named(group) if layers is True or name in layers}
+
+    def _check_group(self, group: Group) -> None:
+        cls, layered = type(self).__name__, self._layered(group)
+        for name, p in self._named(group):
+            self._check_parameter(name, p)
+            if id(p) in layered and not p.ndim:
+                raise ValueError(f"{cls}: {name} is a scalar and cannot stack layers; leave it out of scanned_layers")
+
+    def _check_layer_names(self) -> None:
+        """Names of stacked parameters may be given for all groups; each must be in one."""
+        known = {name for group in self.param_groups for name, _ in self._named(group)}
+        for group in self.param_groups:
+            layers = group["scanned_layers"]
+            missing = [] if isinstance(layers, bool) else [name for name in layers if name not in known]
+            if missing:
+                raise ValueError(
+                    f"{type(self).__name__}: scanned_layers names {missing[0]!r}, which is no parameter; "
+                    "give named parameters, as model.named_parameters() does"
+                )
+
+    def _check_parameter(self, name: str, p: Tensor) -> None:
         cls = type(self).__name__
-        if scanned and not p.ndim:
-            raise ValueError(f"{cls}: {name} is a scalar and cannot stack layers; give it a group of its own")
         if p.layout != torch.strided:
             raise TypeError(f"{cls} does not support sparse parameters; {name} is {p.layout}: make it dense")
         if p.is_complex() and not self.method.complex_parameters:
@@ -123,7 +153,7 @@ class PSGD(torch.optim.Optimizer):
         return loss
 
     def _with_gradients(self, group: Group) -> list[Tensor]:
-        cls, ready = type(self).__name__, []
+        cls, ready, layered = type(self).__name__, [], self._layered(group)
         for name, p in self._named(group):
             g = p.grad
             if g is None:
@@ -138,7 +168,8 @@ class PSGD(torch.optim.Optimizer):
                     "call zero_grad() and backward() again after changing a parameter's shape"
                 )
             entry = self.state.get(p)
-            if entry and "Q" in entry and not belongs(entry, self._settings(group)[1], *_parted(group, p)):
+            parts = _parted(p, id(p) in layered)
+            if entry and "Q" in entry and not belongs(entry, self._settings(group)[1], *parts):
                 raise RuntimeError(
                     f"{cls}: {name} has shape {tuple(p.shape)}, its state belongs to another; delete optimizer.state[p]"
                 )
@@ -159,56 +190,68 @@ class PSGD(torch.optim.Optimizer):
     def _step_group(self, group: Group, params: list[Tensor]) -> list[Held]:
         """Step a group; what must wait for the directions of all others comes back."""
         method, recipe, tempo = self._settings(group)
-        self._start(group, method, recipe, tempo, [p for p in params if "Q" not in self.state[p]])
+        layered = self._layered(group)
+        self._start(method, recipe, tempo, [p for p in params if "Q" not in self.state[p]], layered)
         plans: dict[Any, pipeline.Plan] = {}
         waiting: list[Held] = []
-        for (age, since, *_), bucket in self._buckets(group, params).items():
+        for (age, since, *_), bucket in self._buckets(group, params, layered).items():
             if (age, since) not in plans:
                 plans[age, since] = pipeline.host_plan(tempo, age, since=since)
             plan = plans[age, since]
             if since is not None:
                 for p in bucket:
                     self.state[p]["since"] = torch.tensor(0 if plan.fit else since)
-            waiting += self._step_bucket(group, recipe, plan, bucket, tempo.trust)
+            waiting += self._step_bucket(group, recipe, plan, bucket, tempo.trust, id(bucket[0]) in layered)
         return waiting
 
     def _start(
-        self, group: Group, method: Method, recipe: pipeline.Recipe, tempo: pipeline.Tempo, new: list[Tensor]
+        self,
+        method: Method,
+        recipe: pipeline.Recipe,
+        tempo: pipeline.Tempo,
+        new: list[Tensor],
+        layered: set[int],
     ) -> None:
         """State of parameters seen for the first time, with their automatic scale if the method has none."""
 
-        def over(one: Callable[..., Any], *args: Any) -> Any:
-            return torch.vmap(one)(*args) if group["scanned_layers"] else one(*args)
+        def size(g: Tensor) -> Tensor:
+            return recipe.start.size(pipeline.working(recipe, g))
 
         given: Any = method.start_scale()
         seen = [p for p in new if p.numel()]
         scales: dict[int, Any] = {}
         if given is None:
-            sizes = [over(lambda g: recipe.start.size(pipeline.working(recipe, g)), _gradient(p)) for p in seen]
+            sizes = [(torch.vmap(size) if id(p) in layered else size)(_gradient(p)) for p in seen]
             scales = dict(zip(map(id, seen), recipe.start(sizes, tempo.damping), strict=True))
         for p in new:
-            layers, shape = _parted(group, p)
+            layers, shape = _parted(p, id(p) in layered)
             state = _fresh(recipe, p.detach().new_empty(shape), layers, scales.get(id(p), given or 1.0))
             self.state[p].update({"step": torch.zeros((), dtype=torch.int64), **to_entry(state)})
             if tempo.counts:
                 self.state[p]["since"] = torch.zeros((), dtype=torch.int64)
 
-    def _buckets(self, group: Group, params: list[Tensor]) -> dict[tuple[Any, ...], list[Tensor]]:
+    def _buckets(self, group: Group, params: list[Tensor], layered: set[int]) -> dict[tuple[Any, ...], list[Tensor]]:
         """Parameters that step in one call, being of equal age, shape, dtype and device. All grow one step older."""
         buckets: dict[tuple[Any, ...], list[Tensor]] = {}
         for i, p in enumerate(params):
             entry = self.state[p]
             age = entry["step"] = entry["step"] + 1
             since = int(entry["since"]) + 1 if "since" in entry else None
-            alone = () if group["stack"] and not group["scanned_layers"] else (i,)
+            alone = () if group["stack"] and id(p) not in layered else (i,)
             buckets.setdefault((int(age), since, p.shape, p.dtype, p.device, *alone), []).append(p)
         return buckets
 
     def _step_bucket(
-        self, group: Group, recipe: pipeline.Recipe, plan: pipeline.Plan, bucket: list[Tensor], trust: Any
+        self,
+        group: Group,
+        recipe: pipeline.Recipe,
+        plan: pipeline.Plan,
+        bucket: list[Tensor],
+        trust: Any,
+        scanned: bool,
     ) -> list[Held]:
         """Step parameters of one shape, or the layers of one parameter, in batches if the group says so."""
-        scanned, state = group["scanned_layers"], self._gathered(bucket)
+        state = self._gathered(bucket)
         many = scanned or len(bucket) > 1
         count = len(bucket[0]) if scanned else len(bucket)
         size = group["stack_batch_size"] or max(count, 1)
@@ -262,8 +305,24 @@ class PSGD(torch.optim.Optimizer):
     def _step_of(self, recipe: pipeline.Recipe, stacked: bool, compiled_shape: tuple[int, ...] | None) -> Step:
         key = (recipe, stacked, compiled_shape)
         if key not in self._steps:
-            self._steps[key] = make_step(recipe, stacked=stacked, compiled=compiled_shape is not None)
+            one = compiled_shape[1:] if compiled_shape is not None and stacked else compiled_shape
+            self._steps[key] = make_step(recipe, stacked=stacked, compiled=one)
         return self._steps[key]
+
+    # ---- looking -----------------------------------------------------------------------
+    def summary(self) -> Summary:
+        """What is kept of each parameter and what a step costs; `print` it, or read its rows.
+
+        Known from the shapes, before the first step and without the state. Counters are 8 bytes each.
+        """
+        rows, counters = [], 0
+        for group in self.param_groups:
+            (method, _, tempo), layered = self._settings(group), self._layered(group)
+            for name, p in self._named(group):
+                dtype = dtype_name(p.dtype)
+                rows.append((method, row(method, name, tuple(p.shape), dtype, scanned=id(p) in layered)))
+                counters += COUNTER_BYTES * (1 + tempo.counts)
+        return summary(rows, counters)
 
     # ---- saving and copying ------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -316,9 +375,9 @@ class PSGD(torch.optim.Optimizer):
         self._steps: dict[Any, Step] = {}
 
 
-def _parted(group: Group, p: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _parted(p: Tensor, scanned: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """How many layers a parameter stacks, and the shape of one."""
-    split = 1 if group["scanned_layers"] else 0
+    split = 1 if scanned else 0
     return tuple(p.shape[:split]), tuple(p.shape[split:])
 
 

@@ -18,7 +18,8 @@ import psgd_torch_backend
 from psgd import noise
 from psgd._xp import namespace
 from psgd.methods import METHODS
-from psgd_torch_backend import PSGD, KronWhiten, Procrustes
+from psgd.schedule import precond_update_prob_schedule
+from psgd_torch_backend import PSGD, Affine, Kron, KronWhiten, Procrustes
 
 CLASSES = {name: getattr(psgd_torch_backend, made.title) for name, made in METHODS.items()}
 
@@ -55,6 +56,11 @@ def run(optimizer: PSGD, params: list[nn.Parameter], steps: range) -> list[nn.Pa
 
 def equal(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> bool:
     return all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+def beta(optimizer_class: type[PSGD]) -> str:
+    """What a method calls the weight of the past in the average of gradients."""
+    return next(f.name for f in fields(optimizer_class.method) if f.name in ("momentum", "b1"))
 
 
 def close(ours: list[nn.Parameter], theirs: list[nn.Parameter], ulps: float = 16) -> None:
@@ -155,11 +161,12 @@ def test_signature_and_defaults_are_those_of_the_method(optimizer_class: type[PS
 
 def test_state_is_nested_dictionaries_of_tensors(optimizer_class: type[PSGD]):
     params = parameters((4, 3), (2, 3, 2), ())
-    optimizer = optimizer_class(params, momentum=0.9)
+    optimizer = optimizer_class(params, **{beta(optimizer_class): 0.9})
     run(optimizer, params, range(2))
     for p in params:
         entry = optimizer.state[p]
-        assert list(entry) == ["step", "momentum", "Q", "L"] and entry["momentum"].shape == p.shape
+        counted = ["since"] if optimizer_class is Kron else []
+        assert list(entry) == ["step", "momentum", "Q", "L", *counted] and entry["momentum"].shape == p.shape
         assert list(entry["Q"]) == list(entry["L"]) == [str(i) for i in range(len(entry["Q"]))]
         assert all(isinstance(x, Tensor) for x in flat(entry).values()) and int(entry["step"]) == 2
 
@@ -194,9 +201,16 @@ def test_zero_gradients_change_nothing(optimizer_class: type[PSGD]):
 
 
 def test_a_dead_parameter_without_noise_stays_finite(optimizer_class: type[PSGD]):
-    noiseless = {"damping": 0.0, "lr_preconditioner": 0.9} if optimizer_class is KronWhiten else {"noise_scale": 0.0}
+    without = {
+        "damping": 0.0,
+        "noise_scale": 0.0,
+        "lr_preconditioner": 0.9,
+        "preconditioner_lr": 0.9,
+        "precond_lr": 0.9,
+    }
     params = parameters((3, 3))
-    optimizer = optimizer_class(params, **noiseless)
+    known = {f.name for f in fields(optimizer_class.method)}
+    optimizer = optimizer_class(params, **{k: v for k, v in without.items() if k in known})
     params[0].grad = torch.zeros(3, 3)
     for _ in range(100):
         optimizer.step()
@@ -215,7 +229,7 @@ def test_maximize_climbs(optimizer_class: type[PSGD]):
 
 # ---- groups ---------------------------------------------------------------------------------
 def test_groups_are_optimizers_of_their_own(optimizer_class: type[PSGD]):
-    own = [{"lr": 0.1, "weight_decay": 0.2}, {"lr": 0.01, "momentum": 0.5, "seed": 3, "maximize": True}]
+    own = [{"lr": 0.1, "weight_decay": 0.2}, {"lr": 0.01, beta(optimizer_class): 0.5, "seed": 3, "maximize": True}]
     together, apart = parameters((4, 3), (5,)), parameters((4, 3), (5,))
     grouped = optimizer_class([{"params": [p], **options} for p, options in zip(together, own, strict=True)])
     run(grouped, together, range(3))
@@ -340,6 +354,9 @@ BAD_HYPERPARAMETERS = [
     ({"compile": "yes"}, "compile='yes' must be True or False"),
     ({"maximize": None}, "maximize=None must be True or False"),
     ({"foreach": True}, "unknown hyperparameter 'foreach'"),
+    ({"scanned_layers": 1}, "scanned_layers=1 must be"),
+    ({"stack_batch_size": 0}, "stack_batch_size=0 must be None or a whole number above 0"),
+    ({"stack_batch_size": 2.0}, r"stack_batch_size=2\.0 must be None or a whole number above 0"),
 ]
 
 
@@ -429,6 +446,10 @@ SAVED = [
     ("kron_whiten", {"momentum": 0.9, "preconditioner_update_probability": 0.5}, torch.float64),
     ("kron_whiten", {}, torch.float16),
     ("kron_whiten", {}, torch.complex64),
+    ("kron", {"preconditioner_update_probability": 0.15}, torch.float32),  # fits at steps 7 and 14
+    ("kron", {"mu_dtype": "float32"}, torch.bfloat16),
+    ("affine", {"preconditioner_update_probability": 0.5, "nesterov": True, "mu_dtype": "bfloat16"}, torch.float64),
+    ("affine", {"update_global_norm_clip": 0.1}, torch.float16),
 ]
 
 
@@ -503,9 +524,16 @@ def test_foreign_entries_of_the_state_are_let_be():
 
 # ---- learning rates -------------------------------------------------------------------------
 schedulers = torch.optim.lr_scheduler
+
+
+def cycled(optimizer: PSGD) -> bool:
+    """torch's schedulers cycle a hyperparameter of the name momentum, and no other."""
+    return "momentum" in optimizer.defaults
+
+
 SCHEDULERS = {
-    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, max_lr=0.1, total_steps=20),
-    "CyclicLR": lambda o: schedulers.CyclicLR(o, base_lr=0.01, max_lr=0.1, step_size_up=5),
+    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, max_lr=0.1, total_steps=20, cycle_momentum=cycled(o)),
+    "CyclicLR": lambda o: schedulers.CyclicLR(o, base_lr=0.01, max_lr=0.1, step_size_up=5, cycle_momentum=cycled(o)),
     "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda t: 1 / (1 + t)),
     "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, T_max=20),
     "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, T_0=5),
@@ -545,6 +573,16 @@ def test_stacks_step_as_single_parameters_do(optimizer_class: type[PSGD], dtype:
     run(optimizer_class(together, lr=0.01), together, range(5))
     run(optimizer_class(apart, lr=0.01, stack=False), apart, range(5))
     close(together, apart)
+
+
+def test_stacks_step_in_batches(optimizer_class: type[PSGD]):
+    results = []
+    for options in ({"stack_batch_size": 2}, {"stack": False}):
+        params = parameters(*SHAPES, dtype=torch.float64)
+        optimizer = optimizer_class(params, lr=0.01, **options)
+        run(optimizer, params, range(4))
+        results.append([*params, *(x for p in params for x in flat(optimizer.state[p]).values())])
+    close(*results)
 
 
 def test_stacks_follow_a_changing_company(optimizer_class: type[PSGD]):
@@ -679,3 +717,204 @@ def test_a_compiled_optimizer_compiles_once_and_walks_the_same_way(capfd: pytest
                 run(optimizer, params, range(t, t + 1))
     close(compiled, eager, ulps=64)
     assert capfd.readouterr() == ("", "")
+
+
+# ---- parameters that stack layers -----------------------------------------------------------
+LAYERS = ((5, 4, 3), (5, 3), (5,))
+
+
+def both_ways(optimizer_class: type[PSGD], batch: int | None = None, layers: tuple = LAYERS, **options) -> list[list]:
+    """Parameters and state of every layer, trained in stacks of layers, and each as a parameter of its own."""
+    stacks = parameters(*layers, dtype=torch.float64)
+    singles = [nn.Parameter(x.clone()) for p in stacks for x in p.detach()]
+    ours = optimizer_class(stacks, scanned_layers=True, stack_batch_size=batch, weight_decay=0.1, **options)
+    theirs = optimizer_class(singles, weight_decay=0.1, **options | {"compile": False})
+    for t in range(5):
+        give_gradients(stacks, t)
+        for q, g in zip(singles, (g for p in stacks for g in p.grad), strict=True):
+            q.grad = g.clone()
+        ours.step()
+        theirs.step()
+    entries = [flat(ours.state[p]) for p in stacks]
+    mine = [
+        {k: x[i] if x.ndim else x for k, x in e.items()}
+        for e, p in zip(entries, stacks, strict=True)
+        for i in range(len(p))
+    ]
+    return [
+        [*(x for p in stacks for x in p), *(x for e in mine for x in e.values())],
+        [*singles, *(x for q in singles for x in flat(theirs.state[q]).values())],
+    ]
+
+
+@pytest.mark.parametrize(("batch", "maximize"), [(None, False), (1, True), (2, False), (5, True)])
+def test_layers_step_as_parameters_do(optimizer_class: type[PSGD], batch: int | None, maximize: bool):
+    close(*both_ways(optimizer_class, batch, lr=0.01, maximize=maximize))
+
+
+def test_compiled_layers_step_as_parameters_do():
+    """With fits and without, in batches of two and one, and a bound on the whole step, which is not compiled."""
+    options = {"preconditioner_update_probability": 0.5, "update_global_norm_clip": 0.5}
+    close(*both_ways(Affine, 2, layers=((3, 4, 3),), lr=0.01, compile=True, **options), ulps=64)
+
+
+def test_some_parameters_of_a_group_stack_layers():
+    by_name, by_group = parameters(*LAYERS), parameters(*LAYERS)
+    ours = Kron(list(zip(("stack", "matrix", "vector"), by_name, strict=True)), scanned_layers=("stack",), lr=0.01)
+    theirs = Kron([{"params": by_group[:1], "scanned_layers": True}, {"params": by_group[1:]}], lr=0.01)
+    run(ours, by_name, range(3))
+    assert equal(by_name, run(theirs, by_group, range(3)))
+    assert [tuple(ours.state[p]["Q"]["0"].shape) for p in by_name] == [(5, 4, 4), (5, 5), (5,)]
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (0,), (5, 0, 3), (5, 0)], ids=str)
+def test_no_layers_and_empty_layers_are_let_be(optimizer_class: type[PSGD], shape: tuple[int, ...]):
+    empty, full = parameters(shape, (2, 3))
+    (alone,) = parameters(shape, (2, 3))[1:]
+    optimizer = optimizer_class([empty, full], scanned_layers=True, stack_batch_size=2)
+    run(optimizer, [empty, full], range(3))
+    run(optimizer_class([alone], scanned_layers=True), [alone], range(3))
+    close([full], [alone])
+    entry = flat(optimizer.state[empty])
+    assert int(entry["step"]) == 3 and all(x.shape[0] == shape[0] for x in entry.values() if x.ndim)
+
+
+def test_a_scalar_stacks_no_layers():
+    named = [("stack", parameters((2, 3))[0]), ("scale", parameters(())[0])]
+    with pytest.raises(ValueError, match="Procrustes: scale is a scalar and cannot stack layers") as caught:
+        Procrustes(named, scanned_layers=True)
+    assert "\n" not in str(caught.value)
+    optimizer = Procrustes(named)
+    with pytest.raises(ValueError, match="Procrustes: gain is a scalar"):
+        optimizer.add_param_group({"params": [("gain", nn.Parameter(torch.ones(())))], "scanned_layers": True})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_loaded_layers_continue_bit_for_bit(optimizer_class: type[PSGD]):
+    params = parameters(*LAYERS, dtype=torch.bfloat16)
+    optimizer = optimizer_class(params, scanned_layers=True, stack_batch_size=2, lr=0.01)
+    run(optimizer, params, range(3))
+    file = io.BytesIO()
+    torch.save((params, optimizer.state_dict()), file)
+    run(optimizer, params, range(3, 6))
+    file.seek(0)
+    loaded, state_dict = torch.load(file, weights_only=True)
+    resumed = optimizer_class(loaded)
+    resumed.load_state_dict(state_dict)
+    assert equal(run(resumed, loaded, range(3, 6)), params)
+
+
+# ---- when factors are fitted ----------------------------------------------------------------
+def fits(optimizer: PSGD, p: nn.Parameter, steps: int) -> list[int]:
+    """The steps, from 1, at which Q moves away from where it was. The counter must say the same."""
+    found, before = [], [torch.eye(n) for n in p.shape]
+    for t in range(1, steps + 1):
+        run(optimizer, [p], range(t, t + 1))
+        now, since = [q.clone() for q in optimizer.state[p]["Q"].values()], optimizer.state[p]["since"]
+        found += [] if equal(now, before) else [t]
+        before = now
+        assert int(since) == t - max(found, default=0) and since.dtype == torch.int64 and since.device.type == "cpu"
+    return found
+
+
+def test_fits_are_at_even_distances():
+    """0.3 is every fourth step, 0.25 too, and 1 / 3 every third."""
+    for probability, period in ((0.3, 4), (0.25, 4), (1 / 3, 3), (1.0, 1)):
+        (p,) = parameters((3, 2))
+        assert fits(Kron([p], preconditioner_update_probability=probability), p, 13) == [*range(period, 14, period)]
+
+
+def test_the_annealed_probability_is_plain_numbers():
+    for given, kept in (({}, (1.0, 0.03, 0.001, 500)), ({"flat_start": 2, "decay": 9.0}, (1.0, 0.03, 9.0, 2))):
+        (p,) = parameters((3, 2))
+        optimizer = Kron([p], preconditioner_update_probability=precond_update_prob_schedule(**given))
+        (group,) = optimizer.param_groups
+        assert type(group["preconditioner_update_probability"]) is tuple
+        assert group["preconditioner_update_probability"] == kept
+    assert Kron(parameters((2,))).defaults["preconditioner_update_probability"] == (1.0, 0.03, 0.001, 500)
+    assert fits(optimizer, p, 40) == [1, 2, 36]  # then every 34th
+
+
+def test_a_probability_that_is_a_function_stays_out_of_the_state_dict():
+    (p,), (q,) = parameters((3, 2)), parameters((3, 2))
+    halved = {"preconditioner_update_probability": lambda t: 0.5 if t <= 4 else 0.25}
+    optimizer = Kron([p], **halved)
+    assert fits(optimizer, p, 6) == [2, 4]
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert "preconditioner_update_probability" not in saved["param_groups"][0]
+    q.data.copy_(p.data)
+    resumed = Kron([q], **halved)
+    resumed.load_state_dict(saved)
+    (group,) = resumed.param_groups
+    assert group["preconditioner_update_probability"] is halved["preconditioner_update_probability"]
+    run(optimizer, [p], range(7, 13))
+    assert equal(run(resumed, [q], range(7, 13)), [p]) and int(resumed.state[q]["since"]) == 0
+
+
+def test_a_compiled_optimizer_fits_now_and_then():
+    compiled, eager = parameters((4, 3)), parameters((4, 3))
+    options = {"lr": 0.01, "preconditioner_update_probability": 0.5}
+    run(Kron(compiled, compile=True, **options), compiled, range(6))
+    close(compiled, run(Kron(eager, **options), eager, range(6)), ulps=64)
+
+
+# ---- bounds and dtypes ----------------------------------------------------------------------
+def directions(limit: float | None, *groups: tuple, **options) -> list[Tensor]:
+    """What one step of Affine subtracts from every parameter, by learning rate."""
+    grouped = [parameters(*shapes, dtype=torch.float64) for shapes in groups]
+    optimizer = Affine([{"params": g} for g in grouped], lr=0.1, update_global_norm_clip=limit, **options)
+    optimizer.param_groups[-1]["lr"] = 0.01
+    starts = [[p.detach().clone() for p in g] for g in grouped]
+    for g in grouped:
+        give_gradients(g, 1)
+    optimizer.step()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return [
+        (a - p.detach()) / r for s, g, r in zip(starts, grouped, rates, strict=True) for a, p in zip(s, g, strict=True)
+    ]
+
+
+def test_the_whole_step_is_bounded():
+    """All groups and tensors together, in one ratio; shorter steps are not lengthened."""
+    groups = (((4, 3), (4, 3), (5,)), ((2, 2, 3), (), (0, 3)))
+    free = directions(None, *groups)
+    length = torch.cat([u.flatten() for u in free]).norm()
+    for limit in (0.5, 2.0):
+        bounded = directions(limit, *groups)
+        assert length > limit and all(
+            torch.allclose(b, u * limit / length, 1e-12) for b, u in zip(bounded, free, strict=True)
+        )
+    assert equal(directions(1.01 * length.item(), *groups), free)
+
+
+def test_weight_decay_is_outside_the_bound():
+    (bare,), (decayed,) = (directions(0.5, ((4, 3),), weight_decay=d) for d in (0.0, 0.3))
+    (start,) = parameters((4, 3), dtype=torch.float64)
+    assert torch.allclose(decayed, bare + 0.3 * start.detach(), 1e-12)
+
+
+KEPT = [
+    (Kron, {}, torch.bfloat16, "bfloat16", "float32"),
+    (Affine, {}, torch.bfloat16, "bfloat16", "float32"),
+    (Kron, {}, torch.float64, "float64", "float64"),
+    (Kron, {"mu_dtype": "bfloat16", "precond_dtype": torch.bfloat16}, torch.float32, "bfloat16", "bfloat16"),
+    (Kron, {"mu_dtype": torch.float32, "precond_dtype": "float64"}, torch.float16, "float32", "float64"),
+    (Affine, {"mu_dtype": torch.float16}, torch.float32, "float16", "float32"),
+]
+
+
+@pytest.mark.parametrize(("optimizer_class_", "options", "dtype", "momentum", "factors"), KEPT)
+def test_state_is_kept_in_its_dtypes(
+    optimizer_class_: type[PSGD], options: dict, dtype: torch.dtype, momentum: str, factors: str
+):
+    params = parameters(*SHAPES, dtype=dtype)
+    optimizer = optimizer_class_(params, lr=0.01, **options)
+    run(optimizer, params, range(3))
+    for p in params:
+        entry = optimizer.state[p]
+        assert p.dtype == dtype and p.isfinite().all() and entry["momentum"].dtype == getattr(torch, momentum)
+        assert {q.dtype for q in entry["Q"].values()} == {getattr(torch, factors)}
+        assert all(x.dtype in (torch.float32, torch.float64) for x in entry["L"].values())

@@ -1,0 +1,121 @@
+"""What a step costs in the long run, for methods that fit their factors more and more rarely.
+
+    python -m benchmarks.amortised [--json FILE] [--markdown] [--quick]
+
+Beside each other in one run: a step that fits, every time; and the average step of a schedule that has come to its
+last probability, over whole periods of it. What is shown is the median, over alternated rounds, of the ratio of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+import psgd_jax_backend
+import psgd_torch_backend
+from benchmarks.contenders import Layers, Run, jax_run, torch_run
+from benchmarks.step import Cells, machine, markdown_table, rich_table
+from psgd.methods import METHODS, Method
+from psgd.schedule import Annealed
+
+PROBABILITY = "preconditioner_update_probability"
+SETS = (Layers(40, 64), Layers(8, 512))
+
+
+def annealed() -> dict[str, Annealed]:
+    """Methods whose probability of a fit falls by default, with its schedule."""
+    defaults = {name: {f.name: f.default for f in fields(method)} for name, method in METHODS.items()}
+    return {name: d[PROBABILITY] for name, d in defaults.items() if isinstance(d.get(PROBABILITY), Annealed)}
+
+
+def runs(method: type[Method], layers: Layers, share: float) -> dict[str, Callable[[], Run]]:
+    """What starts a run, by framework and "always" or "rarely"."""
+    torch_class, jax_alias = getattr(psgd_torch_backend, method.title), getattr(psgd_jax_backend, method.name)
+    starts: dict[str, Callable[[], Run]] = {}
+    for when, probability in (("always", 1.0), ("rarely", share)):
+        chosen = {PROBABILITY: probability}
+        starts[f"torch/{when}"] = lambda c=chosen: torch_run(lambda p: torch_class(p, **c), layers)
+        starts[f"jax/{when}"] = lambda c=chosen: jax_run(jax_alias(**c), layers)
+    return starts
+
+
+def average(run: Run, steps: int) -> float:
+    """Seconds a step, over many."""
+    start = perf_counter()
+    for _ in range(steps):
+        run()
+    return (perf_counter() - start) / steps
+
+
+def measure(console: Console, *, quick: bool) -> dict[str, Any]:
+    """All figures, as plain data."""
+    sets, rounds = ((Layers(2, 8),), 1) if quick else (SETS, 5)
+    rows = []
+    for name, schedule in annealed().items():
+        period = int(np.ceil(1 / schedule.min_prob - 1e-6))
+        for layers in sets:
+            console.log(f"{name}: {layers.count} layers of {layers.size}")
+            started = {k: start() for k, start in runs(METHODS[name], layers, schedule.min_prob).items()}
+            for run in started.values():
+                average(run, period)
+            for framework in ("torch", "jax"):
+                ratios = [
+                    average(started[f"{framework}/rarely"], period)
+                    / average(started[f"{framework}/always"], period // 4)
+                    for _ in range(rounds)
+                ]
+                low, median, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+                rows.append(
+                    {
+                        "method": name,
+                        "framework": framework,
+                        "layers": f"{layers.count} of {layers.size} x {layers.size}",
+                        "period": period,
+                        "ratio": float(median),
+                        "quartiles": [float(low), float(high)],
+                    }
+                )
+    return {"machine": machine(), "rows": rows}
+
+
+def cells(result: dict[str, Any]) -> Cells:
+    head = ["method", "framework", "layers", "fits every", "average step / step that fits", "quartiles"]
+    return [head] + [
+        [
+            r["method"],
+            r["framework"],
+            r["layers"],
+            f"{r['period']} steps",
+            f"{r['ratio']:.2f}",
+            " to ".join(f"{q:.2f}" for q in r["quartiles"]),
+        ]
+        for r in result["rows"]
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.amortised", description="What a step costs in the end.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
+    parser.add_argument("--markdown", action="store_true", help="print the table as docs/benchmarks.md has it")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    given = parser.parse_args(arguments)
+    result = measure(Console(stderr=True), quick=given.quick)
+    title = "The average step once the schedule has come to its last probability, over a step that fits"
+    if given.markdown:
+        print(markdown_table(title, cells(result)))
+    else:
+        Console(width=120).print(rich_table(title, cells(result)))
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

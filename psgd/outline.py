@@ -1,0 +1,196 @@
+"""Arrays without elements: shape and dtype alone, in a namespace that counts arithmetic instead of doing it.
+
+The core runs on them as on any other arrays, so what a method keeps and what its step costs is read off the code that
+does it, for a model of any size and without allocating it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+# Bytes of an element; a later dtype wins where two meet.
+BYTES = {
+    "bool": 1,
+    "int32": 4,
+    "int64": 8,
+    "bfloat16": 2,
+    "float16": 2,
+    "float32": 4,
+    "float64": 8,
+    "complex64": 8,
+    "complex128": 16,
+}
+REAL = {"complex64": "float32", "complex128": "float64"}
+FINFO = {"bfloat16": np.float32, "float16": np.float16, "float32": np.float32, "float64": np.float64}
+ELEMENTWISE = "abs clip conj exp imag log maximum minimum real sqrt where".split()
+REDUCTIONS = "argmax max mean min sum".split()
+OPERATORS = "add sub mul truediv pow and or xor lt le gt ge eq ne rshift lshift".split()
+
+
+def _view(shape: Shape) -> np.ndarray:
+    """An array of a shape whose elements are all one: for NumPy's own rules of indexing."""
+    return np.broadcast_to(np.zeros(()), shape)
+
+
+class Outline:
+    """An array of a shape and a dtype, in a namespace that counts; see `Outlines`."""
+
+    __array_priority__ = 1000
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, shape: Sequence[int], dtype: str, xp: Outlines) -> None:
+        self.shape, self.dtype, self.xp = tuple(shape), dtype, xp
+
+    def __array_namespace__(self, api_version: str | None = None) -> Outlines:
+        return self.xp
+
+    def __repr__(self) -> str:
+        return f"Outline({self.shape}, {self.dtype})"
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * BYTES[self.dtype]
+
+    @property
+    def mT(self) -> Outline:
+        return self.xp.permute_dims(self, (*range(self.ndim - 2), self.ndim - 1, self.ndim - 2))
+
+    def __getitem__(self, index: Any) -> Outline:
+        return Outline(_view(self.shape)[index].shape, self.dtype, self.xp)
+
+    def __matmul__(self, other: Outline) -> Outline:
+        return self.xp.matmul(self, other)
+
+    def __neg__(self) -> Outline:
+        return self.xp.elementwise(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a step branches on the value of an array; only decisions of the plan may")
+
+
+def _operator(a: Outline, b: Any) -> Outline:
+    return a.xp.elementwise(a, b)
+
+
+for _name in OPERATORS:
+    setattr(Outline, f"__{_name}__", _operator)
+    setattr(Outline, f"__r{_name}__", _operator)
+
+
+class Outlines:
+    """The namespace: what the core asks of one. `flops`: floating-point operations so far.
+
+    A product of an (m, k) by a (k, n) matrix is 2 m k n of them, a triangular solve m^2 n, any other function one for
+    each element it reads or makes.
+    """
+
+    __name__ = "psgd.outline"
+
+    def __init__(self) -> None:
+        self.flops = 0
+        self.linalg = SimpleNamespace(vector_norm=self._reduce, solve=self._solve)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in BYTES:
+            return name
+        if name in ELEMENTWISE:
+            return self.elementwise
+        if name in REDUCTIONS:
+            return self._reduce
+        if name.endswith("_like"):
+            return lambda x: Outline(x.shape, x.dtype, self)
+        raise AttributeError(f"outlines of arrays have no {name!r}")
+
+    # ---- what is counted -----------------------------------------------------------------
+    def elementwise(self, *xs: Any, **limits: Any) -> Outline:
+        """Any function of elements, broadcast."""
+        arrays = [x for x in xs if isinstance(x, Outline)]
+        shape = np.broadcast_shapes(*(x.shape for x in arrays))
+        dtype = self.result_type(*arrays)
+        dtype = "complex64" if dtype == "float32" and any(isinstance(x, complex) for x in xs) else dtype
+        self._count(dtype, prod(shape))
+        return Outline(shape, dtype, self)
+
+    def _reduce(self, x: Outline, /, *, axis: Any = None, keepdims: bool = False, **_: Any) -> Outline:
+        axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
+        gone = {a % x.ndim for a in axes}
+        shape = [1 if i in gone else n for i, n in enumerate(x.shape) if keepdims or i not in gone]
+        self._count(x.dtype, prod(x.shape))
+        return Outline(shape, x.dtype, self)
+
+    def matmul(self, a: Outline, b: Outline) -> Outline:
+        """Matrix product, broadcast over leading axes."""
+        (*_, m, k), (*_, inner, n) = a.shape, b.shape
+        if k != inner:
+            raise ValueError(f"cannot multiply matrices of shapes {a.shape} and {b.shape}")
+        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        dtype = self.result_type(a, b)
+        self._count(dtype, 2 * prod(batch) * m * k * n)
+        return Outline((*batch, m, n), dtype, self)
+
+    def _solve(self, a: Outline, b: Outline) -> Outline:
+        self._count(b.dtype, prod(a.shape) * b.shape[-1])  # the core solves triangular systems only
+        return Outline(b.shape, b.dtype, self)
+
+    def _count(self, dtype: str, n: int) -> None:
+        weight = 0 if dtype in ("bool", "int32", "int64") else 2 if dtype in REAL else 1
+        self.flops += weight * n
+
+    # ---- what is not ---------------------------------------------------------------------
+    def result_type(self, *xs: Any) -> str:
+        """The dtype in which arrays, or dtypes, meet."""
+        names = [x.dtype if isinstance(x, Outline) else x for x in xs]
+        return max(names, key=list(BYTES).index)
+
+    def isdtype(self, dtype: str, kind: str) -> bool:
+        return kind == "complex floating" and dtype in REAL
+
+    def finfo(self, dtype: str) -> Any:
+        return np.finfo(FINFO[REAL.get(dtype, dtype)])
+
+    def astype(self, x: Outline, dtype: str) -> Outline:
+        return Outline(x.shape, dtype, self)
+
+    def reshape(self, x: Outline, shape: Shape) -> Outline:
+        return Outline(_view(x.shape).reshape(shape).shape, x.dtype, self)
+
+    def permute_dims(self, x: Outline, axes: Shape) -> Outline:
+        return Outline([x.shape[i] for i in axes], x.dtype, self)
+
+    def take(self, x: Outline, indices: Outline, *, axis: int) -> Outline:
+        return Outline([prod(indices.shape) if i == axis else n for i, n in enumerate(x.shape)], x.dtype, self)
+
+    def stack(self, xs: Sequence[Outline], *, axis: int = 0) -> Outline:
+        shape = list(xs[0].shape)
+        shape.insert(axis % (len(shape) + 1), len(xs))
+        return Outline(shape, self.result_type(*xs), self)
+
+    def triu(self, x: Outline) -> Outline:
+        return x
+
+    def asarray(self, x: Any) -> Outline:
+        return x if isinstance(x, Outline) else Outline((), "float32", self)
+
+    def ones(self, shape: Any, *, dtype: str) -> Outline:
+        return Outline((shape,) if isinstance(shape, int) else shape, dtype, self)
+
+    zeros = ones
+    arange = ones
+
+
+class Silence:
+    """Draws of nothing: outlines of noise, at no cost."""
+
+    def normal(self, role: str, shape: Sequence[int], like: Outline, skip: Any = None) -> Outline:
+        return Outline(shape, like.dtype, like.xp)

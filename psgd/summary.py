@@ -1,0 +1,159 @@
+"""What a method keeps of a model, and what a step of it costs, from the shapes of the parameters alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from psgd import pipeline
+from psgd.methods import Method
+from psgd.outline import BYTES, Outline, Outlines, Silence
+from psgd.schedule import Memory
+from psgd.shapes import Shape
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter. factors: one word each, such as "64x64" (dense) or "64" (diagonal).
+
+    layers: how many layers the first axis of `shape` stacks, None where it stacks none. state: bytes.
+    apply, fit: floating-point operations of a step that leaves the factors as they are, and what a fit adds.
+    """
+
+    name: str
+    shape: Shape
+    dtype: str
+    factors: tuple[str, ...]
+    layers: int | None
+    state: int
+    apply: int
+    fit: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the parameter itself."""
+        return prod(self.shape) * BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The rows of all parameters. methods: titles. counters: bytes of the counters of steps."""
+
+    methods: tuple[str, ...]
+    rows: tuple[Row, ...]
+    counters: int = 0
+
+    @property
+    def state(self) -> int:
+        """Bytes of all state."""
+        return sum(row.state for row in self.rows) + self.counters
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def apply(self) -> int:
+        """Floating-point operations of a step that leaves the factors as they are."""
+        return sum(row.apply for row in self.rows)
+
+    @property
+    def fit(self) -> int:
+        """Floating-point operations that a fit adds to a step."""
+        return sum(row.fit for row in self.rows)
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """Head, one line a parameter, and totals, as text."""
+        head = ("parameter", "shape", "dtype", "factors", "state", "flops/step", "flops/fit")
+        lines = [
+            (
+                row.name,
+                sized(row.shape) or "scalar",
+                row.dtype,
+                " ".join(row.factors) + (f" ({row.layers} layers)" if row.layers is not None else ""),
+                in_bytes(row.state),
+                in_flops(row.apply),
+                in_flops(row.fit),
+            )
+            for row in self.rows
+        ]
+        elements = sum(prod(row.shape) for row in self.rows)
+        total = f"{elements:,} in {len(self.rows)}"
+        return [
+            head,
+            *lines,
+            ("total", total, in_bytes(self.bytes), "", in_bytes(self.state), in_flops(self.apply), in_flops(self.fit)),
+        ]
+
+    def __str__(self) -> str:
+        cells = self.cells()
+        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+        left = len(widths) - 3
+
+        def text(line: tuple[str, ...]) -> str:
+            parts = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+            return "  ".join(parts).rstrip()
+
+        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        head, *lines, total = map(text, cells)
+        return "\n".join([", ".join(self.methods), head, rule, *lines, rule, total])
+
+
+def sized(shape: Sequence[int]) -> str:
+    """A shape as a word."""
+    return "x".join(map(str, shape))
+
+
+def in_bytes(n: int) -> str:
+    """Bytes, in the unit that shows three digits."""
+    return _scaled(n, ("B", "KiB", "MiB", "GiB", "TiB"), 1024)
+
+
+def in_flops(n: int) -> str:
+    """Floating-point operations, in the unit that shows three digits."""
+    return _scaled(n, ("", "K", "M", "G", "T", "P"), 1000)
+
+
+def _scaled(n: float, units: Sequence[str], step: int) -> str:
+    power = 0
+    while n >= step and power < len(units) - 1:
+        n, power = n / step, power + 1
+    return f"{n:.0f} {units[0]}".strip() if not power else f"{n:.3g} {units[power]}"
+
+
+def row(method: Method, name: str, shape: Sequence[int], dtype: str = "float32", *, scanned: bool = False) -> Row:
+    """The row of one parameter. `scanned`: its first axis counts layers."""
+    layers, one = (shape[0], tuple(shape[1:])) if scanned else (None, tuple(shape))
+    factors, state, apply, fit = _costs(method.recipe(), one, dtype)
+    n = 1 if layers is None else layers
+    return Row(name, tuple(shape), dtype, factors, layers, n * state, n * apply, n * fit)
+
+
+@lru_cache(maxsize=4096)
+def _costs(recipe: pipeline.Recipe, shape: Shape, dtype: str) -> tuple[tuple[str, ...], int, int, int]:
+    """Factors, bytes of state, operations of a step without a fit, and of the fit alone."""
+    state = pipeline.init(recipe, Outline(shape, dtype, Outlines()))
+    arrays = [*(() if state.momentum is None else (state.momentum,)), *state.factors.Q, *state.factors.L]
+    factors = tuple(sized(q.shape) or "1" for q in state.factors.Q)
+    apply, both = (_operations(recipe, shape, dtype, fit) for fit in (False, True))
+    return factors, sum(x.nbytes for x in arrays), apply, both - apply
+
+
+def _operations(recipe: pipeline.Recipe, shape: Shape, dtype: str, fit: bool) -> int:
+    xp = Outlines()
+    g = Outline(shape, dtype, xp)
+    state = pipeline.init(recipe, g)
+    plan = pipeline.Plan(fit, False, Memory(0.5), rate=0.1, memory=0.5, damping=0.1, key=None)
+    xp.flops = 0
+    u, _ = pipeline.step(recipe, plan, g, state, Silence())
+    pipeline.displacement(g, u, 0.1, 0.1)
+    return xp.flops
+
+
+def summary(rows: Iterable[tuple[Method, Row]], counters: int = 0) -> Summary:
+    """The summary of rows, each with its method."""
+    pairs = list(rows)
+    return Summary(tuple(dict.fromkeys(method.title for method, _ in pairs)), tuple(r for _, r in pairs), counters)
