@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -32,8 +33,8 @@ SETS = (Layers(40, 64), Layers(8, 512))
 
 def annealed() -> dict[str, Annealed]:
     """Methods whose probability of a fit falls by default, with its schedule."""
-    defaults = {name: {f.name: f.default for f in fields(method)} for name, method in METHODS.items()}
-    return {name: d[PROBABILITY] for name, d in defaults.items() if isinstance(d.get(PROBABILITY), Annealed)}
+    defaults = {name: f.default for name, method in METHODS.items() for f in fields(method) if f.name == PROBABILITY}
+    return {name: schedule for name, schedule in defaults.items() if isinstance(schedule, Annealed)}
 
 
 def runs(method: type[Method], layers: Layers, share: float) -> dict[str, Callable[[], Run]]:
@@ -42,9 +43,13 @@ def runs(method: type[Method], layers: Layers, share: float) -> dict[str, Callab
     starts: dict[str, Callable[[], Run]] = {}
     for when, probability in (("always", 1.0), ("rarely", share)):
         chosen = {PROBABILITY: probability}
-        starts[f"torch/{when}"] = lambda c=chosen: torch_run(lambda p: torch_class(p, **c), layers)
-        starts[f"jax/{when}"] = lambda c=chosen: jax_run(jax_alias(**c), layers)
+        starts[f"torch/{when}"] = partial(torch_run, partial(torch_class, **chosen), layers)
+        starts[f"jax/{when}"] = partial(_jax_started, partial(jax_alias, **chosen), layers)
     return starts
+
+
+def _jax_started(make: Callable[[], Any], layers: Layers) -> Run:
+    return jax_run(make(), layers)
 
 
 def average(run: Run, steps: int) -> float:

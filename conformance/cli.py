@@ -303,13 +303,13 @@ def golden_table(results: Results) -> Table:
     """One row for each case, one column for each driver; families are set apart."""
     made = sheet(["case"], ["rtol", *results])
     family = None
-    for row in zip(*results.values(), strict=True):
-        if row[0].family != family:
-            family = row[0].family
+    for line in zip(*results.values(), strict=True):
+        if line[0].family != family:
+            family = line[0].family
             made.add_section()
             made.add_row(f"[bold]{escape(family)}[/]")
-        errors = [f"[green]{r.error:.1e}[/]" if r.passed else f"[bold red]{r.error:.1e} ✗[/]" for r in row]
-        made.add_row(f"  {escape(row[0].case)}", f"{row[0].rtol:.0e}", *errors)
+        errors = [f"[green]{r.error:.1e}[/]" if r.passed else f"[bold red]{r.error:.1e} ✗[/]" for r in line]
+        made.add_row(f"  {escape(line[0].case)}", f"{line[0].rtol:.0e}", *errors)
     return made
 
 

@@ -16,7 +16,7 @@ import pytest
 from conformance import tolerances
 from conformance.drivers import DRIVERS
 from conformance.problems import PROBLEMS
-from psgd.geometry import GEOMETRIES
+from psgd.geometry import GEOMETRIES, mean_unknown
 from psgd.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,10 +110,10 @@ def called(function: Callable | str | None) -> str:
 
 
 def geometries():
-    head = ("geometry", "fits", "measure", "refer", "lift", "E T2 / c", "move", "diagonal", "turn")
+    head = ("geometry", "fits", "measure", "refer", "lift", "E T2", "move", "diagonal", "turn")
 
     def row(name, g):
-        expected = "drawn" if g.expected is None else called(g.expected)
+        expected = f"drawn ({called(g.expected)})" if g.probed is mean_unknown else called(g.expected)
         rules = map(called, (g.measure or g.precondition, g.refer, g.lift))
         turn = "" if g.turn is None else called(g.turn)
         return name, "P" if g.fits_p else "Q", *rules, expected, called(g.move), called(g.move_diagonal), turn
@@ -122,33 +122,53 @@ def geometries():
 
 
 def geometry_name(geometry):
-    """The registered geometry that a method uses, perhaps with another way to apply P."""
-    alike = (name for name, g in GEOMETRIES.items() if geometry == replace(g, precondition=geometry.precondition))
+    """The registered geometry that a method uses, perhaps with another way to apply P or to take the mean over v."""
+    kept = {name: getattr(geometry, name) for name in ("precondition", "expected", "probed")}
+    alike = (name for name, g in GEOMETRIES.items() if geometry == replace(g, **kept))
     return next(alike, "its own")
+
+
+def averaging(recipe, tempo):
+    return f"{called(tempo.averaging)}, {tempo.momentum:g}" if recipe.momentum else "none"
+
+
+def memory(tempo, kind):
+    """What a step of the factors is divided by."""
+    return f"{called(kind.normaliser)}, " + (f"running L, {tempo.memory:g}" if tempo.memory else "of the moment")
 
 
 def point(method):
     """Where a method with its defaults lies on each axis of the grid."""
     recipe, tempo = method().recipe(), method().tempo()
-    bound, clip = recipe.bound, recipe.clip
+    kind, clip = recipe.preconditioner, recipe.clip
+    bound = kind.bound
     offset = f" + {bound.offset:g}" if bound.offset else ""
     return {
-        "momentum": f"{called(tempo.averaging)}, {tempo.momentum:g}" if recipe.momentum else "none",
+        "momentum": averaging(recipe, tempo),
         "fits to": recipe.whiten,
         "trigger": called(tempo.fit),
         "damping": f"{called(recipe.damping)}, {tempo.damping:g}",
-        "geometry": geometry_name(recipe.geometry),
-        "P g": called(recipe.geometry.precondition),
-        "normaliser": f"running L, {tempo.memory:g}",
+        "geometry": geometry_name(kind.geometry),
+        "E T2 over v": called(kind.geometry.probed),
+        "P g": called(kind.geometry.precondition),
+        "normaliser": memory(tempo, kind),
         "norm bound": f"k = {bound.probes}, m = {bound.products}{offset}",
         "order": "fit, then precondition" if recipe.fit_first else "precondition, then fit",
         "balance": f"{called(tempo.balance)}, {'after' if recipe.balance_last else 'before'} the fit",
         "layout": called(recipe.layout),
-        "start": f"p = {recipe.start.power}, {'split' if recipe.start.split else 'not split'}",
+        "start": started(method(), recipe, kind),
         "clip": f"RMS {clip.rms:g}, entry {clip.entry:g}",
         "gain": f"{recipe.gain:g}",
         "decay": f"{method().weight_decay:g}",
     }
+
+
+def started(method, recipe, kind):
+    """How the first scale comes about."""
+    share = "split" if kind.split else "not split"
+    if method.start_scale() is not None:
+        return f"{method.start_scale():g}, {share}"
+    return f"p = {recipe.start.power}, {'one for all' if recipe.start.shared else 'one each'}, {share}"
 
 
 def grid():

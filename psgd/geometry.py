@@ -62,7 +62,7 @@ def itself(qs: Factors, v: Tensor) -> Tensor:
 # What T2 is in the mean over v ~ N(0, I); a number stands for so many times the identity.
 def others(qs: Factors, axis: int) -> float:
     """c = size / n of an axis: the product of the other axes' lengths."""
-    return float(prod(q.shape[0] for i, q in enumerate(qs) if i != axis))
+    return float(prod([q.shape[0] for i, q in enumerate(qs) if i != axis]))
 
 
 def isotropic(qs: Factors, axis: int) -> float:
@@ -96,7 +96,7 @@ def mean_unknown(qs: Factors) -> bool:
 
 
 def mean_dear(qs: Factors) -> bool:
-    """Where inverting would cost more than a draw: two dense factors, or one on a longer axis than all diagonal ones."""
+    """Where inverting would cost more than a draw: two dense factors, or one longer than all diagonal ones."""
     dense = [q.shape[0] for q in qs if q.ndim == 2]
     diagonal = [prod(q.shape) for q in qs if q.ndim < 2]
     return len(dense) > 1 or max(dense, default=0) > max(diagonal, default=0)

@@ -31,7 +31,6 @@ from psgd.schedule import (
     nesterov,
     never,
     periodic,
-    precond_update_prob_schedule,
 )
 from psgd.shapes import matrix, matrix_order, merge, squeeze
 from psgd.spectral import NormBound
@@ -53,7 +52,7 @@ def setting(
 
     within: an interval such as "[0, 1)" for numbers. kind: "number", "whole", "flag", "name", "dtype" or "pair".
     names: for a name, the collection it must be in (None allows None); looked up at each use, so that it may grow.
-    scheduled: it may also be a function of the step, or the four numbers of `precond_update_prob_schedule`.
+    scheduled: it may also be a function of the step, or the four numbers of one that `Annealed` is.
     """
     metadata = {"doc": doc, "within": within, "kind": kind, "names": names, "scheduled": scheduled}
     return field(default=default, metadata=metadata)
@@ -70,6 +69,15 @@ def outside(value: float, within: str) -> bool:
 def complaint(f: Field[Any], value: Any) -> str | None:
     """What is wrong with a value of a hyperparameter, with the remedy; None where nothing is."""
     kind, within, names = f.metadata["kind"], f.metadata["within"], f.metadata["names"]
+    if f.metadata["scheduled"] and isinstance(value, Annealed):
+        ok = all(isinstance(x, Real) for x in value) and 0 < value.min_prob <= value.max_prob
+        ok = (
+            ok
+            and not outside(value.max_prob, within or "(0, inf)")
+            and 0 <= value.decay < inf
+            and value.flat_start >= 0
+        )
+        return None if ok else f"must be four numbers, largest in {within}, smallest in (0, largest], decay, flat start"
     if f.metadata["scheduled"] and callable(value):
         return None
     if kind == "flag":
@@ -95,10 +103,10 @@ def complaint(f: Field[Any], value: Any) -> str | None:
 
 
 def normalised(f: Field[Any], value: Any) -> Any:
-    """A value as it is kept: a dtype by its name, a pair as a tuple, a whole number as an integer, a schedule as one."""
+    """A value as it is kept: a dtype by its name, a pair as a tuple, a whole number as an integer, ..."""
     kind = f.metadata["kind"]
     if f.metadata["scheduled"] and isinstance(value, (tuple, list)) and len(value) == len(Annealed._fields):
-        return precond_update_prob_schedule(*value)
+        return Annealed(*value)
     if kind == "dtype" and value is not None:
         return dtype_name(value)
     if kind == "pair" and isinstance(value, list):

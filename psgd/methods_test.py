@@ -205,8 +205,15 @@ def test_a_schedule_is_a_function_or_four_numbers(name: str, argument: str):
     for four in ((0.9, 0.1, 0.01, 50), [0.9, 0.1, 0.01, 50], Annealed(0.9, 0.1, 0.01, 50)):
         one = made(**{argument: four})
         assert isinstance(getattr(one, argument), Annealed) and one == made(**{argument: Annealed(0.9, 0.1, 0.01, 50)})
-    with pytest.raises(ValueError, match=r"min_prob=0\.1 and max_prob=1\.5 "):
-        made(**{argument: (1.5, 0.1, 0.01, 50)})
+    for wrong in (
+        (0.1, 0.5, 0.01, 50),
+        (0.9, 0.1, -0.01, 50),
+        ("a", 0.1, 0.1, 1),
+        (None, 0.1, 0.1, 1),
+        (-1.0, 0.1, 0, 0),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: {argument}=.* must be four numbers"):
+            made(**{argument: wrong})
 
 
 def test_schedules_are_asked_at_each_step():

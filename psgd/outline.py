@@ -29,9 +29,26 @@ BYTES = {
 }
 REAL = {"complex64": "float32", "complex128": "float64"}
 FINFO = {"bfloat16": np.float32, "float16": np.float16, "float32": np.float32, "float64": np.float64}
-ELEMENTWISE = "abs clip conj exp imag log maximum minimum real sqrt where".split()
-REDUCTIONS = "argmax max mean min sum".split()
-OPERATORS = "add sub mul truediv pow and or xor lt le gt ge eq ne rshift lshift".split()
+ELEMENTWISE = ("abs", "clip", "conj", "exp", "imag", "log", "maximum", "minimum", "real", "sqrt", "where")
+REDUCTIONS = ("argmax", "max", "mean", "min", "sum")
+OPERATORS = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+    "rshift",
+    "lshift",
+)
 
 
 def _view(shape: Shape) -> np.ndarray:

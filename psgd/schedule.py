@@ -7,6 +7,7 @@ toss, which itself is a function of seed, step and role, and, where it is kept, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -144,8 +145,8 @@ def precond_update_prob_schedule(
     """
     if not 0 < min_prob <= max_prob <= 1:
         raise ValueError(f"min_prob={min_prob!r} and max_prob={max_prob!r} must satisfy 0 < min_prob <= max_prob <= 1")
-    if not (decay >= 0 and flat_start >= 0):
-        raise ValueError(f"decay={decay!r} and flat_start={flat_start!r} must not be negative")
+    if not (0 <= decay < inf and flat_start >= 0):
+        raise ValueError(f"decay={decay!r} must lie in [0, inf) and flat_start={flat_start!r} must not be negative")
     return Annealed(max_prob, min_prob, decay, flat_start)
 
 

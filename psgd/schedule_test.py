@@ -126,9 +126,10 @@ def test_annealed_by_default():
         ({"min_prob": -0.1}, "min_prob=-0.1 and max_prob=1.0 "),
         ({"max_prob": nan}, "min_prob=0.03 and max_prob=nan "),
         ({"min_prob": nan}, "min_prob=nan and max_prob=1.0 "),
-        ({"decay": -0.001}, "decay=-0.001 and flat_start=500 "),
-        ({"decay": nan}, "decay=nan and flat_start=500 "),
-        ({"flat_start": -1}, "decay=0.001 and flat_start=-1 "),
+        ({"decay": -0.001}, "decay=-0.001 must lie in "),
+        ({"decay": nan}, "decay=nan must lie in "),
+        ({"decay": float("inf")}, "decay=inf must lie in "),
+        ({"flat_start": -1}, "flat_start=-1 must not be negative"),
     ],
 )
 def test_a_wrong_schedule_says_what_is_wrong(wrong: dict[str, float], said: str):

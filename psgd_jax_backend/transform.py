@@ -40,9 +40,9 @@ class PSGDState(NamedTuple):
 class Mapping(NamedTuple):
     """How the step of one tensor is mapped over many; the numbers are the same.
 
-    stack: leaves of equal shape and dtype are stepped together. scanned_layers: a tree of booleans, as the parameters or
-    a prefix of them: which leaves hold one layer for each entry of their first axis; each layer is preconditioned by
-    itself.
+    stack: leaves of equal shape and dtype are stepped together.
+    scanned_layers: a tree of booleans, as the parameters or a prefix of them: which leaves hold one layer for each
+    entry of their first axis. Each layer is preconditioned by itself.
     lax_map_scanned_layers: map over stacks in batches of `lax_map_batch_size`, which bounds the memory of the update.
     """
 
@@ -66,7 +66,7 @@ class Mapping(NamedTuple):
 
     def over(self, one: Callable[..., Any], *stacks: Any) -> Any:
         """A function of one tensor, mapped over stacks of them."""
-        if self.lax_map_scanned_layers:
+        if self.lax_map_scanned_layers and all(x.size for x in jax.tree.leaves(stacks)):
             return jax.lax.map(lambda xs: one(*xs), stacks, batch_size=self.lax_map_batch_size)
         return jax.vmap(one)(*stacks)
 
@@ -216,7 +216,9 @@ def _to_trees(count: Leaf, since: Leaf | None, states: list[State], treedef: Any
 def _to_states(state: PSGDState, treedef: Any) -> list[State]:
     q, ell = treedef.flatten_up_to(state.Q), treedef.flatten_up_to(state.L)
     momentum = [None] * len(q) if state.momentum is None else treedef.flatten_up_to(state.momentum)
-    return [State(m, Factors(a, b)) for m, a, b in zip(momentum, q, ell, strict=True)]
+    # Some containers of state, such as flax's, give a tuple back as a node of their own.
+    factors = [Factors(tuple(jax.tree.leaves(a)), tuple(jax.tree.leaves(b))) for a, b in zip(q, ell, strict=True)]
+    return [State(m, f) for m, f in zip(momentum, factors, strict=True)]
 
 
 def _started(
@@ -275,7 +277,7 @@ def _step_all(
         elif len(members) == 1 or not gradients[indices[0]].size:
             results = [one(*member) for member in members]
         else:
-            results = _step_stack(recipe, plan, *map(list, zip(*members, strict=True)), mapping)
+            results = _step_stack(recipe, plan, [g for g, _ in members], [s for _, s in members], mapping)
         for i, result in zip(indices, results, strict=True):
             done[i] = result
     return [u for u, _ in done], [s for _, s in done]

@@ -402,6 +402,15 @@ def test_layers_step_in_batches(size: int):
     compare(walk(batched, params), walk(kron(0.1, **options), params))
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_no_layers_and_empty_layers_are_let_be(alias: Callable, batched: bool):
+    params = {"none": jnp.zeros((0, 4, 3)), "hollow": jnp.zeros((3, 0, 2)), "points": jnp.zeros((0,))}
+    optimizer = alias(scanned_layers=True, lax_map_scanned_layers=batched, lax_map_batch_size=2)
+    state = optimizer.init(params)
+    updates, new = jax.eval_shape(optimizer.update, params, state, params)
+    assert types(updates) == types(params) and types(new) == types(state)
+
+
 BAD_LAYERS = [
     ({"scanned_layers": {"v": True}}, "scanned_layers has another structure than the parameters"),
     ({"scanned_layers": {"w": True, "s": {"t": True}}}, "scanned_layers has another structure than the parameters"),

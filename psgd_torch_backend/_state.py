@@ -71,7 +71,6 @@ def write(old: State, new: State) -> None:
         target.copy_(source.reshape(target.shape))
 
 
-def belongs(entry: Entry, recipe: Recipe, layers: Sequence[int], shape: Sequence[int]) -> bool:
-    """Are the factors of a state those of a tensor of a shape, stacked in so many layers?"""
-    expected = recipe.preconditioner.shapes(recipe.layout(tuple(shape)))
-    return [tuple(q.shape) for q in entry["Q"].values()] == [(*layers, *q) for q in expected]
+def factor_shapes(recipe: Recipe, layers: Sequence[int], shape: Sequence[int]) -> list[tuple[int, ...]]:
+    """The shapes of the factors of a tensor of a shape, stacked in so many layers."""
+    return [(*layers, *q) for q in recipe.preconditioner.shapes(recipe.layout(tuple(shape)))]

@@ -15,7 +15,7 @@ from psgd import pipeline
 from psgd._xp import dtype_name, real_dtype
 from psgd.methods import Method, documented
 from psgd.summary import Summary, row, summary
-from psgd_torch_backend._state import Stack, belongs, leaves, rebuilt, to_entry, to_state, write
+from psgd_torch_backend._state import Stack, factor_shapes, leaves, rebuilt, to_entry, to_state, write
 from psgd_torch_backend._step import Step, as_tensors, make_step, on_device
 
 ADAPTER_DEFAULTS: dict[str, Any] = {
@@ -71,7 +71,7 @@ class PSGD(torch.optim.Optimizer):
             if not isinstance(flags[name], bool):
                 raise ValueError(f"{cls.__name__}: {name}={flags[name]!r} must be True or False")
         size, layers = flags["stack_batch_size"], flags["scanned_layers"]
-        if not (size is None or (isinstance(size, int) and size > 0)):
+        if not (size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0)):
             raise ValueError(f"{cls.__name__}: stack_batch_size={size!r} must be None or a whole number above 0")
         if isinstance(layers, (list, set, frozenset)):
             layers = flags["scanned_layers"] = tuple(layers)
@@ -154,6 +154,7 @@ class PSGD(torch.optim.Optimizer):
 
     def _with_gradients(self, group: Group) -> list[Tensor]:
         cls, ready, layered = type(self).__name__, [], self._layered(group)
+        recipe, expected = self._settings(group)[1], {}
         for name, p in self._named(group):
             g = p.grad
             if g is None:
@@ -168,8 +169,10 @@ class PSGD(torch.optim.Optimizer):
                     "call zero_grad() and backward() again after changing a parameter's shape"
                 )
             entry = self.state.get(p)
-            parts = _parted(p, id(p) in layered)
-            if entry and "Q" in entry and not belongs(entry, self._settings(group)[1], *parts):
+            kind = (p.shape, id(p) in layered)
+            if kind not in expected:
+                expected[kind] = factor_shapes(recipe, *_parted(p, id(p) in layered))
+            if entry and "Q" in entry and [q.shape for q in entry["Q"].values()] != expected[kind]:
                 raise RuntimeError(
                     f"{cls}: {name} has shape {tuple(p.shape)}, its state belongs to another; delete optimizer.state[p]"
                 )
@@ -200,7 +203,7 @@ class PSGD(torch.optim.Optimizer):
             plan = plans[age, since]
             if since is not None:
                 for p in bucket:
-                    self.state[p]["since"] = torch.tensor(0 if plan.fit else since)
+                    self.state[p]["since"].fill_(0 if plan.fit else since)
             waiting += self._step_bucket(group, recipe, plan, bucket, tempo.trust, id(bucket[0]) in layered)
         return waiting
 
@@ -334,10 +337,10 @@ class PSGD(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave. Tensors keep their saved dtype, on the device of their parameter.
 
-        Functions of the step that were given as hyperparameters are not saved; this optimizer's own stay.
+        Hyperparameters that were not saved, as functions of the step are not, stay this optimizer's own.
         """
         loaded: dict[str, Any] = {}
-        functions = [{k: v for k, v in group.items() if callable(v)} for group in self.param_groups]
+        before = [{k: v for k, v in group.items() if k in self.defaults} for group in self.param_groups]
 
         def capture(_: Any, final: dict[str, Any]) -> None:
             loaded.update(final)
@@ -360,7 +363,7 @@ class PSGD(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-        for group, own in zip(self.param_groups, functions, strict=True):
+        for group, own in zip(self.param_groups, before, strict=True):
             group.update({k: v for k, v in own.items() if k not in group})
         self._forget()
 
