@@ -92,6 +92,7 @@ def measure(console: Console, *, quick: bool) -> dict[str, Any]:
 
 
 def cells(result: dict[str, Any]) -> Cells:
+    """A row for each method, framework and set of layers."""
     head = ["method", "framework", "layers", "fits every", "average step / step that fits", "quartiles"]
     return [head] + [
         [
@@ -107,6 +108,7 @@ def cells(result: dict[str, Any]) -> Cells:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.amortised", description="What a step costs in the end.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
     parser.add_argument("--markdown", action="store_true", help="print the table as docs/benchmarks.md has it")

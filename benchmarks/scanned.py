@@ -70,6 +70,7 @@ def measure(console: Console, *, quick: bool) -> dict[str, Any]:
 
 
 def cells(result: dict[str, Any]) -> Cells:
+    """A row for each method."""
     rows = result["rows"]
     deep, shallow = result["depths"]
     head = [
@@ -90,6 +91,7 @@ def cells(result: dict[str, Any]) -> Cells:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scanned", description="What scanned layers save.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
     parser.add_argument("--markdown", action="store_true", help="print the table as docs/benchmarks.md has it")

@@ -136,7 +136,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("longest axis stays dense", kron.DenseRule.__call__, "i != longest and", "True and", GOLDEN),
     Fault("axes in their own order", shapes.matrix_order, "_most_square(tuple(shape))[0]", "in_order(shape)", GOLDEN),
     Fault("fits a step too soon", schedule.evenly, "moment.since *", "(moment.since + 1) *", GOLDEN),
-    Fault("second step left to the coin", schedule.early, "<= steps", "< steps", GOLDEN),
+    Fault("first steps left to the coin", schedule.early, "<= steps", "<= 0", GOLDEN),
     Fault("average not corrected", schedule.corrected, "1 / (1 - beta**t)", "1.0", GOLDEN),
     Fault("whole step twice as long", pipeline.trust, "limit / xp", "2 * limit / xp", GOLDEN),
     Fault("bound decays without maximum", kron.fit, "* ell, ell)", "* ell, 0 * ell)", GOLDEN),
@@ -190,10 +190,10 @@ FAULTS: tuple[Fault, ...] = (
     Fault("jax: result of another leaf", transform._unstacked, "x[k]", "x[-1 - k]", LOCKED),
     Fault("jax: never counts on", transform.scale_by_psgd, "optax.safe_increment(state.since)", "state.since", LOCKED),
     Fault(
-        "jax: gradient of a layer reversed",
-        transform.Mapping.over,
-        "(one)(*st",
-        "(lambda x, *rest: one(-x, *rest))(*st",
+        "jax: a stack ascends",
+        transform._step_all,
+        "mapping.over(one, *members[0])",
+        "mapping.over(one, -members[0][0], members[0][1])",
         LOCKED,
     ),
     Fault(

@@ -243,9 +243,11 @@ def replay_optimizer(
         tensors = [player.read(f"grad/{t}/{i}") for i in range(n)]
         if t == 1:
             for indices in (group["params"] for group in groups):
-                started = start(options[indices[0]], [tensors[i][0] if scanned[i] else tensors[i] for i in indices])
+                started = start(
+                    options[indices[0]], [tensors[i][0, ...] if scanned[i] else tensors[i] for i in indices]
+                )
                 for i, state in zip(indices, started, strict=True):
-                    states[i] = [state] * len(tensors[i]) if scanned[i] else state
+                    states[i] = [state] * tensors[i].shape[0] if scanned[i] else state
         since += 1
         plans = _plans(options, groups, t, draws, since, common)
         since = 0 if plans[0].fit else since

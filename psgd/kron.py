@@ -169,7 +169,7 @@ def fit(
 
 
 @dataclass(frozen=True)
-class Kron:
+class Kronecker:
     """The Kronecker-factored preconditioner as the pipeline sees it: a geometry, and the rules that go with it.
 
     dense: which axes get a dense factor. bound: the norm bound. normaliser: what a step is divided by.

@@ -15,7 +15,7 @@ from conformance.frameworks import FRAMEWORKS, double_precision
 from psgd import criterion, kron, noise
 from psgd._xp import dtype_name, namespace
 from psgd.geometry import GEOMETRIES, Geometry, isotropic, mean_dear, mean_unknown, p_of_hermitian_q, p_of_q, triangular
-from psgd.kron import AxisNorm, DenseRule, Factors, Kron, by_terms, by_triangle
+from psgd.kron import AxisNorm, DenseRule, Factors, Kronecker, by_terms, by_triangle
 from psgd.noise import Counter
 from psgd.rotate import balanced
 from psgd.spectral import NormBound, general_bound
@@ -141,7 +141,7 @@ def test_one_diagonal(shape: tuple[int, ...], dense: tuple[bool, ...]):
 @given(shape=LENGTHS, spared=st.sampled_from([None, "one_diag", "all_diag"]), skew=st.sampled_from([1.0, inf]))
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_shapes_are_those_of_the_factors(shape: tuple[int, ...], spared: str | None, skew: float):
-    kind = Kron(GEOMETRIES["EQ"], DenseRule(5, skew, 1, spared))
+    kind = Kronecker(GEOMETRIES["EQ"], DenseRule(5, skew, 1, spared))
     factors = kind.init(np.zeros(shape, np.float32))
     assert kind.shapes(shape) == tuple(q.shape for q in factors.Q)
     assert all(q.dtype == np.float32 for q in factors.Q)
@@ -149,7 +149,7 @@ def test_shapes_are_those_of_the_factors(shape: tuple[int, ...], spared: str | N
 
 
 def test_the_record_passes_its_rules_on(geometry: Geometry):
-    kind = Kron(geometry, DenseRule(max_skew=inf), NormBound(4, 6), by_triangle, split=False)
+    kind = Kronecker(geometry, DenseRule(max_skew=inf), NormBound(4, 6), by_triangle, split=False)
     g = gaussian((3, 4), "float64", 0)
     factors = kind.init(g)
     assert kind.probed(factors) is geometry.probed(factors.Q)

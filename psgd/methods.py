@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from psgd import criterion
 from psgd._xp import PRECISIONS, dtype_name
 from psgd.geometry import GEOMETRIES, Geometry, inverse_gram, mean_dear, p_of_hermitian_q
-from psgd.kron import DenseRule, Kron, Normaliser, by_terms, by_triangle
+from psgd.kron import DenseRule, Kronecker, by_terms, by_triangle
 from psgd.pipeline import Clip, Recipe, StartScale, Tempo
 from psgd.schedule import (
     Annealed,
@@ -235,7 +235,7 @@ class QuadTorch(Method):
 
     def recipe(self) -> Recipe:
         return Recipe(
-            preconditioner=Kron(
+            preconditioner=Kronecker(
                 self.geometry,
                 DenseRule(self.max_size_dense, self.max_skew_dense, min_ndim=2),
                 NormBound(probes=4, products=6, offset=1e-9),
@@ -312,7 +312,7 @@ class KronWhiten(Method):
     def recipe(self) -> Recipe:
         rms, entry = self.grad_clip_max_amps
         return Recipe(
-            preconditioner=Kron(
+            preconditioner=Kronecker(
                 GEOMETRIES[self.dQ], DenseRule(self.preconditioner_max_size, self.preconditioner_max_skew)
             ),
             layout=squeeze,
@@ -371,7 +371,7 @@ class KronJax(Method):
 
     def recipe(self) -> Recipe:
         return Recipe(
-            preconditioner=Kron(
+            preconditioner=Kronecker(
                 GEOMETRIES["EQ"],
                 DenseRule(self.max_size_triangular, inf, self.min_ndim_triangular, self.memory_save_mode),
                 PSGD_JAX_BOUND,
@@ -457,9 +457,6 @@ class PsgdJax(Method):
         )
 
 
-NORMALISERS: dict[str, Normaliser] = {"1st": by_triangle, "2nd": by_terms}
-
-
 @method("affine", "Affine", "psgd_jax `affine`")
 class Affine(PsgdJax):
     """Whitening of matrices, tensors as the most square of them, by a triangular factor on either side."""
@@ -471,11 +468,11 @@ class Affine(PsgdJax):
 
     def recipe(self) -> Recipe:
         return Recipe(
-            preconditioner=Kron(
+            preconditioner=Kronecker(
                 replace(GEOMETRIES["EQ"], expected=inverse_gram, probed=mean_dear),
                 DenseRule(self.max_size_triangular, self.max_skew_triangular),
                 PSGD_JAX_BOUND,
-                NORMALISERS[self.step_normalizer_order],
+                by_triangle if self.step_normalizer_order == "1st" else by_terms,
             ),
             order=matrix_order,
             layout=matrix,

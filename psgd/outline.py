@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,19 +16,11 @@ import numpy as np
 Shape = tuple[int, ...]
 
 # Bytes of an element; a later dtype wins where two meet.
-BYTES = {
-    "bool": 1,
-    "int32": 4,
-    "int64": 8,
-    "bfloat16": 2,
-    "float16": 2,
-    "float32": 4,
-    "float64": 8,
-    "complex64": 8,
-    "complex128": 16,
-}
-REAL = {"complex64": "float32", "complex128": "float64"}
-FINFO = {"bfloat16": np.float32, "float16": np.float16, "float32": np.float32, "float64": np.float64}
+BYTES = MappingProxyType(
+    dict(bool=1, int32=4, int64=8, bfloat16=2, float16=2, float32=4, float64=8, complex64=8, complex128=16)
+)
+REAL = MappingProxyType(dict(complex64="float32", complex128="float64"))
+FINFO = MappingProxyType(dict(bfloat16=np.float32, float16=np.float16, float32=np.float32, float64=np.float64))
 ELEMENTWISE = ("abs", "clip", "conj", "exp", "imag", "log", "maximum", "minimum", "real", "sqrt", "where")
 REDUCTIONS = ("argmax", "max", "mean", "min", "sum")
 OPERATORS = (

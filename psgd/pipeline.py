@@ -21,7 +21,7 @@ import numpy as np
 from psgd import criterion, noise
 from psgd._xp import HALF, cast, dtype_name, dtype_of, lifted_dtype, make, namespace, number, products, real_dtype
 from psgd.arrays import Array, Factors
-from psgd.kron import Kron
+from psgd.kron import Kronecker
 from psgd.noise import Draws
 from psgd.schedule import Memory, Moment, Number, Toss, When, always, never
 from psgd.shapes import Shape, as_is, in_order
@@ -116,7 +116,7 @@ class Recipe:
     fit_precision, apply_precision: of the matrix products that fit the factors, that apply them (`_xp.products`).
     """
 
-    preconditioner: Kron
+    preconditioner: Kronecker
     order: Callable[[Shape], Shape] = in_order
     layout: Callable[[Shape], Shape] = as_is
     momentum: bool = True

@@ -16,7 +16,7 @@ from psgd import pipeline
 from psgd._xp import dtype_name, namespace
 from psgd.arrays import Factors
 from psgd.geometry import GEOMETRIES
-from psgd.kron import DenseRule, Kron
+from psgd.kron import DenseRule, Kronecker
 from psgd.methods import METHODS, Method
 from psgd.noise import Counter
 from psgd.pipeline import (
@@ -33,7 +33,7 @@ from psgd.pipeline import (
 )
 from psgd.schedule import Memory, Moment, capped_average, coin, corrected, from_first, nesterov, never, periodic
 
-QUAD = Kron(GEOMETRIES["QUAD"])
+QUAD = Kronecker(GEOMETRIES["QUAD"])
 SPIKE = "the Gram product of one step overflows to inf, and 0 * inf in the move makes every factor NaN"
 
 
@@ -393,7 +393,7 @@ def test_fit_first_or_last_and_not_at_all():
 
 @pytest.mark.parametrize("whiten", ["gradient", "momentum"])
 def test_what_is_whitened_is_not_what_is_applied(whiten: str):
-    kind = Kron(GEOMETRIES["QEQ"])
+    kind = Kronecker(GEOMETRIES["QEQ"])
     recipe = Recipe(preconditioner=kind, whiten=whiten, gain=0.5)
     old, g = normals(3, 4), normals(3, 4, seed=1)
     state = pipeline.init(recipe, g, 1.0)._replace(momentum=old)
@@ -459,7 +459,9 @@ def test_state_has_the_dtype_of_the_recipe():
 )
 def test_momentum_and_factors_keep_their_dtypes(name: str, given: str, momentum: str, factors: str, kept: tuple):
     framework = FRAMEWORKS[name]
-    recipe = Recipe(preconditioner=Kron(GEOMETRIES["EQ"]), lifted=True, momentum_dtype=momentum, factor_dtype=factors)
+    recipe = Recipe(
+        preconditioner=Kronecker(GEOMETRIES["EQ"]), lifted=True, momentum_dtype=momentum, factor_dtype=factors
+    )
     with double_precision(name):
         g = framework.array(normals(3, 4), given)
         state = pipeline.init(recipe, g, 2.0)
@@ -484,7 +486,7 @@ def test_half_precisions_work_as_they_are_unless_lifted():
 def test_momentum_is_rounded_after_its_use_and_factors_before():
     torch = FRAMEWORKS["torch"]
     g, p = torch.array(normals(3, 4), "float32"), plain(key=torch.array(np.ones(1), "int32"), momentum=Memory(0.1))
-    exact = Recipe(preconditioner=Kron(GEOMETRIES["EQ"]))
+    exact = Recipe(preconditioner=Kronecker(GEOMETRIES["EQ"]))
     rounded = replace(exact, momentum_dtype="bfloat16", factor_dtype="bfloat16")
     (u, full), (v, half) = (step(r, p, g, pipeline.init(r, g, 1.0)) for r in (exact, rounded))
     for x, y in zip((full.momentum, *full.factors.Q), (half.momentum, *half.factors.Q), strict=True):
