@@ -151,6 +151,17 @@ def matmul(a: Array, b: Array) -> Array:
     return xp.matmul(a, b, precision=precision) if xp.__name__.startswith("jax") else a @ b
 
 
+def solve(a: Array, b: Array) -> Array:
+    """Solve a y = b for a small square `a` (r, r) and a vector `b` (r,), by LU; half precisions in float32."""
+    xp, dtype = namespace(a), b.dtype
+    a, b = cast(a, _solvable(a)), cast(b, _solvable(b))
+    return cast(xp.reshape(xp.linalg.solve(a, b[:, None]), (-1,)), dtype)
+
+
+def _solvable(x: Array) -> Any:
+    return namespace(x).float32 if dtype_name(x.dtype) in HALF else x.dtype
+
+
 def solve_adjoint(q: Array, b: Array) -> Array:
     """Solve q^H y = b for an upper-triangular (n, n) `q` and an (n, k) `b`; half precisions are solved in float32."""
     xp, dtype = namespace(q), b.dtype

@@ -182,7 +182,7 @@ class Kronecker:
     normaliser: Normaliser = by_terms
     split: bool = True
 
-    def init(self, like: Tensor) -> Factors:
+    def init(self, like: Tensor, draws: Draws | None = None) -> Factors:
         """Identity factors of a tensor as `like`."""
         return init(self.dense(tuple(like.shape)), like)
 
@@ -203,7 +203,15 @@ class Kronecker:
         """Does whitening need a probe v?"""
         return self.geometry.probed(factors.Q)
 
-    def fit(self, factors: Factors, pair: Pair, rate: Scalar | float, memory: Scalar | float, draws: Draws) -> Factors:
+    def fit(
+        self,
+        factors: Factors,
+        pair: Pair,
+        rate: Scalar | float,
+        memory: Scalar | float,
+        draws: Draws,
+        side: bool | Scalar = False,
+    ) -> Factors:
         """One step towards fitting the pair."""
         return fit(self.geometry, self.bound, factors, pair, rate, memory, draws, self.normaliser)
 

@@ -13,13 +13,15 @@ from math import inf
 from numbers import Real
 from typing import Any, ClassVar
 
-from psgd import criterion
+from psgd import criterion, lra, xmat
 from psgd._xp import PRECISIONS, dtype_name
 from psgd.geometry import GEOMETRIES, Geometry, inverse_gram, mean_dear, p_of_hermitian_q
 from psgd.kron import DenseRule, Kronecker, by_terms, by_triangle
+from psgd.lra import LRA
 from psgd.pipeline import Clip, Recipe, StartScale, Tempo
 from psgd.schedule import (
     Annealed,
+    When,
     at,
     capped_average,
     coin,
@@ -33,7 +35,7 @@ from psgd.schedule import (
     periodic,
 )
 from psgd.shapes import matrix, matrix_order, merge, squeeze
-from psgd.spectral import NormBound
+from psgd.spectral import NormBound, TraceBound
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -111,6 +113,8 @@ def normalised(f: Field[Any], value: Any) -> Any:
         return dtype_name(value)
     if kind == "pair" and isinstance(value, list):
         return tuple(value)
+    if kind == "name" and isinstance(value, str) and value not in f.metadata["names"]():
+        return value.replace("p5", ".5")  # psgd_torch's other spelling of Q0.5EQ1.5
     if kind == "whole" and isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer():
         return int(float(value))
     return value
@@ -128,6 +132,7 @@ class Method:
     summary: ClassVar[str]
     source: ClassVar[str]
     complex_parameters: ClassVar[bool] = False
+    also: ClassVar[str] = ""  # another name of the optax function
     mask_name: ClassVar[str] = "weight_decay_mask"  # of the optax function's mask of weight decay
 
     lr: float = setting(1e-3, "learning rate", "[0, inf)")
@@ -279,48 +284,53 @@ class Quad(QuadTorch):
 
 
 # ---- psgd_torch ------------------------------------------------------------------------
-@method("kron_whiten", "KronWhiten", "psgd_torch `KronWhiten`")
-class KronWhiten(Method):
-    """Whitening of tensors of any order, complex ones too, in any of the registered geometries."""
+def geometry_name() -> Any:
+    """The hyperparameter `dQ`; psgd_torch also writes "Q0p5EQ1p5"."""
+    return setting("Q0.5EQ1.5", "the geometry", kind="name", names=lambda: tuple(GEOMETRIES))
 
-    complex_parameters = True
 
-    dQ: str = setting("Q0.5EQ1.5", "the geometry", kind="name", names=lambda: tuple(GEOMETRIES))
+def amplitudes() -> Any:
+    """The hyperparameter `grad_clip_max_amps`."""
+    return setting((2.0, 10.0), "largest RMS, then largest entry of the direction of a tensor", kind="pair")
+
+
+def longest() -> Any:
+    """The hyperparameter `preconditioner_max_size`."""
+    return setting(inf, "longest axis that gets a dense factor", "[0, inf]", "whole")
+
+
+def skewest() -> Any:
+    """The hyperparameter `preconditioner_max_skew`."""
+    return setting(1.0, "an axis is dense if its length squared is at most this times the tensor's size", "[0, inf]")
+
+
+def exactness() -> Any:
+    """The hyperparameter `exact_hessian_vector_product`."""
+    doc = "products with the Hessian by differentiating twice; False takes differences of two gradients"
+    return setting(True, doc, kind="flag")
+
+
+def step_bound() -> Any:
+    """The hyperparameter `grad_clip_max_norm`."""
+    return setting(inf, "largest length of the direction over all tensors", "(0, inf]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PsgdTorch(Method):
+    """What the methods of psgd_torch share: a capped average, a coin, a running bound, damping relative to rounding."""
+
     momentum: float = setting(0.0, "weight of the past in the average of gradients, at most", "[0, 1)")
-    whiten_grad: bool = setting(True, "whiten the gradient; False whitens the momentum", kind="flag")
-    update_preconditioner_first: bool = setting(True, "fit before preconditioning, or after", kind="flag")
     preconditioner_update_probability: float = setting(1.0, "probability of a fit, by one coin a step", "(0, 1]")
     lr_preconditioner: float = setting(0.1, "step size of the factors", "(0, 1)")
     betaL: float = setting(0.9, "memory of the running bound on the residual", "[0, 1)")
-    damping: float = setting(1e-9, "noise added to what is whitened, beside one rounding of it", "[0, inf)")
-    preconditioner_max_size: float = setting(inf, "longest axis that gets a dense factor", "[0, inf]", "whole")
-    preconditioner_max_skew: float = setting(
-        1.0, "an axis is dense if its length squared is at most this times the tensor's size", "[0, inf]"
-    )
+    damping: float = setting(1e-9, "noise added to what is fitted, beside one rounding of it", "[0, inf)")
     preconditioner_init_scale: float | None = setting(
-        None, "first scale of Q; None takes it from the first gradients", "(0, inf)"
-    )
-    grad_clip_max_amps: tuple[float, float] = setting(
-        (2.0, 10.0), "largest RMS, then largest entry of the direction of a tensor", kind="pair"
+        None, "first scale of Q; None takes it from what is fitted first", "(0, inf)"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.whiten_grad and not is_positive(self.momentum):
-            raise ValueError(f"{self.name}: whiten_grad=False whitens the momentum; give momentum > 0 with it")
-
-    def recipe(self) -> Recipe:
-        rms, entry = self.grad_clip_max_amps
-        return Recipe(
-            preconditioner=Kronecker(
-                GEOMETRIES[self.dQ], DenseRule(self.preconditioner_max_size, self.preconditioner_max_skew)
-            ),
-            layout=squeeze,
-            momentum=is_positive(self.momentum),
-            whiten="gradient" if self.whiten_grad else "momentum",
-            fit_first=self.update_preconditioner_first,
-            clip=Clip(rms, entry),
-        )
+    def balance(self) -> When:
+        """The steps at which factors are balanced."""
+        return never
 
     def tempo(self) -> Tempo:
         return Tempo(
@@ -330,8 +340,157 @@ class KronWhiten(Method):
             memory=self.betaL,
             damping=self.damping,
             fit=coin("fit", self.preconditioner_update_probability),
-            balance=never if GEOMETRIES[self.dQ].balance_first else coin("balance", 0.01),
+            balance=self.balance(),
+            side=coin("side", 0.5),
             seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whitening(PsgdTorch):
+    """What its whitening methods share."""
+
+    whiten_grad: bool = setting(True, "whiten the gradient; False whitens the momentum", kind="flag")
+    update_preconditioner_first: bool = setting(True, "fit before preconditioning, or after", kind="flag")
+    grad_clip_max_amps: tuple[float, float] = amplitudes()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.whiten_grad and not is_positive(self.momentum):
+            raise ValueError(f"{self.name}: whiten_grad=False whitens the momentum; give momentum > 0 with it")
+
+    def shared(self) -> dict[str, Any]:
+        """The part of the recipe that all of them have."""
+        return {
+            "momentum": is_positive(self.momentum),
+            "whiten": "gradient" if self.whiten_grad else "momentum",
+            "fit_first": self.update_preconditioner_first,
+            "clip": Clip(*self.grad_clip_max_amps),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Newton(PsgdTorch):
+    """What its methods for the inverse of the Hessian share: a pair (v, H v) at every fit, a bounded step."""
+
+    lr: float = setting(0.01, "learning rate", "[0, inf)")
+    grad_clip_max_norm: float = step_bound()
+    exact_hessian_vector_product: bool = exactness()
+
+    def shared(self) -> dict[str, Any]:
+        """The part of the recipe that all of them have."""
+        return {
+            "newton": True,
+            "momentum": is_positive(self.momentum),
+            "trusted": not isinstance(self.grad_clip_max_norm, Real) or self.grad_clip_max_norm < inf,
+        }
+
+    def tempo(self) -> Tempo:
+        base = super().tempo()
+        return replace(base, fit=early(1, base.fit), counts=True, trust=self.grad_clip_max_norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfAxes(PsgdTorch):
+    """A factor for each axis of each tensor, in any of the registered geometries."""
+
+    complex_parameters = True
+
+    dQ: str = geometry_name()
+    preconditioner_max_size: float = longest()
+    preconditioner_max_skew: float = skewest()
+
+    def balance(self) -> When:
+        return never if GEOMETRIES[self.dQ].balance_first else coin("balance", 0.01)
+
+    def kronecker(self) -> Kronecker:
+        """The preconditioner."""
+        return Kronecker(GEOMETRIES[self.dQ], DenseRule(self.preconditioner_max_size, self.preconditioner_max_skew))
+
+
+@method("kron_whiten", "KronWhiten", "psgd_torch `KronWhiten`")
+class KronWhiten(OfAxes, Whitening):
+    """Whitening of tensors of any order, complex ones too, in any of the registered geometries."""
+
+    def recipe(self) -> Recipe:
+        return Recipe(preconditioner=self.kronecker(), layout=squeeze, **self.shared())
+
+
+@method("kron_newton", "KronNewton", "psgd_torch `KronNewton`")
+class KronNewton(OfAxes, Newton):
+    """The inverse Hessian of tensors of any order, complex ones too, in any of the registered geometries."""
+
+    def recipe(self) -> Recipe:
+        return Recipe(preconditioner=self.kronecker(), layout=squeeze, **self.shared())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfRank(PsgdTorch):
+    """A low-rank preconditioner of all parameters."""
+
+    rank_of_approximation: int = setting(10, "rank; 0 is a diagonal preconditioner", "[0, inf)", "whole")
+
+    def whole(self) -> dict[str, Any]:
+        """The preconditioner, in a recipe."""
+        return {"preconditioner": LRA(self.rank_of_approximation), "whole": True}
+
+
+@method("lra_whiten", "LRAWhiten", "psgd_torch `LRAWhiten`")
+class LRAWhiten(OfRank, Whitening):
+    """Whitening of all parameters as one vector, by a low-rank preconditioner."""
+
+    def recipe(self) -> Recipe:
+        return Recipe(**self.whole(), **self.shared())
+
+
+@method("lra_newton", "LRANewton", "psgd_torch `LRANewton`")
+class LRANewton(OfRank, Newton):
+    """The inverse Hessian of all parameters as one vector, by a low-rank preconditioner."""
+
+    def recipe(self) -> Recipe:
+        return Recipe(**self.whole(), **self.shared())
+
+
+@method("dense_newton", "DenseNewton", "psgd_torch `DenseNewton`")
+class DenseNewton(Newton):
+    """The inverse Hessian of all parameters as one vector, by a matrix, in any of the registered geometries."""
+
+    dQ: str = geometry_name()
+
+    def recipe(self) -> Recipe:
+        kind = Kronecker(GEOMETRIES[self.dQ], DenseRule(max_skew=inf), TraceBound())
+        return Recipe(preconditioner=kind, whole=True, **self.shared())
+
+
+@method("kwns4", "KWNS4", "psgd_torch `KWNS4`")
+class Kwns4(Whitening):
+    """Whitening of tensors of any order in half precision (geometry Q0.5EQ1.5), with weight decay."""
+
+    lr: float = setting(2e-4, "learning rate", "[0, inf)")
+    weight_decay: float = setting(0.05, "weight decay", "[0, inf)")
+    decoupled_weight_decay: bool = setting(
+        True, "p loses lr * weight_decay of itself; False adds weight_decay * p to the gradient", kind="flag"
+    )
+    momentum: float = setting(0.9, "weight of the past in the average of gradients, at most", "[0, 1)")
+    whiten_grad: bool = setting(False, "whiten the gradient; False whitens the momentum", kind="flag")
+    lr_preconditioner: float = setting(0.5, "step size of the factors", "(0, 1)")
+    preconditioner_max_size: float = longest()
+    preconditioner_max_skew: float = skewest()
+    preconditioner_init_scale: float | None = setting(1.0, "first scale of Q", "(0, inf)")
+    preconditioner_dtype: Any = setting("bfloat16", "dtype of all state; None is the parameter's", kind="dtype")
+    resync_every: int = setting(1_000_000, "has no effect: ranks cannot drift apart here", "[1, inf)", "whole")
+
+    def balance(self) -> When:
+        return coin("balance", 0.01)
+
+    def recipe(self) -> Recipe:
+        dense = DenseRule(self.preconditioner_max_size, self.preconditioner_max_skew)
+        return Recipe(
+            preconditioner=Kronecker(GEOMETRIES["Q0.5EQ1.5"], dense),
+            layout=squeeze,
+            dtype=self.preconditioner_dtype,
+            decoupled=self.decoupled_weight_decay,
+            **self.shared(),
         )
 
 
@@ -452,6 +611,8 @@ class PsgdJax(Method):
             damping=0.0,
             fit=early(2, coin("fit", self.preconditioner_update_probability)),
             balance=coin("balance", 0.01),
+            side=coin("side", 0.5),
+            counts=True,
             trust=inf if self.update_global_norm_clip is None else self.update_global_norm_clip,
             seed=self.seed or 0,
         )
@@ -478,5 +639,40 @@ class Affine(PsgdJax):
             layout=matrix,
             damping=criterion.undamped,
             start=StartScale(power=2, shared=False),
+            **self.shared(),
+        )
+
+
+@method("xmat", "XMat", "psgd_jax `xmat`")
+class XMatJax(PsgdJax):
+    """Whitening of all parameters as one vector, by a diagonal and an antidiagonal."""
+
+    def recipe(self) -> Recipe:
+        normaliser = xmat.by_residual if self.step_normalizer_order == "1st" else xmat.by_terms
+        return Recipe(
+            preconditioner=xmat.XMat(normaliser),
+            whole=True,
+            damping=criterion.undamped,
+            start=StartScale(power=2),
+            **self.shared(),
+        )
+
+
+@method("low_rank_approximation", "LowRankApproximation", "psgd_jax `low_rank_approximation`")
+class LraJax(PsgdJax):
+    """Whitening of all parameters as one vector, by a low-rank preconditioner."""
+
+    also = "lra"
+
+    uvd_rank_of_approximation: int = setting(10, "rank; 0 is a diagonal preconditioner", "[0, inf)", "whole")
+
+    def recipe(self) -> Recipe:
+        normaliser = lra.BY_RESIDUAL if self.step_normalizer_order == "1st" else lra.BY_TERMS
+        return Recipe(
+            preconditioner=LRA(self.uvd_rank_of_approximation, normaliser, lra.as_they_are, lra.spread_by_rank),
+            whole=True,
+            damping=criterion.undamped,
+            balance_last=False,
+            start=StartScale(power=2),
             **self.shared(),
         )

@@ -22,10 +22,13 @@ from psgd import criterion, noise
 from psgd._xp import HALF, cast, dtype_name, dtype_of, lifted_dtype, make, namespace, number, products, real_dtype
 from psgd.arrays import Array, Factors
 from psgd.kron import Kronecker
+from psgd.lra import LRA
 from psgd.noise import Draws
 from psgd.schedule import Memory, Moment, Number, Toss, When, always, never
 from psgd.shapes import Shape, as_is, in_order
+from psgd.xmat import XMat
 
+Preconditioner = Kronecker | LRA | XMat
 Choose = Callable[..., Any]  # (flag, then, otherwise, operand) -> then(operand) or otherwise(operand)
 
 
@@ -89,6 +92,15 @@ class StartScale:
         largest = xp.max(xp.stack([cast(xp.max(s), wide) for s in sizes]))
         return [self.scale(largest, damping)] * len(sizes)
 
+    def probed(self, vs: Sequence[Array]) -> list[Array]:
+        """What the probes v of a Newton pair add to s, as a factor: (mean|v|^2)^(1/4), of all tensors or of each."""
+        if not self.shared:
+            return [power_mean(v, 2) ** 0.5 for v in vs]
+        xp, total = namespace(vs[0]), sum(prod(v.shape) for v in vs)
+        squares = [power_mean(v, 2) ** 2 * (prod(v.shape) / total) for v in vs]
+        wide = max((s.dtype for s in squares), key=lambda d: xp.finfo(d).bits)
+        return [sum(cast(s, wide) for s in squares) ** 0.25] * len(vs)
+
     def scale(self, size: Array, damping: Number) -> Array:
         """s of a size; 1 where it and the damping are zero."""
         xp, damping = namespace(size), number(damping, size)
@@ -104,19 +116,23 @@ class StartScale:
 class Recipe:
     """What a step computes: the rule on each axis of the grid. Static and hashable; one compiled step for each.
 
-    preconditioner: the factors, and how they move.
+    preconditioner: the factors, and how they move. whole: of all parameters, as one vector, instead of each.
+    newton: fit to Hessian-vector products; whitening methods may be given some too.
     order, layout: shape of a parameter -> order of its axes, shape of its preconditioned tensor.
     momentum: is there a momentum buffer? whiten: fit to the "gradient" or to the "momentum".
     damping: rule that adds noise to what is fitted. fit_first: fit before preconditioning, or after.
     balance_last: where a fit balances the factors, after it or before.
     start: rule of the first scale. clip: bounds on the direction; gain: a factor on it.
     trusted: is the length of a whole step bounded, over all tensors (`Tempo.trust`)?
+    decoupled: weight decay is apart from the gradient; if not, it is part of it.
     dtype: name of the dtype of all state and work; None is the parameter's. lifted: half precisions work in float32.
     momentum_dtype, factor_dtype: names of the dtypes these are kept in; None is the parameter's, and the work's.
     fit_precision, apply_precision: of the matrix products that fit the factors, that apply them (`_xp.products`).
     """
 
-    preconditioner: Kronecker
+    preconditioner: Preconditioner
+    whole: bool = False
+    newton: bool = False
     order: Callable[[Shape], Shape] = in_order
     layout: Callable[[Shape], Shape] = as_is
     momentum: bool = True
@@ -128,6 +144,7 @@ class Recipe:
     clip: Clip = Clip()
     gain: float = 1.0
     trusted: bool = False
+    decoupled: bool = True
     dtype: str | None = None
     lifted: bool = False
     momentum_dtype: str | None = None
@@ -141,7 +158,8 @@ class Tempo:
     """When and how much: the numbers of a method, and its rules in time.
 
     momentum: beta of `averaging`. rate: step -> preconditioner learning rate. memory: beta_L. damping: size of the
-    noise. fit, balance: the steps at which factors are fitted, balanced. counts: `fit` asks for `Moment.since`, an
+    noise. fit, balance: the steps at which factors are fitted, balanced. side: at which the first of two sides moves,
+    where a preconditioner moves one at a time. counts: `fit` asks for `Moment.since`, an
     integer of state beside the number of steps. trust: largest length of a whole step. seed: of the noise.
     """
 
@@ -152,6 +170,7 @@ class Tempo:
     damping: Number
     fit: When = always
     balance: When = never
+    side: When = never
     counts: bool = False
     trust: Number = inf
     seed: int = 0
@@ -162,6 +181,7 @@ class Plan(NamedTuple):
 
     fit: Any
     balance: Any
+    side: Any
     momentum: Memory
     rate: Number
     memory: Number
@@ -187,6 +207,7 @@ def plan(tempo: Tempo, step: Number, xp: ModuleType, toss: Toss | None = None, s
     return Plan(
         fit=tempo.fit(moment),
         balance=tempo.balance(moment),
+        side=tempo.side(moment),
         momentum=tempo.averaging(xp, t, tempo.momentum),
         rate=tempo.rate(xp, t),
         memory=tempo.memory,
@@ -200,7 +221,16 @@ def host_plan(tempo: Tempo, step: int, toss: Toss | None = None, since: int | No
     p = plan(tempo, step, np, toss, since)
     blend = None if p.momentum.blend is None else (float(p.momentum.blend[0]), float(p.momentum.blend[1]))
     memory = Memory(float(p.momentum.past), blend)
-    return Plan(bool(p.fit), bool(p.balance), memory, float(p.rate), p.memory, p.damping, int(p.key[0]))
+    decisions = bool(p.fit), bool(p.balance), bool(p.side)
+    return Plan(*decisions, memory, float(p.rate), p.memory, p.damping, int(p.key[0]))
+
+
+class Unasked:
+    """No draws: an error where one is asked for."""
+
+    def normal(self, role: str, shape: Sequence[int], like: Array, skip: Array | None = None) -> Array:
+        """Raise ValueError."""
+        raise ValueError(f"the preconditioner begins with random {role}; give `init` the draws of step 0")
 
 
 # ---- the work on one tensor ------------------------------------------------------------
@@ -244,11 +274,14 @@ def stored(recipe: Recipe, like: Array, work: Array) -> tuple[Any, Any]:
     )
 
 
-def init(recipe: Recipe, like: Array, scale: Number | None = None) -> State:
-    """State before the first step of a parameter. `scale` None: identity, to be `rescaled` when known."""
+def init(recipe: Recipe, like: Array, scale: Number | None = None, draws: Draws | None = None) -> State:
+    """State before the first step of a parameter. `scale` None: identity, to be `rescaled` when known.
+
+    draws: of step 0, for a preconditioner that begins at random.
+    """
     work = working(recipe, like)
     momentum, kept = stored(recipe, like, work)
-    factors = recipe.preconditioner.init(laid_out(recipe, work))
+    factors = recipe.preconditioner.init(laid_out(recipe, work), Unasked() if draws is None else draws)
     factors = factors._replace(Q=tuple(cast(q, kept) for q in factors.Q))
     zeros = make(like, "zeros", tuple(like.shape), dtype=momentum) if recipe.momentum else None
     state = State(zeros, factors)
@@ -261,7 +294,13 @@ def rescaled(recipe: Recipe, state: State, scale: Number) -> State:
 
 
 def step(
-    recipe: Recipe, plan: Plan, g: Array, state: State, draws: Draws | None = None, choose: Choose = branch
+    recipe: Recipe,
+    plan: Plan,
+    g: Array,
+    state: State,
+    draws: Draws | None = None,
+    choose: Choose = branch,
+    pair: tuple[Array, Array] | None = None,
 ) -> tuple[Array, State]:
     """One step of one parameter.
 
@@ -269,6 +308,7 @@ def step(
         g: gradient, in the parameter's shape, any floating dtype; read only.
         draws: where noise comes from; the plan's counter unless replayed.
         choose: how a decision of the plan selects a branch; a framework that traces passes its own conditional.
+        pair: (v, H v), in the parameter's shape, to fit to instead of whitening.
 
     Returns: the direction u (shape of g, dtype of the work), to be subtracted times the learning rate; the new state.
     """
@@ -276,7 +316,7 @@ def step(
         return working(recipe, g), state
     momentum, seen, smooth = observed(recipe, plan, g, state.momentum)
     old = state.factors
-    new = choose(plan.fit, lambda factors: fitted(recipe, plan, seen, factors, draws), lambda factors: factors, old)
+    new = choose(plan.fit, lambda f: fitted(recipe, plan, seen, f, draws, pair), lambda factors: factors, old)
     return directed(recipe, new if recipe.fit_first else old, smooth), State(momentum, new)
 
 
@@ -288,19 +328,31 @@ def observed(recipe: Recipe, plan: Plan, g: Array, m: Array | None) -> tuple[Arr
     return new, smooth if recipe.whiten == "momentum" else g, smooth
 
 
-def fitted(recipe: Recipe, plan: Plan, seen: Array, factors: Factors, draws: Draws | None = None) -> Factors:
-    """Factors after a fit to what was seen of a parameter, in their own dtypes."""
-    kind, seen, dtypes = recipe.preconditioner, laid_out(recipe, seen), [q.dtype for q in factors.Q]
+def fitted(
+    recipe: Recipe,
+    plan: Plan,
+    seen: Array,
+    factors: Factors,
+    draws: Draws | None = None,
+    given: tuple[Array, Array] | None = None,
+) -> Factors:
+    """Factors after a fit to what was seen of a parameter, or to a given pair (v, H v), in their own dtypes."""
+    kind, dtypes = recipe.preconditioner, [q.dtype for q in factors.Q]
+    seen = laid_out(recipe, seen if given is None else working(recipe, given[1]))
     draws = noise.Counter(plan.key) if draws is None else draws
     factors = factors._replace(Q=tuple(cast(q, seen.dtype) for q in factors.Q))
     if not recipe.balance_last:
         factors = kind.balanced(factors, plan.balance)
-    probed = kind.probed(factors)
+    probed = given is None and kind.probed(factors)
     silent = recipe.damping is criterion.undamped and not probed
     e = seen if silent else draws.normal("damping", seen.shape, seen)
-    pair = criterion.whitening(probed, seen, e, plan.damping, recipe.damping)
+    if given is None:
+        pair = criterion.whitening(probed, seen, e, plan.damping, recipe.damping)
+    else:
+        v = laid_out(recipe, working(recipe, given[0]))
+        pair = criterion.newton(v, seen, e, plan.damping, recipe.damping)
     with products(recipe.fit_precision):
-        factors = kind.fit(factors, pair, plan.rate, plan.memory, draws)
+        factors = kind.fit(factors, pair, plan.rate, plan.memory, draws, plan.side)
     if recipe.balance_last:
         factors = kind.balanced(factors, plan.balance)
     return factors._replace(Q=tuple(cast(q, dtype) for q, dtype in zip(factors.Q, dtypes, strict=True)))

@@ -146,7 +146,7 @@ def _operations(recipe: pipeline.Recipe, shape: Shape, dtype: str, fit: bool) ->
     xp = Outlines()
     g = Outline(shape, dtype, xp)
     state = pipeline.init(recipe, g)
-    plan = pipeline.Plan(fit, False, Memory(0.5), rate=0.1, memory=0.5, damping=0.1, key=None)
+    plan = pipeline.Plan(fit, False, False, Memory(0.5), rate=0.1, memory=0.5, damping=0.1, key=None)
     xp.flops = 0
     u, _ = pipeline.step(recipe, plan, g, state, Silence())
     pipeline.displacement(g, u, 0.1, 0.1)

@@ -1,0 +1,103 @@
+"""The X-shaped preconditioner of all parameters as one vector: diagonals both ways, at the cost of two vectors.
+
+With f(x) the reversal of x, Q = diag(a) + adiag(b):
+
+    Q x = a x + b f(x),     P g = Q^T Q g = (a^2 + f(b^2)) g + (a b + f(a b)) f(g)
+
+Real. Source: psgd_jax `_update_precond_Xmat_math_`, `_precond_grad_Xmat_math`; arXiv 2211.04422.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+from psgd._xp import eps, make, namespace, number, tiny
+from psgd.arrays import Factors, Scalar, Tensor
+from psgd.criterion import Pair
+from psgd.noise import Draws
+from psgd.shapes import Shape
+
+
+def flipped(x: Tensor) -> Tensor:
+    """f(x): the vector read backwards."""
+    return namespace(x).flip(x, axis=0)
+
+
+# What a step is normalised by: (x, y, Da, Db) -> ell, Da, Db.
+Steps = tuple[Scalar, Tensor, Tensor]
+
+
+def by_terms(x: Tensor, y: Tensor, da: Tensor, db: Tensor) -> Steps:
+    """ell = max(x^2 + y^2) ['2nd']."""
+    return namespace(x).max(x * x + y * y), da, db
+
+
+def by_residual(x: Tensor, y: Tensor, da: Tensor, db: Tensor) -> Steps:
+    """ell = max(|Da|, |Db|), of residuals that are more than rounding ['1st']."""
+    xp, rounding = namespace(x), 4 * eps(x) * (x * x + y * y)
+    da = xp.where(xp.abs(da) > rounding, da, xp.zeros_like(da))
+    db = xp.where(xp.abs(db) > rounding, db, xp.zeros_like(db))
+    return xp.max(xp.maximum(xp.abs(da), xp.abs(db))), da, db
+
+
+@dataclass(frozen=True)
+class XMat:
+    """Q = diag(a) + adiag(b); see the module. Keeps `Q` = (a, b), each (n,), and no bounds."""
+
+    normaliser: Callable[[Tensor, Tensor, Tensor, Tensor], Steps] = by_terms
+
+    def init(self, like: Tensor, draws: Draws | None = None) -> Factors:
+        """a = 1, b = 0."""
+        return Factors((make(like, "ones", tuple(like.shape)), make(like, "zeros", tuple(like.shape))), ())
+
+    def shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """The shapes of a and b."""
+        return ((prod(shape),), (prod(shape),))
+
+    def rescaled(self, factors: Factors, scale: Scalar | float) -> Factors:
+        """Q times `scale`."""
+        return factors._replace(Q=tuple(q * number(scale, q) for q in factors.Q))
+
+    def balanced(self, factors: Factors, when: bool | Scalar) -> Factors:
+        """The factors: there is nothing to balance."""
+        return factors
+
+    def probed(self, factors: Factors) -> bool:
+        """Whitening needs a probe v."""
+        return True
+
+    def fit(
+        self,
+        factors: Factors,
+        pair: Pair,
+        rate: Scalar | float,
+        memory: Scalar | float,
+        draws: Draws,
+        side: bool | Scalar = False,
+    ) -> Factors:
+        r"""One step towards P h = v.
+
+            x = Q h,  y = Q^-T v,   Da = x^2 - y^2,  Db = x f(x) - y f(y),  m = mu / ell
+            a <- a - m (Da a + Db f(b)),    b <- b - m (Db a' + Da b),  a' = f(a)
+
+        The middle of b stays 0 where n is odd. Every pair of entries is a 2 x 2 matrix; its determinant a f(a) - b f(b)
+        stays positive for mu < 1.
+        """
+        (a, b), h, v = factors.Q, pair.h, pair.v
+        x = a * h + b * flipped(h)
+        y = (flipped(a) * v - flipped(b) * flipped(v)) / (a * flipped(a) - b * flipped(b))
+        da, db = x * x - y * y, x * flipped(x) - y * flipped(y)
+        if a.shape[0] % 2:
+            i = make(a, "arange", a.shape[0], dtype=namespace(a).int32)
+            db = namespace(a).where(i == a.shape[0] // 2, namespace(a).zeros_like(db), db)
+        ell, da, db = self.normaliser(x, y, da, db)
+        m = number(rate, a) / (ell + tiny(a))
+        return Factors((a - m * (da * a + db * flipped(b)), b - m * (da * b + db * flipped(a))), factors.L)
+
+    def precondition(self, factors: Factors, g: Tensor) -> Tensor:
+        """P g."""
+        a, b = factors.Q
+        cross = a * b
+        return (a * a + flipped(b * b)) * g + (cross + flipped(cross)) * flipped(g)
