@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from conformance.compare import method_for, rounded
 from conformance.drivers import DRIVERS
 from conformance.frameworks import double_precision
 from conformance.problems import PROBLEMS
+from conformance.reference import Reference, leaves
 from psgd.methods import METHODS
 
 # Compiling takes seconds, and adds nothing to what a driver shows.
@@ -26,9 +27,9 @@ def precise():
         yield
 
 
-def made(driver, method, dtype="float64", start=None, **hyperparameters):
-    start = rounded(PROBLEM.init(0), dtype) if start is None else start
-    return DRIVERS[driver](method_for(method, PROBLEM, **hyperparameters), PROBLEM, start, dtype)
+def made(driver, method, dtype="float64", start=None, problem=PROBLEM, **hyperparameters):
+    start = rounded(problem.init(0), dtype) if start is None else start
+    return DRIVERS[driver](method_for(method, problem, **hyperparameters), problem, start, dtype)
 
 
 def gradients(step):
@@ -57,10 +58,12 @@ def test_snapshots_hold_everything(driver, method):
     after = run.step(gradients(1))
     assert_same(after.params, {name: before.params[name] + after.updates[name] for name in SHAPES})
     assert any(np.any(u) for u in after.updates.values())
-    kept = {"step", "momentum"} if run.method.recipe().momentum else {"step"}
+    recipe = run.method.recipe()
+    kept = {"step"} | ({"momentum"} if recipe.momentum else set())
+    kept |= {"since"} if run.method.tempo().counts else set()
     for name, shape in SHAPES.items():
         own = {leaf.split("/", 1)[1]: x for leaf, x in after.state.items() if leaf.split("/")[0] == name}
-        factors = max(len(shape), 1)
+        factors = len(recipe.preconditioner.shapes(recipe.layout(shape)))
         assert own.keys() == kept | {f"{kind}/{i}" for kind in "QL" for i in range(factors)}
         assert own["step"] == 1
         assert own.get("momentum", np.empty(shape)).shape == shape
@@ -149,3 +152,49 @@ def test_hyperparameters_reach_the_optimizer(driver, method):
         leaves = zip(same.state.values(), expected.state.values(), strict=True)
         moved = any(not np.array_equal(x, y) for x, y in leaves)
         assert moved or any(not np.array_equal(same.updates[leaf], expected.updates[leaf]) for leaf in SHAPES), name
+
+
+# ---- stacked layers -------------------------------------------------------------------------
+STACKED = replace(PROBLEM, scanned=frozenset(["W", "b"]))  # six vectors of nine, and six scalars
+
+
+@ALL_METHODS
+def test_a_layer_goes_as_a_parameter_alone(method):
+    """The oracle with six layers in a stack, and with each of them as a parameter of its own."""
+
+    def parted(arrays):
+        rest = {name: x for name, x in arrays.items() if name not in STACKED.scanned}
+        return rest | {f"{name}{k}": arrays[name][k, ...] for name in STACKED.scanned for k in range(6)}
+
+    whole = made("numpy", method, problem=STACKED).run
+    parts = Reference(whole.method, parted(whole.params))
+    for step in (1, 2, 3):
+        whole.step(gradients(step))
+        parts.step(parted(gradients(step)))
+    assert_same(parted(whole.params), parts.params)
+    for name in STACKED.scanned:
+        for k in range(6):
+            for mine, alone in zip(leaves(whole.states[name]), leaves(parts.states[f"{name}{k}"]), strict=True):
+                np.testing.assert_allclose(mine[k], alone, rtol=1e-12)
+    alike = Reference(whole.method, PROBLEM.init(0))
+    for step in (1, 2, 3):
+        alike.step(gradients(step))
+    assert not np.allclose(alike.params["W"], whole.params["W"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["quad", "kron"])
+@pytest.mark.parametrize("driver", ["torch", "torch-loop", "jax", "strict"])
+def test_drivers_agree_on_stacked_layers(driver, method):
+    """Step by step, and in what they tell of every layer; then from the snapshot of another."""
+    run, oracle = (made(name, method, problem=STACKED) for name in (driver, "numpy"))
+    for step in (1, 2):
+        after, expected = run.step(gradients(step)), oracle.step(gradients(step))
+        for kind in after._fields:
+            assert_same(getattr(after, kind), getattr(expected, kind))
+    assert after.state["W/Q/0"].shape[0] == after.state["b/L/0"].shape[0] == 6
+    other = made(driver, method, problem=STACKED)
+    other.step(gradients(11))
+    other.load(expected)
+    after, expected = other.step(gradients(3)), oracle.step(gradients(3))
+    for kind in after._fields:
+        assert_same(getattr(after, kind), getattr(expected, kind))

@@ -136,7 +136,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("longest axis stays dense", kron.DenseRule.__call__, "i != longest and", "True and", GOLDEN),
     Fault("axes in their own order", shapes.matrix_order, "_most_square(tuple(shape))[0]", "in_order(shape)", GOLDEN),
     Fault("fits a step too soon", schedule.evenly, "moment.since *", "(moment.since + 1) *", GOLDEN),
-    Fault("first steps left to the coin", schedule.early, "<= steps", "<= 0", GOLDEN),
+    Fault("fits early, turned round", schedule.early, "<= steps", "> steps", GOLDEN),
     Fault("average not corrected", schedule.corrected, "1 / (1 - beta**t)", "1.0", GOLDEN),
     Fault("whole step twice as long", pipeline.trust, "limit / xp", "2 * limit / xp", GOLDEN),
     Fault("bound decays without maximum", kron.fit, "* ell, ell)", "* ell, 0 * ell)", GOLDEN),
