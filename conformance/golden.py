@@ -10,17 +10,18 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf, prod
+from math import inf, prod, sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from conformance.frameworks import Framework, double_precision
-from conformance.reference import stacked, start, trusted
+from conformance.reference import stacked, trusted
 from psgd import criterion, kron, pipeline, rotate, schedule, shapes
-from psgd._xp import make, namespace
+from psgd._xp import eps, make, namespace
 from psgd.geometry import GEOMETRIES
+from psgd.lra import LRA
 from psgd.methods import METHODS, Method
 from psgd.spectral import NormBound, TraceBound, general_bound
 
@@ -52,7 +53,7 @@ class Recording:
     """Draws that were recorded, in call order: normal numbers and coins apart, since coins are decided on the host."""
 
     def __init__(self, player: Player, t: int) -> None:
-        kinds = [k.split(":")[0] for k in player.case["draws"].get(str(t), [])]
+        kinds = [k.split(":")[0] for k in (player.case.get("draws") or {}).get(str(t)) or []]
         values = [player.data[f"draw/{t}/{i}"] for i in range(len(kinds))]
         is_coin = [kind in ("rand", "uniform") for kind in kinds]
         self.player = player
@@ -71,6 +72,8 @@ class Recording:
         if not self.normals:
             raise ValueError(f"the step asks for a draw for {role}, but no recorded one is left")
         value = self.normals.pop(0)
+        while self.normals and value.size < prod(shape):  # one vector, drawn tensor by tensor
+            value = np.concatenate([value.reshape(-1), self.normals.pop(0).reshape(-1)])
         if value.size != prod(shape):
             raise ValueError(f"recorded draw for {role} has shape {value.shape}, the step asks for {tuple(shape)}")
         return namespace(like).astype(self.player.array(value.reshape(shape)), like.dtype)
@@ -208,10 +211,30 @@ def replay_jax_kron(player: Player) -> Iterator[Compared]:
     return replay_optimizer(player, METHODS["kron"], renamed, common=("fit", "balance"))
 
 
-@family("jax_affine")
+@family("jax_affine", "jax_affine_hessian")
 def replay_jax_affine(player: Player) -> Iterator[Compared]:
     """psgd_jax's `affine`."""
-    return replay_optimizer(player, METHODS["affine"], MAPPED | {"learning_rate": "lr"})
+    return replay_optimizer(player, METHODS["affine"], MAPPED | {"learning_rate": "lr"}, late=True)
+
+
+@family("class_KronNewton", "class_DenseNewton", "class_LRAWhiten", "class_LRANewton", "class_KWNS4")
+def replay_class(player: Player) -> Iterator[Compared]:
+    """psgd_torch's other optimizers; the last word of the family is the class."""
+    title = player.case["family"].removeprefix("class_")
+    method = next(made for made in METHODS.values() if made.title == title)
+    return replay_optimizer(player, method, {"lr_params": "lr"})
+
+
+@family("jax_xmat", "jax_xmat_hessian", "jax_readme")
+def replay_jax_xmat(player: Player) -> Iterator[Compared]:
+    """psgd_jax's `xmat`."""
+    return replay_optimizer(player, METHODS["xmat"], MAPPED | {"learning_rate": "lr"}, late=True)
+
+
+@family("jax_lra", "jax_lra_hessian")
+def replay_jax_lra(player: Player) -> Iterator[Compared]:
+    """psgd_jax's `low_rank_approximation`."""
+    return replay_optimizer(player, METHODS["low_rank_approximation"], MAPPED | {"learning_rate": "lr"}, late=True)
 
 
 def replay_optimizer(
@@ -219,76 +242,249 @@ def replay_optimizer(
     method: type[Method],
     renamed: Mapping[str, str | None],
     common: Sequence[str] = ("fit",),
+    *,
+    late: bool = False,
 ) -> Iterator[Compared]:
     """A method's pipeline, tensor after tensor, in the order in which the recorded run drew its numbers.
 
-    common: roles of coins that were tossed once for all tensors; the others were tossed for each.
+    common: roles of coins that were tossed once for all tensors; the others were tossed for each. late: the state before
+    the first step was recorded before it got its scale.
     """
     n = len(player.case["shapes"])
     groups = player.case.get("groups") or [{"params": list(range(n))}]
+    options = _options(player, method, groups, renamed)
+    whole = options[0].recipe().whole
+    scanned = player.case["hyperparameters"].get("scanned_layers") or [False] * n
+    units = [Unit(list(range(n)))] if whole else [Unit([i], scanned[i]) for i in range(n)]
+    params = [player.read(f"param/0/{i}") for i in range(n)]
+    since = 0
+    for t in player.steps:
+        draws = Recording(player, t)
+        if player.case.get("mode") == "hessian":
+            draws = Recording(player, -1)  # what was drawn at this step made v, which was recorded
+        tensors = [player.read(f"grad/{t}/{i}") for i in range(n)]
+        if not options[0].recipe().decoupled:
+            tensors = [g + options[i].weight_decay * params[i] for i, g in enumerate(tensors)]
+        since += 1
+        plans = _plans(player, options, groups, t, draws, since, common)
+        since = 0 if plans[0].fit else since
+        pairs = _pairs(player, t, draws) if plans[0].fit else None
+        if whole and not plans[0].fit:
+            draws.normals.clear()  # psgd_jax draws a probe at every step
+        if t == 1:
+            begun = Recording(player, 0)
+            for unit in units:
+                unit.begin(options[unit.members[0]].recipe(), tensors, begun)
+            begun.spent()
+        if t == 1 and late:
+            yield from _state(player, 0, units)
+        _scale(player, options, groups, units, t, tensors, pairs, plans[0].fit)
+        if t == 1 and not late:
+            yield from _state(player, 0, units)
+        directions: list[Any] = [None] * n
+        for unit in units:
+            first = unit.members[0]
+            us = unit.step(options[first].recipe(), plans[first], tensors, pairs, draws)
+            for i, u in zip(unit.members, us, strict=True):
+                directions[i] = u
+        changes = [
+            pipeline.displacement(p, u, options[i].lr, options[i].weight_decay if options[i].recipe().decoupled else 0)
+            for i, (p, u) in enumerate(zip(params, trusted(options[0], directions), strict=True))
+        ]
+        params = [p + change for p, change in zip(params, changes, strict=True)]
+        draws.spent()
+        yield from _state(player, t, units)
+        yield from player.state(t, "out", changes)
+        yield from player.state(t, "param", params)
+
+
+def _options(
+    player: Player, method: type[Method], groups: Sequence[Any], renamed: Mapping[str, str | None]
+) -> dict[int, Method]:
+    """The method of each tensor, by its group."""
     options: dict[int, Method] = {}
     for group in groups:
         given = player.case["hyperparameters"] | {k: v for k, v in group.items() if k != "params"}
         kept = {renamed.get(k, k): number(v) for k, v in given.items() if v != "default schedule"}
         kept.pop(None, None)
-        if kept.get("dtype"):
-            kept["dtype"] = player.framework.nearest(kept["dtype"])
+        for name in ("dtype", "preconditioner_dtype"):
+            if kept.get(name):
+                kept[name] = player.framework.nearest(kept[name])
         options |= dict.fromkeys(group["params"], method.of(**kept))
-    scanned = player.case["hyperparameters"].get("scanned_layers") or [False] * n
-    params = [player.read(f"param/0/{i}") for i in range(n)]
-    states: list[Any] = [None] * n
-    since = 0
-    for t in player.steps:
-        draws = Recording(player, t)
-        tensors = [player.read(f"grad/{t}/{i}") for i in range(n)]
-        if t == 1:
-            for indices in (group["params"] for group in groups):
-                started = start(
-                    options[indices[0]], [tensors[i][0, ...] if scanned[i] else tensors[i] for i in indices]
-                )
-                for i, state in zip(indices, started, strict=True):
-                    states[i] = [state] * tensors[i].shape[0] if scanned[i] else state
-        since += 1
-        plans = _plans(options, groups, t, draws, since, common)
-        since = 0 if plans[0].fit else since
-        directions = []
-        for i, g in enumerate(tensors):
-            stepped = _step_scanned if scanned[i] else pipeline.step
-            u, states[i] = stepped(options[i].recipe(), plans[i], g, states[i], draws)
-            directions.append(u)
-        changes = [
-            pipeline.displacement(p, u, options[i].lr, options[i].weight_decay)
-            for i, (p, u) in enumerate(zip(params, trusted(options[0], directions), strict=True))
-        ]
-        params = [p + change for p, change in zip(params, changes, strict=True)]
-        draws.spent()
-        flat = [stacked(s) if scanned[i] else s for i, s in enumerate(states)]
-        yield from player.state(t, "Q", [q for s in flat for q in s.factors.Q])
-        yield from player.state(t, "L", [x for s in flat for x in s.factors.L])
-        yield from player.state(t, "m", [s.momentum for s in flat])
-        yield from player.state(t, "out", changes)
-        yield from player.state(t, "param", params)
+    return options
+
+
+class Unit:
+    """What one preconditioner is for: a tensor, the layers that a tensor stacks, or all tensors as one vector."""
+
+    def __init__(self, members: list[int], scanned: bool = False) -> None:
+        self.members, self.scanned = members, scanned
+        self.states: list[pipeline.State] = []
+        self.shapes: list[tuple[int, ...]] = []
+        self.scaled = False
+
+    @property
+    def state(self) -> pipeline.State:
+        return stacked(self.states) if self.scanned else self.states[0]
+
+    @property
+    def momenta(self) -> list[Any]:
+        """Momentum, as many arrays as there are tensors."""
+        m = self.state.momentum
+        return [] if m is None else [m] if len(self.members) == 1 else self.split(m)
+
+    def joined(self, tensors: Sequence[Any]) -> Any:
+        """The tensor, or all of them as one vector."""
+        own = [tensors[i] for i in self.members]
+        if len(self.shapes) < 2 and own[0].ndim and len(own) == 1 and not self.flat:
+            return own[0]
+        xp = namespace(own[0])
+        return xp.concat([xp.reshape(x, (-1,)) for x in own])
+
+    flat = False
+
+    def split(self, vector: Any) -> list[Any]:
+        """The inverse of `joined`, for vectors."""
+        ends = np.cumsum([prod(shape) for shape in self.shapes]).tolist()
+        xp, starts = namespace(vector), [0, *ends[:-1]]
+        return [xp.reshape(vector[a:b], shape) for a, b, shape in zip(starts, ends, self.shapes, strict=True)]
+
+    def begin(self, recipe: pipeline.Recipe, tensors: Sequence[Any], draws: Any) -> None:
+        """First state, not yet scaled."""
+        self.shapes, self.flat = [tuple(tensors[i].shape) for i in self.members], recipe.whole
+        if self.scanned:
+            one = pipeline.init(recipe, tensors[self.members[0]][0, ...])
+            self.states = [one] * tensors[self.members[0]].shape[0]
+        else:
+            self.states = [
+                pipeline.init(recipe, self.joined(tensors) if self.flat else tensors[self.members[0]], None, draws)
+            ]
+
+    def rescale(self, recipe: pipeline.Recipe, scale: Any) -> None:
+        self.states = [pipeline.rescaled(recipe, state, scale) for state in self.states]
+        self.scaled = True
+
+    def step(
+        self, recipe: pipeline.Recipe, plan: pipeline.Plan, tensors: Sequence[Any], pairs: Any, draws: Recording
+    ) -> list[Any]:
+        """Directions of its tensors."""
+        if self.scanned:
+            u, self.states = _step_scanned(recipe, plan, tensors[self.members[0]], self.states, draws)
+            return [u]
+        take = self.joined if self.flat else lambda xs: xs[self.members[0]]
+        pair = None if pairs is None else (take(pairs[0]), take(pairs[1]))
+        u, state = pipeline.step(recipe, plan, take(tensors), self.states[0], draws, pair=pair)
+        self.states = [state]
+        return self.split(u) if self.flat else [u]
+
+
+def _state(player: Player, t: int, units: Sequence[Unit]) -> Iterator[Compared]:
+    yield from player.state(t, "Q", [q for unit in units for q in unit.state.factors.Q])
+    yield from player.state(t, "L", [x for unit in units for x in unit.state.factors.L])
+    flat = player.case["state"].get("m", []) == ["all, flattened"]
+    yield from player.state(t, "m", [m for u in units for m in ([u.state.momentum] if flat else u.momenta)])
+
+
+def _scale(
+    player: Player,
+    options: Mapping[int, Method],
+    groups: Sequence[Any],
+    units: Sequence[Unit],
+    t: int,
+    tensors: Sequence[Any],
+    pairs: Any,
+    fit: bool,
+) -> None:
+    """The first scale, at the first step or, from Hessian-vector products, with the first fit."""
+    by_pairs = options[0].recipe().newton or f"flag/{t}" in player.data
+    for group in groups:
+        own = [u for u in units if set(u.members) & set(group["params"]) and not u.scaled]
+        method = options[group["params"][0]]
+        recipe, given = method.recipe(), method.start_scale()
+        if given is not None:
+            for unit in own:
+                unit.rescale(recipe, given)
+        elif own and (fit or not by_pairs):
+            seen = tensors if pairs is None else pairs[1]
+            take = [
+                seen[u.members[0]][0, ...] if u.scanned else u.joined(seen) if u.flat else seen[u.members[0]]
+                for u in own
+            ]
+            scales = recipe.start(
+                [recipe.start.size(pipeline.working(recipe, x)) for x in take], method.tempo().damping
+            )
+            if pairs is not None:
+                vs = [u.joined(pairs[0]) if u.flat else pairs[0][u.members[0]] for u in own]
+                scales = [s * b for s, b in zip(scales, recipe.start.probed(vs), strict=True)]
+            for unit, scale in zip(own, scales, strict=True):
+                unit.rescale(recipe, scale)
+
+
+def _pairs(player: Player, t: int, draws: Recording) -> tuple[list[Any], list[Any]] | None:
+    """v and H v of all tensors at a step that fits, where they were recorded; v may be the draws themselves."""
+    indices = range(len(player.case["shapes"]))
+    difference = f"pgrad/{t}/0" in player.data
+    if not difference and f"h/{t}/0" not in player.data:
+        return None
+    if difference:
+        gs, moved = ([player.read(f"{kind}/{t}/{i}") for i in indices] for kind in ("grad", "pgrad"))
+        delta = sqrt(max(eps(g) for g in gs))
+        hs = [(b - a) / delta for a, b in zip(gs, moved, strict=True)]
+    else:
+        hs = [player.read(f"h/{t}/{i}") for i in indices]
+    if f"v/{t}/0" in player.data:
+        return [player.read(f"v/{t}/{i}") for i in indices], hs
+    return [draws.normal(f"v/{i}", tuple(h.shape), h) for i, h in enumerate(hs)], hs
+
+
+EACH_GROUP = ("kwns4",)  # methods that toss for each group
 
 
 def _plans(
-    options: Mapping[int, Method], groups: Sequence[Any], t: int, draws: Recording, since: int, common: Sequence[str]
+    player: Player,
+    options: Mapping[int, Method],
+    groups: Sequence[Any],
+    t: int,
+    draws: Recording,
+    since: int,
+    common: Sequence[str],
 ) -> dict[int, pipeline.Plan]:
     """The plan of each tensor: coins in `common` are tossed once a step, and none but that to fit where nothing is."""
     heads: dict[str, float] = {}
+    group_of = {i: group["params"][0] for group in groups for i in group["params"]}
+    flag = f"flag/{t}"
+    told = bool(player.data[flag]) if flag in player.data else None
 
     def toss(role: str) -> float:
         if role not in common:
             return draws.toss(role)
         if role not in heads:
-            heads[role] = draws.toss(role)
+            heads[role] = draws.toss(role) if told is None else 1.0
         return heads[role]
 
-    plans = {}
+    plans: dict[int, pipeline.Plan] = {}
     for i, method in sorted(options.items()):
-        fit = method.tempo().fit(schedule.Moment(t, toss, since))
-        seen = toss if fit else lambda role: heads.get(role, 1.0)
-        plans[i] = pipeline.host_plan(method.tempo(), t, seen, since)
+        if plans and method.recipe().whole:
+            plans[i] = plans[0]
+            continue
+        if group_of[i] == i and method.name in EACH_GROUP:
+            heads.clear()
+        fit = method.tempo().fit(schedule.Moment(t, toss, since)) if told is None else told
+        asked = _asked(method)
+
+        def seen(role: str, fit: bool = fit, asked: frozenset[str] = asked) -> float:
+            return toss(role) if role in asked and fit else heads.get(role, 1.0)
+
+        plans[i] = pipeline.host_plan(method.tempo(), t, seen, since)._replace(fit=fit)
     return plans
+
+
+def _asked(method: Method) -> frozenset[str]:
+    """The coins that a fit of a method depends on."""
+    kind = method.recipe().preconditioner
+    return frozenset(
+        {"balance", "side"} if isinstance(kind, LRA) else {"balance"} if isinstance(kind, kron.Kronecker) else {}
+    )
 
 
 class _Layer:

@@ -2,7 +2,8 @@
 
     Q = (I + U V^T) diag(d),   U, V: (n, r),  d: (n,),   P = Q^T Q
 
-Real. Sources: psgd_torch `update_precond_lra*`, `precond_grad_lra`; psgd_jax `low_rank_approximation`; arXiv 2211.04422.
+Real. Sources: psgd_torch `update_precond_lra*`, `precond_grad_lra`; psgd_jax `low_rank_approximation`; the paper is
+arXiv 2211.04422.
 """
 
 from __future__ import annotations

@@ -51,11 +51,11 @@ def signed(word: int) -> int:
     return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
-def key(xp: ModuleType, seed: int, step: Any) -> Array:
-    """The (1,) int32 key of one step, on which all its draws depend. `step`: Python integer or 0-d integer array."""
+def key(xp: ModuleType, seed: Any, step: Any) -> Array:
+    """The (1,) int32 key of one step, on which all its draws depend. Both: Python integers or 0-d integer arrays."""
     # Shape (1,) and not (): NumPy warns when a scalar wraps and is silent when an array does.
     t = xp.reshape(xp.astype(xp.asarray(step), xp.int32), (1,))
-    s = xp.full((1,), signed(seed), dtype=xp.int32)
+    s = xp.full((1,), signed(seed), dtype=xp.int32) if isinstance(seed, int) else xp.reshape(seed, (1,))
     return mix(mix(s + GOLDEN) + t * GOLDEN)
 
 

@@ -233,6 +233,11 @@ class Unasked:
         raise ValueError(f"the preconditioner begins with random {role}; give `init` the draws of step 0")
 
 
+def first_key(tempo: Tempo) -> int:
+    """The key of step 0, for a preconditioner that begins at random, as Python's own number."""
+    return int(noise.key(np, tempo.seed, 0)[0])
+
+
 # ---- the work on one tensor ------------------------------------------------------------
 def branch(flag: Any, then: Callable[[Any], Any], otherwise: Callable[[Any], Any], operand: Any) -> Any:
     """`Choose` for decisions that are Python booleans."""
@@ -264,14 +269,11 @@ def laid_back(recipe: Recipe, x: Array, shape: Shape) -> Array:
     return x if order == in_order(shape) else xp.permute_dims(x, tuple(order.index(i) for i in in_order(shape)))
 
 
-def stored(recipe: Recipe, like: Array, work: Array) -> tuple[Any, Any]:
-    """The dtypes in which momentum and factors are kept: of a parameter, and of a tensor of the step's work."""
-    xp = namespace(like)
-    momentum = recipe.momentum_dtype or recipe.dtype
-    return (
-        like.dtype if momentum is None else dtype_of(xp, momentum),
-        work.dtype if recipe.factor_dtype is None else dtype_of(xp, recipe.factor_dtype),
-    )
+def init_momentum(recipe: Recipe, like: Array) -> Array | None:
+    """The momentum of a parameter before its first step, in the dtype in which it is kept."""
+    name = recipe.momentum_dtype or recipe.dtype
+    dtype = like.dtype if name is None else dtype_of(namespace(like), name)
+    return make(like, "zeros", tuple(like.shape), dtype=dtype) if recipe.momentum else None
 
 
 def init(recipe: Recipe, like: Array, scale: Number | None = None, draws: Draws | None = None) -> State:
@@ -280,11 +282,10 @@ def init(recipe: Recipe, like: Array, scale: Number | None = None, draws: Draws 
     draws: of step 0, for a preconditioner that begins at random.
     """
     work = working(recipe, like)
-    momentum, kept = stored(recipe, like, work)
+    kept = work.dtype if recipe.factor_dtype is None else dtype_of(namespace(like), recipe.factor_dtype)
     factors = recipe.preconditioner.init(laid_out(recipe, work), Unasked() if draws is None else draws)
     factors = factors._replace(Q=tuple(cast(q, kept) for q in factors.Q))
-    zeros = make(like, "zeros", tuple(like.shape), dtype=momentum) if recipe.momentum else None
-    state = State(zeros, factors)
+    state = State(init_momentum(recipe, like), factors)
     return state if scale is None else rescaled(recipe, state, scale)
 
 

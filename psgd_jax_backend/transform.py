@@ -7,13 +7,15 @@ from contextvars import ContextVar
 from dataclasses import Field, fields
 from functools import partial
 from inspect import Parameter, Signature
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from psgd import pipeline
+from psgd import noise, pipeline
 from psgd._xp import real_dtype
 from psgd.arrays import Factors
 from psgd.methods import Method, documented
@@ -27,7 +29,8 @@ Tree = Any
 
 class PSGDState(NamedTuple):
     """count: steps done. since: steps done after the last fit, or None where the method does not ask. momentum: a tree
-    as the parameters', or None. Q, L: such a tree with a tuple of arrays, one for each factor, in place of every leaf.
+    as the parameters', or None. Q, L: such a tree with a tuple of arrays, one for each factor, in place of every leaf;
+    one such tuple for a preconditioner of all parameters.
     """
 
     count: Leaf  # type: ignore[assignment]  # a tuple's method; optax's own states have the name too
@@ -109,34 +112,97 @@ def scale_by_psgd(
         scale = method.start_scale()
 
         def one(p: Leaf) -> State:
-            return pipeline.init(recipe, p, scale)
+            return pipeline.init(recipe, p, scale, noise.Counter(noise.key(jnp, tempo.seed, 0)))
 
-        states = [_over(one, scanned)(p) for p, scanned in zip(map(jnp.asarray, leaves), flags, strict=True)]
+        arrays = list(map(jnp.asarray, leaves))
+        if recipe.whole:
+            state = one(_joined(arrays))
+            momenta = [pipeline.init_momentum(recipe, x) for x in arrays]
+            states = [state._replace(momentum=momenta[0] if momenta else None)]
+        else:
+            states = [_over(one, scanned)(p) for p, scanned in zip(arrays, flags, strict=True)]
+            momenta = [state.momentum for state in states]
         count, since = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two, for each may be donated
-        return _to_trees(count, since if tempo.counts else None, states, treedef, recipe)
+        return _to_trees(count, since if tempo.counts else None, momenta, states, treedef, recipe)
 
-    def update(updates: Tree, state: PSGDState, params: Tree = None, **extra_args: Any) -> tuple[Tree, PSGDState]:
+    def update(
+        updates: Tree,
+        state: PSGDState,
+        params: Tree = None,
+        *,
+        Hvp: Tree = None,
+        vector: Tree = None,
+        update_preconditioner: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Tree, PSGDState]:
         del extra_args
-        gradients, treedef = _flattened(updates)
-        like = gradients if params is None else treedef.flatten_up_to(params)
-        states, flags = _to_states(state, treedef), mapping.flags(updates)
-        paths = jax.tree_util.tree_leaves_with_path(updates)
-        for (path, g), kept, scanned in zip(paths, states, flags, strict=True):
+        leaves, treedef = _flattened(updates)
+        like = leaves if params is None else treedef.flatten_up_to(params)
+        flags, paths = mapping.flags(updates), jax.tree_util.tree_leaves_with_path(updates)
+        pair = _pair(method, treedef, Hvp, vector, update_preconditioner)
+        gradients = list(map(jnp.asarray, leaves))
+        for (path, g), scanned in zip(paths, flags, strict=True):
             _check_leaf(method, path, g, scanned)
-            _check_shape(method, recipe, path, g, kept, scanned)
+        momenta, states = _to_states(state, treedef, recipe)
+        if recipe.whole:
+            _check_whole(method, recipe, gradients, states[0])
+            shapes, gradients, flags = [g.shape for g in gradients], [_joined(gradients)], [False]
+            states = [states[0]._replace(momentum=_joined(momenta) if recipe.momentum else None)]
+            pair = None if pair is None else ([_joined(pair[0])], [_joined(pair[1])])
+        else:
+            for (path, g), kept, scanned in zip(paths, states, flags, strict=True):
+                _check_shape(method, recipe, path, g, kept, scanned)
         count = optax.safe_increment(state.count)
         since = None if state.since is None else optax.safe_increment(state.since)
         plan = pipeline.plan(tempo, count, jnp, since=since)
-        gradients = [jnp.asarray(g) for g in gradients]
+        plan = plan if pair is None else plan._replace(fit=update_preconditioner)
         if method.start_scale() is None:
-            states = _started(recipe, tempo.damping, state.count == 0, gradients, states, flags)
-        directions, new = _step_all(recipe, plan, gradients, states, flags, mapping)
+            first = state.count == 0 if since is None or pair is None else (since == count) & plan.fit
+            states = _started(recipe, tempo.damping, first, gradients, states, flags, pair)
+        directions, new = _step_all(recipe, plan, gradients, states, flags, mapping, pair)
         directions = _trusted(recipe, tempo.trust, directions)
+        if recipe.whole:
+            directions = _parted(directions[0], shapes)
+            news = _parted(new[0].momentum, shapes) if recipe.momentum else []
+            momenta = (
+                [m.astype(was.dtype) for m, was in zip(news, momenta, strict=True)] if recipe.momentum else momenta
+            )
+        else:
+            momenta = [s.momentum for s in new]
         out = [u.astype(jnp.result_type(p)) for u, p in zip(directions, like, strict=True)]
         since = None if since is None else jnp.where(plan.fit, 0, since)
-        return treedef.unflatten(out), _to_trees(count, since, new, treedef, recipe)
+        return treedef.unflatten(out), _to_trees(count, since, momenta, new, treedef, recipe)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _pair(
+    method: Method, treedef: Any, hvp: Tree, vector: Tree, update_preconditioner: Any
+) -> tuple[list[Leaf], list[Leaf]] | None:
+    """(v, H v), leaf by leaf, where they were given."""
+    given = [x is not None for x in (hvp, vector, update_preconditioner)]
+    if not any(given):
+        if method.recipe().newton:
+            raise ValueError(
+                f"{method.name} fits Hessian-vector products; give update Hvp=, vector= and update_preconditioner=, "
+                "as hessian_helper returns them"
+            )
+        return None
+    if not all(given):
+        missing = [n for n, g in zip(("Hvp", "vector", "update_preconditioner"), given, strict=True) if not g]
+        raise ValueError(f"{method.name}: {missing[0]} is missing; Hvp, vector and update_preconditioner go together")
+    return list(map(jnp.asarray, treedef.flatten_up_to(vector))), list(map(jnp.asarray, treedef.flatten_up_to(hvp)))
+
+
+def _joined(leaves: list[Leaf]) -> Leaf:
+    """All leaves as one vector, in the widest of their dtypes."""
+    return jnp.concatenate([x.reshape(-1) for x in leaves]) if leaves else jnp.zeros((0,))
+
+
+def _parted(vector: Leaf, shapes: list[Any]) -> list[Leaf]:
+    """The inverse of `_joined`, but for the dtypes."""
+    ends = np.cumsum([prod(shape) for shape in shapes]).tolist()
+    return [x.reshape(shape) for x, shape in zip(jnp.split(vector, ends[:-1]), shapes, strict=True)] if shapes else []
 
 
 def _over(one: Callable[..., Any], scanned: bool) -> Callable[..., Any]:
@@ -207,30 +273,55 @@ def _check_shape(method: Method, recipe: Recipe, path: Any, g: Any, state: State
 
 
 # ---- trees and stacks -------------------------------------------------------------------
-def _to_trees(count: Leaf, since: Leaf | None, states: list[State], treedef: Any, recipe: Recipe) -> PSGDState:
-    momentum = treedef.unflatten([s.momentum for s in states]) if recipe.momentum else None
+def _to_trees(
+    count: Leaf, since: Leaf | None, momenta: list[Any], states: list[State], treedef: Any, recipe: Recipe
+) -> PSGDState:
+    momentum = treedef.unflatten(momenta) if recipe.momentum else None
+    if recipe.whole:
+        return PSGDState(count, since, momentum, *states[0].factors)
     q, ell = ([getattr(s.factors, name) for s in states] for name in Factors._fields)
     return PSGDState(count, since, momentum, treedef.unflatten(q), treedef.unflatten(ell))
 
 
-def _to_states(state: PSGDState, treedef: Any) -> list[State]:
-    q, ell = treedef.flatten_up_to(state.Q), treedef.flatten_up_to(state.L)
-    momentum = [None] * len(q) if state.momentum is None else treedef.flatten_up_to(state.momentum)
+def _to_states(state: PSGDState, treedef: Any, recipe: Recipe) -> tuple[list[Any], list[State]]:
+    """Momentum of each leaf; the states, of each leaf or of all as one vector (without momentum)."""
+    n = treedef.num_leaves
+    momenta = [None] * n if state.momentum is None else treedef.flatten_up_to(state.momentum)
+    q, ell = ([x] if recipe.whole else treedef.flatten_up_to(x) for x in (state.Q, state.L))
     # Some containers of state, such as flax's, give a tuple back as a node of their own.
     factors = [Factors(tuple(jax.tree.leaves(a)), tuple(jax.tree.leaves(b))) for a, b in zip(q, ell, strict=True)]
-    return [State(m, f) for m, f in zip(momentum, factors, strict=True)]
+    owners = [None] if recipe.whole else momenta
+    return momenta, [State(m, f) for m, f in zip(owners, factors, strict=True)]
+
+
+def _check_whole(method: Method, recipe: Recipe, gradients: list[Leaf], state: State) -> None:
+    n = sum(g.size for g in gradients)
+    if tuple(q.shape for q in state.factors.Q) != recipe.preconditioner.shapes((n,)):
+        raise ValueError(
+            f"{method.name}: the gradients have {n} numbers, the state belongs to others; give update the tree that init "
+            "was given"
+        )
 
 
 def _started(
-    recipe: Recipe, damping: Any, first: Leaf, gradients: list[Leaf], states: list[State], flags: list[bool]
+    recipe: Recipe,
+    damping: Any,
+    first: Leaf,
+    gradients: list[Leaf],
+    states: list[State],
+    flags: list[bool],
+    pair: tuple[list[Leaf], list[Leaf]] | None,
 ) -> list[State]:
-    """At the first step the factors take their automatic scale."""
-    there = [i for i, g in enumerate(gradients) if g.size]
+    """At the first step, or with Hessian-vector products at the first fit, the factors take their automatic scale."""
+    there, seen = [i for i, g in enumerate(gradients) if g.size], gradients if pair is None else pair[1]
 
     def size(g: Leaf) -> Leaf:
         return recipe.start.size(pipeline.working(recipe, g))
 
-    scales = recipe.start([_over(size, flags[i])(gradients[i]) for i in there], damping)
+    scales = recipe.start([_over(size, flags[i])(seen[i]) for i in there], damping)
+    if pair is not None:
+        boosts = recipe.start.probed([pipeline.working(recipe, pair[0][i]) for i in there])
+        scales = [scale * boost for scale, boost in zip(scales, boosts, strict=True)]
     started = list(states)
     for i, scale in zip(there, scales, strict=True):
         scale = jnp.where(first, scale, 1)
@@ -259,25 +350,33 @@ def _choose(flag: Any, then: Callable[[Any], Any], otherwise: Callable[[Any], An
 
 
 def _step_all(
-    recipe: Recipe, plan: Plan, gradients: list[Leaf], states: list[State], flags: list[bool], mapping: Mapping
+    recipe: Recipe,
+    plan: Plan,
+    gradients: list[Leaf],
+    states: list[State],
+    flags: list[bool],
+    mapping: Mapping,
+    pair: tuple[list[Leaf], list[Leaf]] | None,
 ) -> tuple[list[Leaf], list[State]]:
     """One step of all leaves; those of one shape and dtype in one call."""
 
-    def one(g: Leaf, state: State) -> tuple[Leaf, State]:
-        return pipeline.step(recipe, plan, g, state, choose=_choose)
+    def one(g: Leaf, state: State, own: Any) -> tuple[Leaf, State]:
+        return pipeline.step(recipe, plan, g, state, choose=_choose, pair=own)
+
+    pairs: list[Any] = [None] * len(gradients) if pair is None else list(zip(*pair, strict=True))
 
     buckets: dict[Any, list[int]] = {}
     for i, g in enumerate(gradients):
         buckets.setdefault((g.shape, g.dtype) if mapping.stack and not flags[i] else i, []).append(i)
     done: list[Any] = [None] * len(gradients)
     for indices in buckets.values():
-        members = [(gradients[i], states[i]) for i in indices]
+        members = [(gradients[i], states[i], pairs[i]) for i in indices]
         if flags[indices[0]]:
             results = [mapping.over(one, *members[0])]
         elif len(members) == 1 or not gradients[indices[0]].size:
             results = [one(*member) for member in members]
         else:
-            results = _step_stack(recipe, plan, [g for g, _ in members], [s for _, s in members], mapping)
+            results = _step_stack(recipe, plan, *map(list, zip(*members, strict=True)), mapping=mapping)
         for i, result in zip(indices, results, strict=True):
             done[i] = result
     return [u for u, _ in done], [s for _, s in done]
@@ -292,7 +391,7 @@ def _unstacked(tree: Any, n: int) -> list[Any]:
 
 
 def _step_stack(
-    recipe: Recipe, plan: Plan, gradients: list[Leaf], states: list[State], mapping: Mapping
+    recipe: Recipe, plan: Plan, gradients: list[Leaf], states: list[State], pairs: list[Any], *, mapping: Mapping
 ) -> list[tuple[Leaf, State]]:
     """`pipeline.step` of several equal leaves. The factors are put together and taken apart only where they are fitted:
     a step that leaves them as they are leaves them where they are."""
@@ -304,7 +403,10 @@ def _step_stack(
         momentum, seen, smooth = mapping.over(observe, _stacked(gradients), _stacked([s.momentum for s in states]))
 
     def fitted(factors: list[Factors]) -> list[Factors]:
-        return _unstacked(mapping.over(partial(pipeline.fitted, recipe, plan), seen, _stacked(factors)), n)
+        def one(x: Leaf, own: Factors, pair: Any) -> Factors:
+            return pipeline.fitted(recipe, plan, x, own, given=pair)
+
+        return _unstacked(mapping.over(one, seen, _stacked(factors), _stacked(pairs)), n)
 
     new = _choose(plan.fit, fitted, lambda factors: factors, old)
     u = mapping.over(partial(pipeline.directed, recipe), _stacked(new if recipe.fit_first else old), smooth)
@@ -367,11 +469,12 @@ def alias(method: type[Method], module: str) -> Callable[..., optax.GradientTran
             method.of(lr=learning_rate)  # only to check it
         decay = made.weight_decay
         off = isinstance(decay, (int, float)) and decay == 0
-        return optax.chain(
+        scaled, decayed = (
             scale_by_psgd(made, **mapping),
             optax.identity() if off else optax.add_decayed_weights(decay, mask),
-            optax.scale_by_learning_rate(learning_rate),
         )
+        parts = (scaled, decayed) if made.recipe().decoupled else (decayed, scaled)
+        return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
 
     rate = Parameter(
         "learning_rate",

@@ -74,3 +74,22 @@ def write(old: State, new: State) -> None:
 def factor_shapes(recipe: Recipe, layers: Sequence[int], shape: Sequence[int]) -> list[tuple[int, ...]]:
     """The shapes of the factors of a tensor of a shape, stacked in so many layers."""
     return [(*layers, *q) for q in recipe.preconditioner.shapes(recipe.layout(tuple(shape)))]
+
+
+def gathered(entries: Sequence[Entry], recipe: Recipe) -> State:
+    """The state of one preconditioner for several parameters, from the rows that each of them keeps."""
+    states = [to_state(entry) for entry in entries]
+    momentum = torch.cat([s.momentum.reshape(-1) for s in states]) if recipe.momentum else None
+    q = tuple(torch.cat(rows) for rows in zip(*(s.factors.Q for s in states), strict=True))
+    return State(momentum, Factors(q, states[0].factors.L))
+
+
+def scatter(entries: Sequence[Entry], new: State) -> None:
+    """The inverse of `gathered`: overwrite the rows of each parameter."""
+    states = [to_state(entry) for entry in entries]
+    sizes = [len(s.factors.Q[0]) for s in states]
+    columns = [q.split(sizes) for q in new.factors.Q]
+    momenta = None if new.momentum is None else new.momentum.split(sizes)
+    for k, old in enumerate(states):
+        momentum = None if momenta is None else momenta[k]
+        write(old, State(momentum, Factors(tuple(column[k] for column in columns), new.factors.L)))

@@ -39,21 +39,31 @@ class _Opaque(noise.Counter):
 def make_step(recipe: Recipe, *, stacked: bool, compiled: Sequence[int] | None = None) -> Step:
     """(plan, lr, weight_decay, p, g, state) -> (what to add to p, new state), of tensors or of stacks of them.
 
-    A recipe whose whole step is bounded gives the direction instead: its length is known when all are.
+    A recipe whose whole step is bounded gives the direction instead: its length is known when all are. So does one for
+    all parameters as one vector.
     compiled: the shape of one tensor for which to compile the step, or None.
     """
     if compiled is not None:
         recipe = _settled(recipe, tuple(compiled))
 
-    def step(plan: Plan, lr: Any, weight_decay: Any, p: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(
+        plan: Plan, lr: Any, weight_decay: Any, p: Tensor, g: Tensor, state: State, pair: Any = None
+    ) -> tuple[Tensor, State]:
         draws = (noise.Counter if compiled is None else _Opaque)(plan.key)
 
+        given = 0 if pair is None else 2
+
         def one(p: Tensor, g: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            u, new = pipeline.step(recipe, plan, g, rebuilt(state, tensors), draws)
-            return u if recipe.trusted else pipeline.displacement(p, u, lr, weight_decay), *leaves(new)
+            own, rest = (tensors[:given] or None), tensors[given:]
+            if not recipe.decoupled:
+                g = g + weight_decay * p
+            u, new = pipeline.step(recipe, plan, g, rebuilt(state, rest), draws, pair=own)
+            if recipe.trusted or recipe.whole:
+                return u, *leaves(new)
+            return pipeline.displacement(p, u, lr, weight_decay if recipe.decoupled else 0.0), *leaves(new)
 
         # Flat tensors in and out: torch.vmap takes no None, which is the momentum of a recipe without.
-        change, *new = (torch.vmap(one) if stacked else one)(p, g, *leaves(state))
+        change, *new = (torch.vmap(one) if stacked else one)(p, g, *(pair or ()), *leaves(state))
         return change, rebuilt(state, new)
 
     if compiled is None:

@@ -11,11 +11,23 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from psgd import pipeline
+from psgd import noise, pipeline
 from psgd._xp import dtype_name, real_dtype
+from psgd.arrays import Factors
 from psgd.methods import Method, documented
 from psgd.summary import Summary, row, summary
-from psgd_torch_backend._state import Stack, factor_shapes, leaves, rebuilt, to_entry, to_state, write
+from psgd_torch_backend import hessian
+from psgd_torch_backend._state import (
+    Stack,
+    factor_shapes,
+    gathered,
+    leaves,
+    rebuilt,
+    scatter,
+    to_entry,
+    to_state,
+    write,
+)
 from psgd_torch_backend._step import Step, as_tensors, make_step, on_device
 
 ADAPTER_DEFAULTS: dict[str, Any] = {
@@ -138,19 +150,106 @@ class PSGD(torch.optim.Optimizer):
 
     # ---- stepping ----------------------------------------------------------------------
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step for every parameter that has a gradient. `closure`, if given, is called once for the result.
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        Hvp: Any = None,
+        vector: Any = None,
+        update_preconditioner: bool | None = None,
+    ) -> Any:
+        """One step for every parameter that has a gradient. All gradients are checked before anything changes.
 
-        All gradients are checked before anything changes.
+        Args:
+            closure: called once, for what `step` returns. Methods that fit Hessian-vector products need one that returns
+                the loss, or a sequence that begins with it, and does not call `backward`: the optimizer differentiates
+                it, twice where the step fits. With `exact_hessian_vector_product=False` it is called again at perturbed
+                parameters, which are then put back, bit for bit, whatever it raises.
+            Hvp, vector, update_preconditioner: instead of whitening, or of a closure, fit to products of the Hessian
+                with a vector, as `hessian_helper` returns them: one tensor for each parameter, in the order of the
+                parameters or by their names; and whether to fit at this step.
         """
+        pairs = self._given_pairs(Hvp, vector, update_preconditioner)
         loss = None
-        if closure is not None:
+        if closure is not None and self._newton() and pairs is None:
+            loss, pairs = self._differentiated(closure)
+        elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        elif self._newton() and pairs is None:
+            raise RuntimeError(
+                f"{type(self).__name__} fits Hessian-vector products; call step(closure) with a closure that returns the "
+                "loss, or step(Hvp=..., vector=..., update_preconditioner=...)"
+            )
         ready = [(group, self._with_gradients(group)) for group in self.param_groups]
-        waiting = [held for group, params in ready for held in self._step_group(group, params)]
+        waiting = [held for group, params in ready for held in self._step_group(group, params, pairs)]
         self._apply(waiting)
         return loss
+
+    def _newton(self) -> bool:
+        return any(self._settings(group)[1].newton for group in self.param_groups)
+
+    def _all_named(self) -> list[tuple[str, Tensor]]:
+        """Every parameter with its name: its own, or its number over all groups."""
+        named, count = [], 0
+        for group in self.param_groups:
+            names = group.get("param_names") or [str(count + i) for i in range(len(group["params"]))]
+            named += list(zip(names, group["params"], strict=True))
+            count += len(group["params"])
+        return named
+
+    def _given_pairs(self, hvp: Any, vector: Any, update_preconditioner: bool | None) -> Pairs | None:
+        """What was given to `step`, by parameter."""
+        given = {"Hvp": hvp, "vector": vector, "update_preconditioner": update_preconditioner}
+        missing = [name for name, x in given.items() if x is None]
+        if len(missing) == len(given):
+            return None
+        cls, named = type(self).__name__, self._all_named()
+        if missing:
+            raise ValueError(f"{cls}: {missing[0]} is missing; Hvp, vector and update_preconditioner go together")
+        columns = []
+        for name, x in (("vector", vector), ("Hvp", hvp)):
+            x = [x] if isinstance(x, Tensor) else x
+            own = [x[n] for n, _ in named] if isinstance(x, dict) else list(x)
+            if [tuple(y.shape) for y in own] != [tuple(p.shape) for _, p in named]:
+                raise ValueError(f"{cls}: {name} must hold one tensor of the shape of each parameter, in their order")
+            columns.append(own)
+        pairs = {id(p): (v, h) for (_, p), v, h in zip(named, *columns, strict=True)}
+        return Pairs(bool(update_preconditioner), pairs)
+
+    def _differentiated(self, closure: Callable[[], Any]) -> tuple[Any, Pairs]:
+        """The loss; its gradients, left in `p.grad`; and pairs (v, H v) if this step fits."""
+        named = [(name, p) for name, p in self._all_named() if p.requires_grad]
+        params = [p for _, p in named]
+        fit = any(self._next_plan(group).fit for group in self.param_groups)
+        exact = all(group.get("exact_hessian_vector_product", True) for group in self.param_groups)
+        vectors = self._vectors(named) if fit else []
+        if not fit:
+            loss, grads = hessian.gradients(closure, params)
+            pairs = Pairs(False, {})
+        else:
+            products = hessian.exact if exact else hessian.by_differences
+            loss, grads, hvp = products(closure, params, vectors)
+            pairs = Pairs(True, {id(p): pair for p, *pair in zip(params, vectors, hvp, strict=True)})
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        return loss, pairs
+
+    def _age(self, group: Group) -> tuple[int, int | None]:
+        """Steps of a group so far, and those after its last fit, by its first parameter that has stepped."""
+        entries = [self.state[p] for p in group["params"] if self.state.get(p)]
+        if not entries:
+            return 0, 0
+        return int(entries[0]["step"]), int(entries[0]["since"]) if "since" in entries[0] else None
+
+    def _next_plan(self, group: Group) -> pipeline.Plan:
+        age, since = self._age(group)
+        return pipeline.host_plan(self._settings(group)[2], age + 1, since=None if since is None else since + 1)
+
+    def _vectors(self, named: list[tuple[str, Tensor]]) -> list[Tensor]:
+        """v of each parameter: a function of seed, step and the parameter's name."""
+        keys = {id(p): self._next_plan(group).key for group in self.param_groups for p in group["params"]}
+        return [hessian.vector(keys[id(p)], name, p) for name, p in named]
 
     def _with_gradients(self, group: Group) -> list[Tensor]:
         cls, ready, layered = type(self).__name__, [], self._layered(group)
@@ -170,6 +269,9 @@ class PSGD(torch.optim.Optimizer):
                 )
             entry = self.state.get(p)
             kind = (p.shape, id(p) in layered)
+            if recipe.whole:
+                ready.append(p)
+                continue
             if kind not in expected:
                 expected[kind] = factor_shapes(recipe, *_parted(p, id(p) in layered))
             if entry and "Q" in entry and [q.shape for q in entry["Q"].values()] != expected[kind]:
@@ -190,48 +292,135 @@ class PSGD(torch.optim.Optimizer):
             self._known[values] = (method, method.recipe(), method.tempo())
         return self._known[values]
 
-    def _step_group(self, group: Group, params: list[Tensor]) -> list[Held]:
+    def _step_group(self, group: Group, params: list[Tensor], pairs: Pairs | None) -> list[Held]:
         """Step a group; what must wait for the directions of all others comes back."""
         method, recipe, tempo = self._settings(group)
+        if not params:
+            return []
+        if recipe.whole:
+            return self._step_whole(group, params, pairs)
         layered = self._layered(group)
-        self._start(method, recipe, tempo, [p for p in params if "Q" not in self.state[p]], layered)
+        new = [p for p in params if "Q" not in self.state[p]]
+        self._start(recipe, tempo, new, layered, method.start_scale())
+        if method.start_scale() is None:
+            self._scale(recipe, tempo, params, layered, pairs)
         plans: dict[Any, pipeline.Plan] = {}
         waiting: list[Held] = []
         for (age, since, *_), bucket in self._buckets(group, params, layered).items():
             if (age, since) not in plans:
                 plans[age, since] = pipeline.host_plan(tempo, age, since=since)
-            plan = plans[age, since]
+            plan = plans[age, since] if pairs is None else plans[age, since]._replace(fit=pairs.fit)
             if since is not None:
                 for p in bucket:
                     self.state[p]["since"].fill_(0 if plan.fit else since)
-            waiting += self._step_bucket(group, recipe, plan, bucket, tempo.trust, id(bucket[0]) in layered)
+            waiting += self._step_bucket(group, recipe, plan, bucket, tempo.trust, id(bucket[0]) in layered, pairs)
         return waiting
 
     def _start(
+        self, recipe: pipeline.Recipe, tempo: pipeline.Tempo, new: list[Tensor], layered: set[int], scale: Any
+    ) -> None:
+        """State of parameters seen for the first time. A `scale` of None is found by `_scale`."""
+        for p in new:
+            layers, shape = _parted(p, id(p) in layered)
+            state = _fresh(recipe, p.detach().new_empty(shape), layers, scale or 1.0)
+            self.state[p].update({**_counters(tempo), **to_entry(state)})
+
+    def _scale(
         self,
-        method: Method,
         recipe: pipeline.Recipe,
         tempo: pipeline.Tempo,
-        new: list[Tensor],
+        params: list[Tensor],
         layered: set[int],
+        pairs: Pairs | None,
     ) -> None:
-        """State of parameters seen for the first time, with their automatic scale if the method has none."""
+        """The automatic scale of parameters at their first step; with Hessian-vector products, at their first fit."""
 
         def size(g: Tensor) -> Tensor:
             return recipe.start.size(pipeline.working(recipe, g))
 
-        given: Any = method.start_scale()
-        seen = [p for p in new if p.numel()]
-        scales: dict[int, Any] = {}
-        if given is None:
-            sizes = [(torch.vmap(size) if id(p) in layered else size)(_gradient(p)) for p in seen]
-            scales = dict(zip(map(id, seen), recipe.start(sizes, tempo.damping), strict=True))
-        for p in new:
-            layers, shape = _parted(p, id(p) in layered)
-            state = _fresh(recipe, p.detach().new_empty(shape), layers, scales.get(id(p), given or 1.0))
-            self.state[p].update({"step": torch.zeros((), dtype=torch.int64), **to_entry(state)})
-            if tempo.counts:
-                self.state[p]["since"] = torch.zeros((), dtype=torch.int64)
+        due = [p for p in params if p.numel() and _unscaled(self.state[p], pairs)]
+        seen = [_gradient(p) if pairs is None else pairs.by_parameter[id(p)][1] for p in due]
+        sizes = [(torch.vmap(size) if id(p) in layered else size)(x) for p, x in zip(due, seen, strict=True)]
+        scales = recipe.start(sizes, tempo.damping) if due else []
+        if pairs is not None and due:
+            vs = [pipeline.working(recipe, pairs.by_parameter[id(p)][0]) for p in due]
+            scales = [scale * boost for scale, boost in zip(scales, recipe.start.probed(vs), strict=True)]
+        for p, scale in zip(due, scales, strict=True):
+            state = to_state(self.state[p])
+            if id(p) in layered:
+                rows = [rebuilt(state, [x[k] for x in leaves(state)]) for k in range(len(p))]
+                each = [pipeline.rescaled(recipe, row, s) for row, s in zip(rows, scale.expand(len(p)), strict=True)]
+                write(state, Stack(each).stacked)
+            else:
+                write(state, pipeline.rescaled(recipe, state, scale))
+
+    def _step_whole(self, group: Group, params: list[Tensor], pairs: Pairs | None) -> list[Held]:
+        """Step a group whose parameters are one vector to their preconditioner, in the order of their names.
+
+        The rows of the factors that belong to a parameter are its state. A parameter without a gradient counts as one
+        with a gradient of zero, and stays where it is.
+        """
+        method, recipe, tempo = self._settings(group)
+        known = [p for p in group["params"] if self.state.get(p)]
+        late = [name for name, p in self._named(group) if known and p.grad is not None and not self.state.get(p)]
+        if late:
+            raise RuntimeError(
+                f"{type(self).__name__}: {late[0]} has its first gradient after the first step; one preconditioner is for "
+                "all parameters, so all must have one from the start, or groups of their own"
+            )
+        present = {id(p) for p in known or params}
+        order = sorted(((_by_part(name), p) for name, p in self._named(group) if id(p) in present), key=lambda x: x[0])
+        members = [p for _, p in order]
+        n = sum(p.numel() for p in members)
+        scale = method.start_scale()
+        if not known:
+            like = _vector([p.detach() for p in members])
+            key = torch.full((1,), pipeline.first_key(tempo), dtype=torch.int32, device=like.device)
+            draws = noise.Counter(key)
+            state = pipeline.init(recipe, like, scale or 1.0, draws)
+            self._spread(recipe, tempo, members, state)
+        entries = [self.state[p] for p in members]
+        age, since = self._age(group)
+        plan = pipeline.host_plan(tempo, age + 1, since=None if since is None else since + 1)
+        plan = plan if pairs is None else plan._replace(fit=pairs.fit)
+        state = gathered(entries, recipe)
+        g = _vector([torch.zeros_like(p) if p.grad is None else p.grad for p in members])
+        g = -g if group["maximize"] else g
+        pair = None
+        if pairs is not None and pairs.fit:
+            vs, hs = zip(*(pairs.by_parameter[id(p)] for p in members), strict=True)
+            pair = _vector(list(vs)), _vector(list(hs))
+        if scale is None and _unscaled(entries[0], pairs):
+            scales = recipe.start(
+                [recipe.start.size(pipeline.working(recipe, g if pair is None else pair[1]))], tempo.damping
+            )
+            boost = 1.0 if pair is None else recipe.start.probed([pipeline.working(recipe, pair[0])])[0]
+            state = pipeline.rescaled(recipe, state, scales[0] * boost)
+        numbers = [group["lr"], group["weight_decay"]]
+        on = on_device(plan, g.device)
+        if group["compile"]:
+            on, *numbers = as_tensors(on, *numbers)
+        step = self._step_of(recipe, False, (n,) if group["compile"] else None)
+        u, new = step(on, *numbers, g, g, state, pair)
+        scatter(entries, new)
+        for entry in entries:
+            entry["step"] = entry["step"] + 1
+            if "since" in entry:
+                entry["since"].fill_(0 if plan.fit else since + 1)
+        parts = [x.reshape(p.shape) for x, p in zip(u.split([p.numel() for p in members]), members, strict=True)]
+        moved = [(p.detach(), x) for p, x in zip(members, parts, strict=True) if p.grad is not None]
+        return [Held(group, tempo.trust if recipe.trusted else None, *map(list, zip(*moved, strict=True)))]
+
+    def _spread(
+        self, recipe: pipeline.Recipe, tempo: pipeline.Tempo, members: list[Tensor], state: pipeline.State
+    ) -> None:
+        """The first state of all parameters, to each its rows."""
+        sizes = [p.numel() for p in members]
+        rows = zip(*(q.split(sizes) for q in state.factors.Q), strict=True)
+        for p, own in zip(members, rows, strict=True):
+            factors = Factors(tuple(x.clone() for x in own), tuple(x.clone() for x in state.factors.L))
+            momentum = pipeline.init_momentum(recipe, p.detach())
+            self.state[p].update({**_counters(tempo), **to_entry(pipeline.State(momentum, factors))})
 
     def _buckets(self, group: Group, params: list[Tensor], layered: set[int]) -> dict[tuple[Any, ...], list[Tensor]]:
         """Parameters that step in one call, being of equal age, shape, dtype and device. All grow one step older."""
@@ -252,6 +441,7 @@ class PSGD(torch.optim.Optimizer):
         bucket: list[Tensor],
         trust: Any,
         scanned: bool,
+        pairs: Pairs | None,
     ) -> list[Held]:
         """Step parameters of one shape, or the layers of one parameter, in batches if the group says so."""
         state = self._gathered(bucket)
@@ -268,9 +458,14 @@ class PSGD(torch.optim.Optimizer):
             batch = rebuilt(state, [x[rows] for x in leaves(state)]) if many and size < count else state
             stacked = many and not scanned
             p, g = (torch.stack(xs) if stacked else xs[0] for xs in (targets, gradients))
+            pair = None
+            if pairs is not None and pairs.fit:
+                given = [pairs.by_parameter[id(p)] for p in (bucket if scanned else bucket[rows])]
+                columns = [[x[rows] for x in xs] if scanned else list(xs) for xs in zip(*given, strict=True)]
+                pair = tuple(torch.stack(xs) if stacked else xs[0] for xs in columns)
             g = -g if group["maximize"] else g
             step = self._step_of(recipe, many, tuple(p.shape) if group["compile"] else None)
-            change, new = step(plan, *numbers, p, g, batch)
+            change, new = step(plan, *numbers, p, g, batch, pair)
             write(batch, new)
             changes = list(change.unbind()) if stacked else [change]
             if recipe.trusted:
@@ -288,9 +483,9 @@ class PSGD(torch.optim.Optimizer):
             return
         near = [u.to(directions[0].device) for u in directions]
         for held in waiting:
-            factor = pipeline.trust(held.trust, near)
+            factor = None if held.trust is None else pipeline.trust(held.trust, near)
             for p, u in zip(held.targets, held.directions, strict=True):
-                u = u * factor.to(u.device, real_dtype(u))
+                u = u if factor is None else u * factor.to(u.device, real_dtype(u))
                 p.add_(pipeline.displacement(p, u, held.group["lr"], held.group["weight_decay"]))
 
     def _gathered(self, bucket: list[Tensor]) -> pipeline.State:
@@ -392,6 +587,38 @@ def _fresh(recipe: pipeline.Recipe, like: Tensor, layers: tuple[int, ...], scale
     scales = scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64, device=like.device)
     each = [pipeline.rescaled(recipe, state, s) for s in scales.expand(layers)]
     return Stack(each).stacked if each else rebuilt(state, [x.new_empty((0, *x.shape)) for x in leaves(state)])
+
+
+class Pairs(NamedTuple):
+    """Pairs (v, H v) by the identity of their parameter, and whether this step fits to them."""
+
+    fit: bool
+    by_parameter: dict[int, Any]
+
+
+def _counters(tempo: pipeline.Tempo) -> dict[str, Tensor]:
+    """The counters of a parameter before its first step."""
+    names = COUNTERS if tempo.counts else COUNTERS[:1]
+    return {name: torch.zeros((), dtype=torch.int64) for name in names}
+
+
+def _unscaled(entry: dict[str, Any], pairs: Pairs | None) -> bool:
+    """Is the automatic scale due? At the first step, or with Hessian-vector products at the first fit."""
+    if pairs is None:
+        return int(entry["step"]) == 0
+    return pairs.fit and int(entry.get("since", entry["step"])) == int(entry["step"])
+
+
+def _vector(tensors: list[Tensor]) -> Tensor:
+    """All tensors as one vector, in the widest of their dtypes."""
+    return torch.cat([x.reshape(-1) for x in tensors])
+
+
+def _by_part(name: str) -> list[tuple[int, int, str]]:
+    """A key that orders dotted names as nested containers are ordered, numbers by their size."""
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.removeprefix("parameter ").split(".")
+    ]
 
 
 class Held(NamedTuple):

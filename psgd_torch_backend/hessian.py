@@ -1,0 +1,144 @@
+"""Gradients and Hessian-vector products in PyTorch: by differentiating twice, or by differences of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from psgd import noise
+from psgd._xp import namespace
+
+Closure = Callable[[], Any]  # -> the loss, or a sequence that begins with it
+
+
+def vector(step_key: int, name: str, like: Tensor) -> Tensor:
+    """The vector v of a parameter: standard normal, a function of the step's key and the parameter's name."""
+    key = torch.full((1,), step_key, dtype=torch.int32, device=like.device)
+    return noise.Counter(key).normal(f"v/{name}", tuple(like.shape), like)
+
+
+def _loss(closure: Closure) -> tuple[Any, Tensor]:
+    """What the closure returns, and the loss in it."""
+    returned = closure()
+    loss = returned[0] if isinstance(returned, (tuple, list)) else returned
+    if not (isinstance(loss, Tensor) and loss.requires_grad):
+        raise RuntimeError(
+            "the closure must return the loss, a tensor that can still be differentiated, or a sequence that begins with "
+            "it; leave backward() to the optimizer"
+        )
+    return returned, loss
+
+
+def gradients(closure: Closure, params: Sequence[Tensor]) -> tuple[Any, list[Tensor | None]]:
+    """What the closure returns, and the gradient of each parameter; None of those that the loss does not use."""
+    with torch.enable_grad():
+        returned, loss = _loss(closure)
+        return returned, list(torch.autograd.grad(loss, params, allow_unused=True))
+
+
+def exact(
+    closure: Closure, params: Sequence[Tensor], vectors: Sequence[Tensor]
+) -> tuple[Any, list[Tensor | None], list[Tensor]]:
+    """What the closure returns, gradients, and H v, the derivative of sum <v, gradient>, by differentiating twice."""
+    with torch.enable_grad():
+        returned, loss = _loss(closure)
+        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        pairs = [(g, v) for g, v in zip(grads, vectors, strict=True) if g is not None and g.requires_grad]
+        if not pairs:  # a linear loss
+            return returned, [None if g is None else g.detach() for g in grads], [torch.zeros_like(p) for p in params]
+        outputs, weights = zip(*pairs, strict=True)
+        products = torch.autograd.grad(outputs, params, weights, allow_unused=True, materialize_grads=True)
+    return returned, [None if g is None else g.detach() for g in grads], [h.detach() for h in products]
+
+
+def by_differences(
+    closure: Closure, params: Sequence[Tensor], vectors: Sequence[Tensor]
+) -> tuple[Any, list[Tensor | None], list[Tensor]]:
+    """The same by (g(p + delta v) - g(p)) / delta, delta the square root of the dtype's epsilon.
+
+    The closure is called twice, and must be the same function both times. Parameters come back bit for bit, also when it
+    raises at the second call.
+    """
+    delta = sqrt(max(torch.finfo(p.dtype).eps for p in params))
+    returned, grads = gradients(closure, params)
+    kept = [p.detach().clone() for p in params]
+    try:
+        with torch.no_grad():
+            for p, v in zip(params, vectors, strict=True):
+                p.add_(v, alpha=delta)
+        _, moved = gradients(closure, params)
+    finally:
+        with torch.no_grad():
+            for p, was in zip(params, kept, strict=True):
+                p.copy_(was)
+    products = [
+        torch.zeros_like(p) if a is None or b is None else (b - a) / delta
+        for p, a, b in zip(params, grads, moved, strict=True)
+    ]
+    return returned, grads, products
+
+
+def hessian_helper(
+    key: int,
+    loss_fn: Callable[..., Any],
+    params: Any,
+    loss_fn_extra_args: Sequence[Any] = (),
+    has_aux: bool = False,
+    preconditioner_update_probability: float = 1.0,
+    *,
+    train_step: int | None = None,
+) -> tuple[Any, Any, Any, Any, bool]:
+    """Loss, gradient and, where a coin says so, the product of the Hessian with a random vector.
+
+    Args:
+        key: a whole number, other for each step. The coin and the vector depend on it, and the vector of a parameter on
+            its name: with the same key (`jax.random.PRNGKey(key)`) and name it is the same in JAX.
+        loss_fn: (params, *loss_fn_extra_args) -> loss, or (loss, aux) with `has_aux`.
+        params: a tensor, or a list, tuple or dictionary of tensors; nested ones too.
+        preconditioner_update_probability: of an update; 1 always does.
+        train_step: number of this step, from 0; the first two then always update.
+
+    Returns: what `loss_fn` returns, detached; the gradient, H v and v, in the structure of `params`, the last two zero at
+    steps without an update; whether this step updates. The last three are what
+    `step(Hvp=, vector=, update_preconditioner=)` takes once the gradient is in the parameters' `grad`.
+
+    Source: psgd_jax `hessian_helper`.
+    """
+    leaves, spec = tree_flatten(params)
+    own = [p.detach().requires_grad_() for p in leaves]
+    words = noise.signed(key >> 32), noise.signed(key)
+    step_key = int(noise.key(namespace(own[0]), *words)[0])
+    coin = float(noise.uniform(torch.tensor([step_key], dtype=torch.int32), "fit"))
+    early = train_step is not None and train_step < 2
+    update = preconditioner_update_probability >= 1 or coin < preconditioner_update_probability or early
+
+    def closure() -> Any:
+        return loss_fn(tree_unflatten(own, spec), *loss_fn_extra_args)
+
+    if update:
+        v = [vector(step_key, name, p) for name, p in zip(_names(params), own, strict=True)]
+        out, grads, hvp = exact(closure, own, v)
+    else:
+        out, grads = gradients(closure, own)
+        v, hvp = ([torch.zeros_like(p) for p in own] for _ in range(2))
+    grads = [torch.zeros_like(p) if g is None else g for p, g in zip(own, grads, strict=True)]
+    out = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out if has_aux else _first(out))
+    return out, *(tree_unflatten(xs, spec) for xs in (grads, hvp, v)), update
+
+
+def _first(out: Any) -> Any:
+    return out[0] if isinstance(out, (tuple, list)) else out
+
+
+def _names(tree: Any, path: tuple[str, ...] = ()) -> list[str]:
+    """The names of the leaves of nested containers: their path, joined by dots; "0" for a single tensor."""
+    if isinstance(tree, dict):
+        return [name for k, x in tree.items() for name in _names(x, (*path, str(k)))]
+    if isinstance(tree, (list, tuple)):
+        return [name for k, x in enumerate(tree) for name in _names(x, (*path, str(k)))]
+    return [".".join(path) or "0"]
