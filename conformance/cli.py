@@ -49,7 +49,7 @@ from conformance.drivers import DRIVERS
 from conformance.frameworks import FRAMEWORKS, Framework
 from conformance.problems import PROBLEMS
 from conformance.tolerances import LOCKED, bound_for
-from psgd.methods import METHODS
+from psgd.methods import METHODS, Method
 from psgd.outline import BYTES
 from psgd.summary import row, summary
 
@@ -74,7 +74,7 @@ def run(
     seed: int,
     locked: bool,
     drivers: Sequence[str],
-    **hyperparameters: Any,
+    hyperparameters: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """A comparison behind a progress bar."""
     enveloped = bound_for(PROBLEMS[problem], dtype, locked=locked).value is None
@@ -89,7 +89,7 @@ def run(
             locked=locked,
             drivers=drivers,
             tick=tick,
-            **hyperparameters,
+            settings=hyperparameters,
         )
 
 
@@ -101,8 +101,8 @@ def settings(method: str, given: Sequence[str]) -> dict[str, Any]:
         if not sign:
             refuse(f"--set {text} has no value; write it as NAME=VALUE")
         try:
-            read[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+            read[name] = inf if value == "inf" else ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             read[name] = value
     try:
         METHODS[method].of(**read)
@@ -184,7 +184,7 @@ def compare(
     writable(json_file)
     hyperparameters = settings(method, given or [])
     with packages():
-        comparison = run(method, problem, steps, dtype, seed, locked, chosen(drivers), **hyperparameters)
+        comparison = run(method, problem, steps, dtype, seed, locked, chosen(drivers), hyperparameters)
     write_json(json_file, comparison.json())
     out = console()
     out.print(f"[bold]{method}[/] on {problem}, {steps} steps, {dtype}, seed {seed}, {pages.MODES[comparison.mode]}")
@@ -387,6 +387,7 @@ def tell_golden(out: Console, results: Results, waiting: Mapping[str, Mapping[st
 # ---- planning -------------------------------------------------------------------------------
 # Bytes of an adapter's counter of steps, and whether it keeps one for each parameter.
 COUNTERS = {"torch": (8, True), "jax": (4, False)}
+DTYPES = [name for name in BYTES if name.startswith(("float", "bfloat", "complex"))]
 
 
 def read_shapes(path: Path) -> dict[str, dict[str, Any]]:
@@ -397,11 +398,19 @@ def read_shapes(path: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, AttributeError) as error:
         refuse(f"{path} is not a JSON object of shapes ({error}); write {{'weight': [768, 3072], ...}}")
     for name, x in read.items():
-        whole = isinstance(x.get("shape"), list) and all(isinstance(n, int) and n >= 0 for n in x["shape"])
-        if not whole or x.keys() - {"shape", "dtype", "scanned"} or (x.get("scanned") and not x["shape"]):
+        whole = isinstance(x.get("shape"), list) and all(type(n) is int and n >= 0 for n in x["shape"])
+        typed = isinstance(x.get("dtype", ""), str) and isinstance(x.get("scanned", False), bool)
+        if not (whole and typed) or x.keys() - {"shape", "dtype", "scanned"} or (x.get("scanned") and not x["shape"]):
             refuse(f"{path}: {name} is {json.dumps(x)}; give a list of whole numbers, and of a stack of layers an axis")
-        known("dtype", x.get("dtype", "float32"), BYTES)
+        known("dtype", x.get("dtype", "float32"), DTYPES)
     return read
+
+
+def refuse_complex(method: Method, parameters: Mapping[str, Mapping[str, Any]], dtype: str) -> None:
+    """Refuse complex parameters where a method takes none."""
+    for name, x in parameters.items():
+        if x.get("dtype", dtype).startswith("complex") and not method.complex_parameters:
+            refuse(f"{method.name} does not support complex parameters; {name} is {x.get('dtype', dtype)}")
 
 
 @app.command()
@@ -417,12 +426,13 @@ def plan(
 ) -> None:
     """Show what a method would keep of a model and what a step would cost, from its shapes alone."""
     known("method", method, METHODS)
-    known("dtype", dtype, BYTES)
+    known("dtype", dtype, DTYPES)
     known("framework", framework, COUNTERS)
     writable(json_file)
     made = METHODS[method].of(**settings(method, given or []))
     size, each = COUNTERS[framework]
     parameters = read_shapes(shapes)
+    refuse_complex(made, parameters, dtype)
     rows = [
         (made, row(made, name, x["shape"], x.get("dtype", dtype), scanned=x.get("scanned", False)))
         for name, x in parameters.items()

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,49 @@ def test_a_missing_package_names_its_extra(monkeypatch):
 def test_drivers_default_to_those_that_are_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "array_api_strict", None)
     assert cli.chosen(None) == [name for name in cli.DRIVERS if name != "strict"]
+
+
+# ---- hyperparameters ------------------------------------------------------------------------
+def test_values_are_literals_or_else_strings():
+    given = ["lr=0.5", "seed=7", "momentum=5e-1", "preconditioner_max_size=inf", "whiten_grad=False", "dQ=QUAD"]
+    given += ["grad_clip_max_amps=(1, 2)", "preconditioner_init_scale=None", "lr=0.25"]
+    expected = {"lr": 0.25, "seed": 7, "momentum": 0.5, "preconditioner_max_size": inf, "whiten_grad": False}
+    expected |= {"dQ": "QUAD", "grad_clip_max_amps": (1, 2), "preconditioner_init_scale": None}
+    assert cli.settings("kron_whiten", given) == expected
+    assert cli.settings("kron_whiten", ["dQ='QUAD'"]) == {"dQ": "QUAD"}
+    assert cli.settings("kron_whiten", []) == {}
+
+
+@pytest.mark.parametrize("text", ["lr=0.125", "seed=3", "dtype=float32"])
+def test_settings_reach_the_drivers(monkeypatch, text):
+    """Also those that have the name of an option of the command."""
+    seen, begin = [], cli.DRIVERS["numpy"].begin
+    monkeypatch.setattr(
+        cli.DRIVERS["numpy"], "begin", lambda run, params: (seen.append(run.method), begin(run, params))
+    )
+    result = psgd(*QUICK, "--dtype", "float32", "--method", "quad", "--set", text, "--set", "weight_decay=0.5")
+    assert result.exit_code == 0, result.output
+    name = text.partition("=")[0]
+    expected = METHODS["quad"].of(**cli.settings("quad", [text]))
+    assert [(getattr(m, name), m.weight_decay) for m in seen] == [(getattr(expected, name), 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("lr", "NAME=VALUE"),
+        ("nope=1", "'nope'"),
+        ("=1", "''"),
+        ("lr=fast", "lr='fast'"),
+        ("lr=-1", "lr=-1"),
+        ("lr={[]: 1}", "lr="),
+        ("lr=(((", "lr="),
+    ],
+)
+def test_a_setting_that_is_none_is_one_sentence(text, word):
+    result = psgd(*QUICK, "--set", text)
+    assert result.exit_code == 2, repr(result.exception)
+    assert result.stderr.startswith("psgd: ") and word in result.stderr and result.stderr.count("\n") == 1
 
 
 # ---- golden ------------------------------------------------------------------------------

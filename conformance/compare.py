@@ -138,9 +138,12 @@ def compare(
     locked: bool = False,
     drivers: Sequence[str] = tuple(DRIVERS),
     tick: Tick = lambda: None,
+    settings: Mapping[str, Any] | None = None,
     **hyperparameters: Any,
 ) -> Comparison:
     """Run drivers beside each other. The first that differentiates is the reference; `tick` is called at each step.
+
+    Hyperparameters are given by keyword, or as `settings`, those too whose names are arguments here.
 
     Raises ValueError for names that are not registered.
     """
@@ -151,7 +154,8 @@ def compare(
     if not any(DRIVERS[d].differentiates for d in drivers):
         raise ValueError(f"none of {', '.join(drivers)} differentiates; add torch or jax")
     with double_precision(*(drivers if dtype == "float64" else ())):
-        return _compare(method, PROBLEMS[problem], steps, dtype, seed, locked, drivers, tick, hyperparameters)
+        chosen = dict(settings or {}) | hyperparameters
+        return _compare(method, PROBLEMS[problem], steps, dtype, seed, locked, drivers, tick, chosen)
 
 
 def _compare(

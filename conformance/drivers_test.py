@@ -7,11 +7,12 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
+from conformance import reference
 from conformance.compare import method_for, rounded
 from conformance.drivers import DRIVERS
 from conformance.frameworks import double_precision
 from conformance.problems import PROBLEMS
-from conformance.reference import Reference, leaves
+from conformance.reference import Reference
 from psgd.methods import METHODS
 
 # Compiling takes seconds, and adds nothing to what a driver shows.
@@ -174,8 +175,9 @@ def test_a_layer_goes_as_a_parameter_alone(method):
     assert_same(parted(whole.params), parts.params)
     for name in STACKED.scanned:
         for k in range(6):
-            for mine, alone in zip(leaves(whole.states[name]), leaves(parts.states[f"{name}{k}"]), strict=True):
-                np.testing.assert_allclose(mine[k], alone, rtol=1e-12)
+            states = (reference.layer(whole.states[name], k), parts.states[f"{name}{k}"])
+            for mine, alone in zip(*map(reference.leaves, states), strict=True):
+                np.testing.assert_allclose(mine, alone, rtol=1e-12)
     alike = Reference(whole.method, PROBLEM.init(0))
     for step in (1, 2, 3):
         alike.step(gradients(step))

@@ -71,6 +71,34 @@ def test_names_and_fields(problem: Problem):
     assert problem.summary.endswith(".") and problem.lr > 0
 
 
+def test_what_stacks_layers_is_there_with_as_many_layers_each(problem: Problem):
+    start = problem.init(0)
+    assert problem.scanned <= start.keys()
+    assert all(start[name].ndim for name in problem.scanned)
+    assert len({len(start[name]) for name in problem.scanned}) <= 1
+
+
+def test_two_problems_differ_in_how_they_are_preconditioned_alone():
+    one, other = PROBLEMS["stacked-digits"], PROBLEMS["tensor-digits"]
+    (params, batch), (same, again) = probe(one), probe(other)
+    assert np.array_equal(flatten(params), flatten(same)) and np.array_equal(flatten(batch), flatten(again))
+    assert one.loss(params, batch) == other.loss(params, batch)
+    assert other.scanned == frozenset() and {params[name].ndim for name in one.scanned} == {1, 2, 3}
+
+
+def test_layers_go_one_after_the_other():
+    """Layers without effect may go anywhere; two that have one may not change places."""
+    problem = PROBLEMS["stacked-digits"]
+    params, batch = probe(problem)
+
+    def loss(order: list[int], gain: list[float]) -> float:
+        moved = {name: p[order] if name in problem.scanned else p for name, p in params.items()}
+        return float(problem.loss(moved | {"gain": np.asarray(gain)[order]}, batch))
+
+    assert loss([0, 1, 2, 3], [1, 0, 0, 1]) == pytest.approx(loss([1, 0, 3, 2], [1, 0, 0, 1]), rel=1e-12)
+    assert loss([0, 1, 2, 3], [1, 0, 0, 1]) != pytest.approx(loss([3, 1, 2, 0], [1, 0, 0, 1]), rel=1e-6)
+
+
 def test_start_and_batches_are_plain_float64(problem: Problem):
     for array in (*problem.init(0).values(), *problem.batch(0, 1).values()):
         assert type(array) is np.ndarray and array.dtype == np.float64 and array.flags.c_contiguous

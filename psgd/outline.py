@@ -21,7 +21,7 @@ BYTES = MappingProxyType(
 )
 REAL = MappingProxyType(dict(complex64="float32", complex128="float64"))
 FINFO = MappingProxyType(dict(bfloat16=np.float32, float16=np.float16, float32=np.float32, float64=np.float64))
-ELEMENTWISE = ("abs", "clip", "conj", "exp", "imag", "log", "maximum", "minimum", "real", "sqrt", "where")
+ELEMENTWISE = ("clip", "exp", "log", "maximum", "minimum", "sqrt", "where")
 REDUCTIONS = ("argmax", "max", "mean", "min", "sum")
 OPERATORS = (
     "add",
@@ -98,7 +98,7 @@ for _name in OPERATORS:
 
 
 class Outlines:
-    """The namespace: what the core asks of one. `flops`: floating-point operations so far.
+    """The namespace: what the core asks of one. `flops`: floating-point operations so far, a complex one being four.
 
     A product of an (m, k) by a (k, n) matrix is 2 m k n of them, a triangular solve m^2 n, any other function one for
     each element it reads or makes.
@@ -113,6 +113,8 @@ class Outlines:
     def __getattr__(self, name: str) -> Any:
         if name in BYTES:
             return name
+        if name in ("abs", "real", "imag"):
+            return lambda x: self.astype(self.elementwise(x), REAL.get(x.dtype, x.dtype))
         if name in ELEMENTWISE:
             return self.elementwise
         if name in REDUCTIONS:
@@ -140,20 +142,21 @@ class Outlines:
 
     def matmul(self, a: Outline, b: Outline) -> Outline:
         """Matrix product, broadcast over leading axes."""
-        (*_, m, k), (*_, inner, n) = a.shape, b.shape
+        row, column = a.ndim == 1, b.ndim == 1
+        (*_, m, k), (*_, inner, n) = (1, *a.shape) if row else a.shape, (*b.shape, 1) if column else b.shape
         if k != inner:
             raise ValueError(f"cannot multiply matrices of shapes {a.shape} and {b.shape}")
         batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         dtype = self.result_type(a, b)
         self._count(dtype, 2 * prod(batch) * m * k * n)
-        return Outline((*batch, m, n), dtype, self)
+        return Outline((*batch, *(m,) * (not row), *(n,) * (not column)), dtype, self)
 
     def _solve(self, a: Outline, b: Outline) -> Outline:
         self._count(b.dtype, prod(a.shape) * b.shape[-1])  # the core solves triangular systems only
         return Outline(b.shape, b.dtype, self)
 
     def _count(self, dtype: str, n: int) -> None:
-        weight = 0 if dtype in ("bool", "int32", "int64") else 2 if dtype in REAL else 1
+        weight = 0 if dtype in ("bool", "int32", "int64") else 4 if dtype in REAL else 1
         self.flops += weight * n
 
     # ---- what is not ---------------------------------------------------------------------

@@ -119,7 +119,7 @@ def in_flops(n: int) -> str:
 
 def _scaled(n: float, units: Sequence[str], step: int) -> str:
     power = 0
-    while n >= step and power < len(units) - 1:
+    while n >= 999.5 and power < len(units) - 1:
         n, power = n / step, power + 1
     return f"{n:.0f} {units[0]}".strip() if not power else f"{n:.3g} {units[power]}"
 

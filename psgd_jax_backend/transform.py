@@ -70,7 +70,9 @@ class Mapping(NamedTuple):
     def over(self, one: Callable[..., Any], *stacks: Any) -> Any:
         """A function of one tensor, mapped over stacks of them."""
         if self.lax_map_scanned_layers and all(x.size for x in jax.tree.leaves(stacks)):
-            return jax.lax.map(lambda xs: one(*xs), stacks, batch_size=self.lax_map_batch_size)
+            # A batch of one would keep an axis of length one, which costs XLA several stacks of memory.
+            size = None if self.lax_map_batch_size == 1 else self.lax_map_batch_size
+            return jax.lax.map(lambda xs: one(*xs), stacks, batch_size=size)
         return jax.vmap(one)(*stacks)
 
 
@@ -105,10 +107,10 @@ def scale_by_psgd(
     def init(params: Tree) -> PSGDState:
         leaves, treedef = _flattened(params)
         flags = mapping.flags(params)
-        for told in _listeners.get():
-            told(method, params, flags)
         for (path, leaf), scanned in zip(jax.tree_util.tree_leaves_with_path(params), flags, strict=True):
             _check_leaf(method, path, leaf, scanned)
+        for told in _listeners.get():
+            told(method, params, flags)
         scale = method.start_scale()
 
         def one(p: Leaf) -> State:
