@@ -51,7 +51,7 @@ from conformance.problems import PROBLEMS
 from conformance.tolerances import LOCKED, bound_for
 from psgd.methods import METHODS, Method
 from psgd.outline import BYTES
-from psgd.summary import row, summary
+from psgd.summary import Parameter, counters, rows, summary
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -370,14 +370,14 @@ def golden(
 def tell_golden(out: Console, results: Results, waiting: Mapping[str, Mapping[str, int]]) -> None:
     """The table, what failed and where, the counts, and what is not supported yet."""
     out.print("largest relative error", golden_table(results))
-    for name, rows in results.items():
-        for r in rows:
+    for name, lines in results.items():
+        for r in lines:
             if not r.passed:
                 text = f"{name}: {r.case} is off by {r.error:.1e}, more than {r.rtol:.0e}, at {r.where}"
                 out.print(text, markup=False, style="red", soft_wrap=True)
-    for name, rows in results.items():
-        passed = sum(r.passed for r in rows)
-        out.print(f"{name}: {passed} passed, {len(rows) - passed} failed", markup=False)
+    for name, lines in results.items():
+        passed = sum(r.passed for r in lines)
+        out.print(f"{name}: {passed} passed, {len(lines) - passed} failed", markup=False)
     for what, names in waiting.items():
         if names:
             out.print(f"not yet supported {what}: {counted(names)}", markup=False, soft_wrap=True)
@@ -433,12 +433,11 @@ def plan(
     size, each = COUNTERS[framework]
     parameters = read_shapes(shapes)
     refuse_complex(made, parameters, dtype)
-    rows = [
-        (made, row(made, name, x["shape"], x.get("dtype", dtype), scanned=x.get("scanned", False)))
+    known_shapes = [
+        Parameter(name, tuple(x["shape"]), x.get("dtype", dtype), x.get("scanned", False))
         for name, x in parameters.items()
     ]
-    counted = size * (1 + made.tempo().counts) * (len(parameters) if each else 1)
-    whole = summary(rows, counted)
+    whole = summary([(made, r) for r in rows(made, known_shapes)], counters(made, known_shapes, size, each=each))
     console().print(str(whole), markup=False, highlight=False, soft_wrap=True)
     totals = {name: getattr(whole, name) for name in ("bytes", "state", "apply", "fit", "counters")}
     write_json(json_file, totals | {"rows": [asdict(r) for r in whole.rows]})

@@ -247,8 +247,8 @@ def replay_optimizer(
 ) -> Iterator[Compared]:
     """A method's pipeline, tensor after tensor, in the order in which the recorded run drew its numbers.
 
-    common: roles of coins that were tossed once for all tensors; the others were tossed for each. late: the state before
-    the first step was recorded before it got its scale.
+    common: roles of coins that were tossed once for all tensors; the others were tossed for each.
+    late: the state before the first step was recorded before it got its scale.
     """
     n = len(player.case["shapes"])
     groups = player.case.get("groups") or [{"params": list(range(n))}]

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from psgd.schedule import precond_update_prob_schedule as precond_update_prob_schedule
+from psgd_torch_backend.hessian import hessian_helper as hessian_helper
 from psgd_torch_backend.optimizer import PSGD as PSGD
 """
 JAX = """from typing import Any
@@ -26,6 +27,7 @@ JAX = """from typing import Any
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from psgd.schedule import precond_update_prob_schedule as precond_update_prob_schedule
+from psgd_jax_backend.hessian import hessian_helper as hessian_helper
 from psgd_jax_backend.transform import PSGDState as PSGDState
 from psgd_jax_backend.transform import scale_by_psgd as scale_by_psgd
 from psgd_jax_backend.transform import summary as summary
@@ -68,7 +70,8 @@ def jax_face(method: type[Method]) -> str:
     rate = f"    learning_rate: ScalarOrSchedule = {default(method, 'lr')},\n    *,\n"
     mapping = "".join(f"    {p.name}: {type_of(p.default)} = {p.default!r},\n" for p in MAPPING)
     mask = f"    {method.mask_name}: Any = None,\n"
-    whole = f"def {method.name}(\n{rate}{arguments(method, 'lr')}{mask}{mapping}{result}"
+    names = [method.name, method.also] if method.also else [method.name]
+    whole = "".join(f"def {name}(\n{rate}{arguments(method, 'lr')}{mask}{mapping}{result}" for name in names)
     part = f"def scale_by_{method.name}(\n    *,\n{arguments(method, 'lr', 'weight_decay')}{mapping}{result}"
     return whole + part
 

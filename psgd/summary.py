@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 from psgd import pipeline
+from psgd.arrays import Factors
 from psgd.methods import Method
 from psgd.outline import BYTES, Outline, Outlines, Silence
 from psgd.schedule import Memory
@@ -132,10 +134,65 @@ def row(method: Method, name: str, shape: Sequence[int], dtype: str = "float32",
     return Row(name, tuple(shape), dtype, factors, layers, n * state, n * apply, n * fit)
 
 
+class Parameter(NamedTuple):
+    """A parameter by its name, shape and dtype. scanned: its first axis counts layers."""
+
+    name: str
+    shape: Shape
+    dtype: str = "float32"
+    scanned: bool = False
+
+
+def rows(method: Method, parameters: Sequence[Parameter]) -> list[Row]:
+    """The rows of parameters that one optimizer has.
+
+    A preconditioner of all of them as one vector is shared out by their numbers of elements, its bounds apart.
+    """
+    recipe = method.recipe()
+    if not recipe.whole:
+        return [row(method, p.name, p.shape, p.dtype, scanned=p.scanned) for p in parameters]
+    n = sum(prod(p.shape) for p in parameters)
+    if not n:
+        return [Row(p.name, p.shape, p.dtype, (), None, 0, 0, 0) for p in parameters]
+    widest = _widest(parameters)
+    *_, apply, fit = _costs(recipe, (n,), widest)
+    factors = _whole(recipe, parameters)
+    per_number = sum(q.nbytes for q in factors.Q) // n
+
+    def one(p: Parameter) -> Row:
+        size = prod(p.shape)
+        momentum = pipeline.init_momentum(recipe, Outline(p.shape, p.dtype, Outlines()))
+        kept = size * per_number + (0 if momentum is None else momentum.nbytes)
+        words = tuple(sized((size, *q.shape[1:])) for q in factors.Q)
+        return Row(p.name, p.shape, p.dtype, words, None, kept, apply * size // n, fit * size // n)
+
+    return [one(p) for p in parameters]
+
+
+def counters(method: Method, parameters: Sequence[Parameter], size: int, *, each: bool) -> int:
+    """Bytes of what is not a parameter's own: counters of `size` bytes, and the bounds of a whole-model preconditioner.
+
+    each: every parameter has a copy of them, as in PyTorch; else there is one.
+    """
+    recipe, copies = method.recipe(), len(parameters) if each else 1
+    bounds = sum(x.nbytes for x in _whole(recipe, parameters).L) if recipe.whole and parameters else 0
+    return copies * (size * (1 + method.tempo().counts) + bounds)
+
+
+def _widest(parameters: Sequence[Parameter]) -> str:
+    return max((p.dtype for p in parameters), key=list(BYTES).index)
+
+
+def _whole(recipe: pipeline.Recipe, parameters: Sequence[Parameter]) -> Factors:
+    """The factors of all parameters as one vector."""
+    n = sum(prod(p.shape) for p in parameters)
+    return pipeline.init(recipe, Outline((n,), _widest(parameters), Outlines()), None, Silence()).factors
+
+
 @lru_cache(maxsize=4096)
 def _costs(recipe: pipeline.Recipe, shape: Shape, dtype: str) -> tuple[tuple[str, ...], int, int, int]:
     """Factors, bytes of state, operations of a step without a fit, and of the fit alone."""
-    state = pipeline.init(recipe, Outline(shape, dtype, Outlines()))
+    state = pipeline.init(recipe, Outline(shape, dtype, Outlines()), None, Silence())
     arrays = [*(() if state.momentum is None else (state.momentum,)), *state.factors.Q, *state.factors.L]
     factors = tuple(sized(q.shape) or "1" for q in state.factors.Q)
     apply, both = (_operations(recipe, shape, dtype, fit) for fit in (False, True))
@@ -145,10 +202,11 @@ def _costs(recipe: pipeline.Recipe, shape: Shape, dtype: str) -> tuple[tuple[str
 def _operations(recipe: pipeline.Recipe, shape: Shape, dtype: str, fit: bool) -> int:
     xp = Outlines()
     g = Outline(shape, dtype, xp)
-    state = pipeline.init(recipe, g)
+    state = pipeline.init(recipe, g, None, Silence())
     plan = pipeline.Plan(fit, False, False, Memory(0.5), rate=0.1, memory=0.5, damping=0.1, key=None)
     xp.flops = 0
-    u, _ = pipeline.step(recipe, plan, g, state, Silence())
+    pair = (g, g) if recipe.newton else None
+    u, _ = pipeline.step(recipe, plan, g, state, Silence(), pair=pair)
     pipeline.displacement(g, u, 0.1, 0.1)
     return xp.flops
 

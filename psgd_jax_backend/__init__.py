@@ -2,16 +2,20 @@
 
 from psgd.methods import METHODS
 from psgd.schedule import precond_update_prob_schedule
+from psgd_jax_backend.hessian import hessian_helper
 from psgd_jax_backend.transform import PSGDState, alias, scale_by_psgd, scaling, summary
 
 globals().update({name: alias(method, __name__) for name, method in METHODS.items()})
+globals().update({method.also: alias(method, __name__, method.also) for method in METHODS.values() if method.also})
 globals().update({f"scale_by_{name}": scaling(method, __name__) for name, method in METHODS.items()})
 
 __all__ = [
     "PSGDState",
+    "hessian_helper",
     "precond_update_prob_schedule",
     "scale_by_psgd",
     "summary",
     *METHODS,
+    *(method.also for method in METHODS.values() if method.also),
     *(f"scale_by_{name}" for name in METHODS),
 ]

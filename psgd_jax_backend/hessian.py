@@ -22,8 +22,10 @@ def names(tree: Tree) -> list[str]:
 def vector(step_key: Any, params: Tree) -> Tree:
     """The vector v: standard normal, for each leaf a function of the step's key and the leaf's name."""
     draws, (leaves, treedef) = noise.Counter(step_key), jax.tree.flatten(params)
-    drawn = [draws.normal(f"v/{name}", jnp.shape(x), jnp.asarray(x)) for name, x in zip(names(params), leaves, strict=True)]
-    return treedef.unflatten(drawn)
+    drawn = [
+        draws.normal(f"v/{name}", jnp.shape(x), jnp.asarray(x)) for name, x in zip(names(params), leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, drawn)
 
 
 def product(
@@ -60,7 +62,9 @@ def hessian_helper(
     *,
     train_step: Any = None,
 ) -> tuple[Any, Tree, Tree, Tree, Any]:
-    """Loss, gradient and, where a coin says so, the product of the Hessian with a random vector; for `jax.value_and_grad`.
+    """Loss, gradient and, where a coin says so, the product of the Hessian with a random vector.
+
+    To be called where one would call `jax.value_and_grad`, under `jit` too.
 
     Args:
         key: a JAX random key (or its two words) of this step. The coin and the vector depend on it, and the vector of a
@@ -69,8 +73,8 @@ def hessian_helper(
         preconditioner_update_probability: of an update; 1 always does.
         train_step: number of this step, from 0; the first two then always update.
 
-    Returns: what `loss_fn` returns; the gradient; H v and v, zeros at steps without an update; whether this step updates.
-    The last three are what `update(..., Hvp=, vector=, update_preconditioner=)` takes.
+    Returns: what `loss_fn` returns; the gradient; H v and v, zeros at steps without an update; whether this step
+    updates. The last three are what `update(..., Hvp=, vector=, update_preconditioner=)` takes.
 
     Source: psgd_jax `hessian_helper`.
     """

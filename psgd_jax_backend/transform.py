@@ -16,12 +16,12 @@ import numpy as np
 import optax
 
 from psgd import noise, pipeline
+from psgd import summary as costs
 from psgd._xp import real_dtype
 from psgd.arrays import Factors
 from psgd.methods import Method, documented
 from psgd.pipeline import Plan, Recipe, State
-from psgd.summary import Row, Summary, row
-from psgd.summary import summary as summed
+from psgd.summary import Row, Summary
 
 Leaf = jax.Array
 Tree = Any
@@ -165,10 +165,9 @@ def scale_by_psgd(
         directions = _trusted(recipe, tempo.trust, directions)
         if recipe.whole:
             directions = _parted(directions[0], shapes)
-            news = _parted(new[0].momentum, shapes) if recipe.momentum else []
-            momenta = (
-                [m.astype(was.dtype) for m, was in zip(news, momenta, strict=True)] if recipe.momentum else momenta
-            )
+            if new[0].momentum is not None:
+                parts = _parted(new[0].momentum, shapes)
+                momenta = [m.astype(was.dtype) for m, was in zip(parts, momenta, strict=True)]
         else:
             momenta = [s.momentum for s in new]
         out = [u.astype(jnp.result_type(p)) for u, p in zip(directions, like, strict=True)]
@@ -233,24 +232,31 @@ def summary(tx: optax.GradientTransformation, params: Tree) -> Summary:
 
     Raises: ValueError if there is no PSGD method in `tx`.
     """
-    rows: list[tuple[Method, Row]] = []
-    counters = 0
+    lines: list[tuple[Method, Row]] = []
+    counted = 0
 
     def told(method: Method, params: Tree, flags: list[bool]) -> None:
-        nonlocal counters
-        counters += COUNTER_BYTES * (1 + method.tempo().counts)
-        for (path, x), scanned in zip(jax.tree_util.tree_leaves_with_path(params), flags, strict=True):
-            name = jax.tree_util.keystr(path, simple=True, separator="/") or "parameter"
-            rows.append((method, row(method, name, jnp.shape(x), jnp.result_type(x).name, scanned=scanned)))
+        nonlocal counted
+        parameters = [
+            costs.Parameter(
+                jax.tree_util.keystr(path, simple=True, separator="/") or "parameter",
+                jnp.shape(x),
+                jnp.result_type(x).name,
+                scanned,
+            )
+            for (path, x), scanned in zip(jax.tree_util.tree_leaves_with_path(params), flags, strict=True)
+        ]
+        lines.extend((method, row) for row in costs.rows(method, parameters))
+        counted += costs.counters(method, parameters, COUNTER_BYTES, each=False)
 
     token = _listeners.set((*_listeners.get(), told))
     try:
         jax.eval_shape(tx.init, params)
     finally:
         _listeners.reset(token)
-    if not rows and not counters:
+    if not lines and not counted:
         raise ValueError("the transformation holds no PSGD method; give one made by psgd_jax_backend, or a chain of it")
-    return summed(rows, counters)
+    return costs.summary(lines, counted)
 
 
 # ---- checks -----------------------------------------------------------------------------
@@ -300,8 +306,8 @@ def _check_whole(method: Method, recipe: Recipe, gradients: list[Leaf], state: S
     n = sum(g.size for g in gradients)
     if tuple(q.shape for q in state.factors.Q) != recipe.preconditioner.shapes((n,)):
         raise ValueError(
-            f"{method.name}: the gradients have {n} numbers, the state belongs to others; give update the tree that init "
-            "was given"
+            f"{method.name}: the gradients have {n} numbers, the state belongs to others; give update the tree that "
+            "init was given"
         )
 
 
@@ -455,7 +461,7 @@ def scaling(method: type[Method], module: str) -> Callable[..., optax.GradientTr
     return _dressed(scale_by, f"scale_by_{method.name}", method, module, _parameters(settings))
 
 
-def alias(method: type[Method], module: str) -> Callable[..., optax.GradientTransformationExtraArgs]:
+def alias(method: type[Method], module: str, name: str = "") -> Callable[..., optax.GradientTransformationExtraArgs]:
     """`<name>`: the whole optimizer: direction, decoupled weight decay, learning rate (a number or a schedule)."""
     settings = [f for f in fields(method) if f.name != "lr"]
     default = {f.name: f.default for f in fields(method)}
@@ -485,7 +491,7 @@ def alias(method: type[Method], module: str) -> Callable[..., optax.GradientTran
         annotation=optax.ScalarOrSchedule,
     )
     mask = Parameter(method.mask_name, Parameter.KEYWORD_ONLY, default=None)
-    return _dressed(optimizer, method.name, method, module, [rate, *_parameters(settings), mask])
+    return _dressed(optimizer, name or method.name, method, module, [rate, *_parameters(settings), mask])
 
 
 def _dressed(

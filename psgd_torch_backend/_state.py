@@ -76,10 +76,11 @@ def factor_shapes(recipe: Recipe, layers: Sequence[int], shape: Sequence[int]) -
     return [(*layers, *q) for q in recipe.preconditioner.shapes(recipe.layout(tuple(shape)))]
 
 
-def gathered(entries: Sequence[Entry], recipe: Recipe) -> State:
+def gathered(entries: Sequence[Entry]) -> State:
     """The state of one preconditioner for several parameters, from the rows that each of them keeps."""
     states = [to_state(entry) for entry in entries]
-    momentum = torch.cat([s.momentum.reshape(-1) for s in states]) if recipe.momentum else None
+    momenta = [s.momentum.reshape(-1) for s in states if s.momentum is not None]
+    momentum = torch.cat(momenta) if momenta else None
     q = tuple(torch.cat(rows) for rows in zip(*(s.factors.Q for s in states), strict=True))
     return State(momentum, Factors(q, states[0].factors.L))
 

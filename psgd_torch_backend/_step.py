@@ -54,7 +54,8 @@ def make_step(recipe: Recipe, *, stacked: bool, compiled: Sequence[int] | None =
         given = 0 if pair is None else 2
 
         def one(p: Tensor, g: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            own, rest = (tensors[:given] or None), tensors[given:]
+            own: Any = tensors[:given] or None
+            rest = tensors[given:]
             if not recipe.decoupled:
                 g = g + weight_decay * p
             u, new = pipeline.step(recipe, plan, g, rebuilt(state, rest), draws, pair=own)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from psgd import noise
 from psgd._xp import namespace
@@ -28,8 +27,8 @@ def _loss(closure: Closure) -> tuple[Any, Tensor]:
     loss = returned[0] if isinstance(returned, (tuple, list)) else returned
     if not (isinstance(loss, Tensor) and loss.requires_grad):
         raise RuntimeError(
-            "the closure must return the loss, a tensor that can still be differentiated, or a sequence that begins with "
-            "it; leave backward() to the optimizer"
+            "the closure must return the loss, a tensor that can still be differentiated, or a sequence that begins "
+            "with it; leave backward() to the optimizer"
         )
     return returned, loss
 
@@ -61,8 +60,8 @@ def by_differences(
 ) -> tuple[Any, list[Tensor | None], list[Tensor]]:
     """The same by (g(p + delta v) - g(p)) / delta, delta the square root of the dtype's epsilon.
 
-    The closure is called twice, and must be the same function both times. Parameters come back bit for bit, also when it
-    raises at the second call.
+    The closure is called twice, and must be the same function both times. Parameters come back bit for bit, also when
+    it raises at the second call.
     """
     delta = sqrt(max(torch.finfo(p.dtype).eps for p in params))
     returned, grads = gradients(closure, params)
@@ -103,14 +102,14 @@ def hessian_helper(
         preconditioner_update_probability: of an update; 1 always does.
         train_step: number of this step, from 0; the first two then always update.
 
-    Returns: what `loss_fn` returns, detached; the gradient, H v and v, in the structure of `params`, the last two zero at
-    steps without an update; whether this step updates. The last three are what
+    Returns: what `loss_fn` returns, detached; the gradient, H v and v, in the structure of `params`, the last two zero
+    at steps without an update; whether this step updates. The last three are what
     `step(Hvp=, vector=, update_preconditioner=)` takes once the gradient is in the parameters' `grad`.
 
     Source: psgd_jax `hessian_helper`.
     """
-    leaves, spec = tree_flatten(params)
-    own = [p.detach().requires_grad_() for p in leaves]
+    named = _named(params)
+    own = [p.detach().requires_grad_() for _, p in named]
     words = noise.signed(key >> 32), noise.signed(key)
     step_key = int(noise.key(namespace(own[0]), *words)[0])
     coin = float(noise.uniform(torch.tensor([step_key], dtype=torch.int32), "fit"))
@@ -118,27 +117,36 @@ def hessian_helper(
     update = preconditioner_update_probability >= 1 or coin < preconditioner_update_probability or early
 
     def closure() -> Any:
-        return loss_fn(tree_unflatten(own, spec), *loss_fn_extra_args)
+        return loss_fn(_rebuilt(params, iter(own)), *loss_fn_extra_args)
 
     if update:
-        v = [vector(step_key, name, p) for name, p in zip(_names(params), own, strict=True)]
+        v = [vector(step_key, name, p) for name, p in named]
         out, grads, hvp = exact(closure, own, v)
     else:
         out, grads = gradients(closure, own)
-        v, hvp = ([torch.zeros_like(p) for p in own] for _ in range(2))
-    grads = [torch.zeros_like(p) if g is None else g for p, g in zip(own, grads, strict=True)]
-    out = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out if has_aux else _first(out))
-    return out, *(tree_unflatten(xs, spec) for xs in (grads, hvp, v)), update
+        v, hvp = [torch.zeros_like(p) for p in own], [torch.zeros_like(p) for p in own]
+    used = [torch.zeros_like(p) if g is None else g for p, g in zip(own, grads, strict=True)]
+    out = out if has_aux else _first(out)
+    loss = (out[0].detach(), *out[1:]) if has_aux else out.detach()
+    return loss, *(_rebuilt(params, iter(xs)) for xs in (used, hvp, v)), update
 
 
 def _first(out: Any) -> Any:
     return out[0] if isinstance(out, (tuple, list)) else out
 
 
-def _names(tree: Any, path: tuple[str, ...] = ()) -> list[str]:
-    """The names of the leaves of nested containers: their path, joined by dots; "0" for a single tensor."""
+def _named(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[str, Tensor]]:
+    """The tensors of nested containers with their names: the path, joined by dots; "0" for a single tensor."""
+    if isinstance(tree, Tensor):
+        return [(".".join(path) or "0", tree)]
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return [leaf for key, x in items for leaf in _named(x, (*path, str(key)))]
+
+
+def _rebuilt(tree: Any, tensors: Iterator[Tensor]) -> Any:
+    """Containers as those of `tree`, with other tensors."""
+    if isinstance(tree, Tensor):
+        return next(tensors)
     if isinstance(tree, dict):
-        return [name for k, x in tree.items() for name in _names(x, (*path, str(k)))]
-    if isinstance(tree, (list, tuple)):
-        return [name for k, x in enumerate(tree) for name in _names(x, (*path, str(k)))]
-    return [".".join(path) or "0"]
+        return {key: _rebuilt(x, tensors) for key, x in tree.items()}
+    return type(tree)(_rebuilt(x, tensors) for x in tree)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
-from inspect import Parameter, Signature
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,7 +15,7 @@ from psgd import noise, pipeline
 from psgd._xp import dtype_name, real_dtype
 from psgd.arrays import Factors
 from psgd.methods import Method, documented
-from psgd.summary import Summary, row, summary
+from psgd.summary import Parameter, Summary, counters, rows, summary
 from psgd_torch_backend import hessian
 from psgd_torch_backend._state import (
     Stack,
@@ -161,10 +161,10 @@ class PSGD(torch.optim.Optimizer):
         """One step for every parameter that has a gradient. All gradients are checked before anything changes.
 
         Args:
-            closure: called once, for what `step` returns. Methods that fit Hessian-vector products need one that returns
-                the loss, or a sequence that begins with it, and does not call `backward`: the optimizer differentiates
-                it, twice where the step fits. With `exact_hessian_vector_product=False` it is called again at perturbed
-                parameters, which are then put back, bit for bit, whatever it raises.
+            closure: called once, for what `step` returns. Methods that fit Hessian-vector products need one that
+                returns the loss, or a sequence that begins with it, and does not call `backward`: the optimizer
+                differentiates it, twice where the step fits. With `exact_hessian_vector_product=False` it is called
+                again at perturbed parameters, which are then put back, bit for bit, whatever it raises.
             Hvp, vector, update_preconditioner: instead of whitening, or of a closure, fit to products of the Hessian
                 with a vector, as `hessian_helper` returns them: one tensor for each parameter, in the order of the
                 parameters or by their names; and whether to fit at this step.
@@ -178,8 +178,8 @@ class PSGD(torch.optim.Optimizer):
                 loss = closure()
         elif self._newton() and pairs is None:
             raise RuntimeError(
-                f"{type(self).__name__} fits Hessian-vector products; call step(closure) with a closure that returns the "
-                "loss, or step(Hvp=..., vector=..., update_preconditioner=...)"
+                f"{type(self).__name__} fits Hessian-vector products; call step(closure) with a closure that returns "
+                "the loss, or step(Hvp=..., vector=..., update_preconditioner=...)"
             )
         ready = [(group, self._with_gradients(group)) for group in self.param_groups]
         waiting = [held for group, params in ready for held in self._step_group(group, params, pairs)]
@@ -365,8 +365,8 @@ class PSGD(torch.optim.Optimizer):
         late = [name for name, p in self._named(group) if known and p.grad is not None and not self.state.get(p)]
         if late:
             raise RuntimeError(
-                f"{type(self).__name__}: {late[0]} has its first gradient after the first step; one preconditioner is for "
-                "all parameters, so all must have one from the start, or groups of their own"
+                f"{type(self).__name__}: {late[0]} has its first gradient after the first step; one preconditioner is "
+                "for all parameters, so all must have one from the start, or groups of their own"
             )
         present = {id(p) for p in known or params}
         order = sorted(((_by_part(name), p) for name, p in self._named(group) if id(p) in present), key=lambda x: x[0])
@@ -383,7 +383,7 @@ class PSGD(torch.optim.Optimizer):
         age, since = self._age(group)
         plan = pipeline.host_plan(tempo, age + 1, since=None if since is None else since + 1)
         plan = plan if pairs is None else plan._replace(fit=pairs.fit)
-        state = gathered(entries, recipe)
+        state = gathered(entries)
         g = _vector([torch.zeros_like(p) if p.grad is None else p.grad for p in members])
         g = -g if group["maximize"] else g
         pair = None
@@ -406,7 +406,7 @@ class PSGD(torch.optim.Optimizer):
         for entry in entries:
             entry["step"] = entry["step"] + 1
             if "since" in entry:
-                entry["since"].fill_(0 if plan.fit else since + 1)
+                entry["since"].fill_(0 if plan.fit else int(entry["since"]) + 1)
         parts = [x.reshape(p.shape) for x, p in zip(u.split([p.numel() for p in members]), members, strict=True)]
         moved = [(p.detach(), x) for p, x in zip(members, parts, strict=True) if p.grad is not None]
         return [Held(group, tempo.trust if recipe.trusted else None, *map(list, zip(*moved, strict=True)))]
@@ -452,16 +452,16 @@ class PSGD(torch.optim.Optimizer):
         if group["compile"]:
             plan, *numbers = as_tensors(plan, *numbers)
         waiting: list[Held] = []
-        for rows in (slice(i, i + size) for i in range(0, count, size)):
-            targets = [bucket[0].detach()[rows]] if scanned else [p.detach() for p in bucket[rows]]
-            gradients = [_gradient(bucket[0])[rows]] if scanned else [_gradient(p) for p in bucket[rows]]
-            batch = rebuilt(state, [x[rows] for x in leaves(state)]) if many and size < count else state
+        for some in (slice(i, i + size) for i in range(0, count, size)):
+            targets = [bucket[0].detach()[some]] if scanned else [p.detach() for p in bucket[some]]
+            gradients = [_gradient(bucket[0])[some]] if scanned else [_gradient(p) for p in bucket[some]]
+            batch = rebuilt(state, [x[some] for x in leaves(state)]) if many and size < count else state
             stacked = many and not scanned
             p, g = (torch.stack(xs) if stacked else xs[0] for xs in (targets, gradients))
             pair = None
             if pairs is not None and pairs.fit:
-                given = [pairs.by_parameter[id(p)] for p in (bucket if scanned else bucket[rows])]
-                columns = [[x[rows] for x in xs] if scanned else list(xs) for xs in zip(*given, strict=True)]
+                given = [pairs.by_parameter[id(p)] for p in (bucket if scanned else bucket[some])]
+                columns = [[x[some] for x in xs] if scanned else list(xs) for xs in zip(*given, strict=True)]
                 pair = tuple(torch.stack(xs) if stacked else xs[0] for xs in columns)
             g = -g if group["maximize"] else g
             step = self._step_of(recipe, many, tuple(p.shape) if group["compile"] else None)
@@ -513,14 +513,15 @@ class PSGD(torch.optim.Optimizer):
 
         Known from the shapes, before the first step and without the state. Counters are 8 bytes each.
         """
-        rows, counters = [], 0
+        lines, counted = [], 0
         for group in self.param_groups:
-            (method, _, tempo), layered = self._settings(group), self._layered(group)
-            for name, p in self._named(group):
-                dtype = dtype_name(p.dtype)
-                rows.append((method, row(method, name, tuple(p.shape), dtype, scanned=id(p) in layered)))
-                counters += COUNTER_BYTES * (1 + tempo.counts)
-        return summary(rows, counters)
+            (method, *_), layered = self._settings(group), self._layered(group)
+            parameters = [
+                Parameter(name, tuple(p.shape), dtype_name(p.dtype), id(p) in layered) for name, p in self._named(group)
+            ]
+            lines += [(method, row) for row in rows(method, parameters)]
+            counted += counters(method, parameters, COUNTER_BYTES, each=True)
+        return summary(lines, counted)
 
     # ---- saving and copying ------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -653,18 +654,16 @@ def _placed(value: Any, device: torch.device, name: str = "") -> Any:
 def face(method: type[Method], module: str) -> type[PSGD]:
     """The optimizer class of a method: its name, signature and documentation come from the method's record."""
     settings = {f.name: f for f in fields(method)}
-    keyword = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=f.default) for name, f in settings.items() if name != "lr"
-    ]
-    flags = [Parameter(name, Parameter.KEYWORD_ONLY, default=x) for name, x in ADAPTER_DEFAULTS.items()]
+    defaults = {name: f.default for name, f in settings.items() if name != "lr"} | ADAPTER_DEFAULTS
+    keyword = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=x) for name, x in defaults.items()]
     first = [
-        Parameter("params", Parameter.POSITIONAL_OR_KEYWORD),
-        Parameter("lr", Parameter.POSITIONAL_OR_KEYWORD, default=settings["lr"].default),
+        inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+        inspect.Parameter("lr", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=settings["lr"].default),
     ]
     body = {
         "method": method,
         "__doc__": documented(method),
         "__module__": module,
-        "__signature__": Signature([*first, *keyword, *flags]),
+        "__signature__": inspect.Signature([*first, *keyword]),
     }
     return type(method.title, (PSGD,), body)
