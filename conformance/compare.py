@@ -7,7 +7,7 @@ every leaf of the state. *Free-running*: each driver walks by itself from the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import combinations
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from conformance.drivers import DRIVERS, Arrays, Driver, Snapshot
 from conformance.frameworks import double_precision
 from conformance.problems import PROBLEMS, Problem
+from conformance.reference import fits
 from conformance.tolerances import Bound, bound_for
 from psgd.methods import METHODS, Method
 
@@ -122,10 +123,19 @@ def furthest(x: Arrays, y: Arrays, scales: dict[str, float], kind: str = "") -> 
     return worst
 
 
+def default_of(setting: Any) -> Any:
+    """The default of a hyperparameter."""
+    return setting.default
+
+
 def method_for(name: str, problem: Problem, **hyperparameters: Any) -> Method:
     """A method with its defaults, and the learning rate that makes its steps as long as `problem.lr` means."""
-    gain = METHODS[name].of(**hyperparameters).recipe().gain
-    return METHODS[name].of(**{"lr": problem.lr / gain, **hyperparameters})
+    settings, size = fields(METHODS[name]), sum(x.size for x in problem.init(0).values())
+    own: dict[str, Any] = {f.name: None for f in settings if f.metadata["kind"] == "dtype"}  # the dtype of the problem
+    own |= {f.name: min(default_of(f), size - 1) for f in settings if f.name.endswith("rank_of_approximation")}
+    given = own | hyperparameters
+    gain = METHODS[name].of(**given).recipe().gain
+    return METHODS[name].of(**{"lr": problem.lr / gain, **given})
 
 
 def compare(
@@ -215,12 +225,15 @@ def walk(
         base = reference.snapshot() if locked and t > 1 else None
         snapshots = {}
         loss, gradients = reference.gradient(batch)
+        fit = reference.method.recipe().newton and fits(reference.method, t)
+        pairs = reference.products(batch, t) if fit else None
         for name, run in runs.items():
             if base is not None and run is not reference:
                 run.load(base)
-            own = run.gradient(batch) if run.differentiates and run is not reference else (loss, gradients)
+            alone = run.differentiates and run is not reference
+            own = run.gradient(batch) if alone else (loss, gradients)
             losses[name].append(own[0])
-            snapshots[name] = run.step(own[1])
+            snapshots[name] = run.step(own[1], run.products(batch, t) if alone and fit else pairs)
         yield snapshots
 
 
@@ -264,7 +277,10 @@ def envelope(
     scales: dict[str, float] = {}
     for t in range(1, steps + 1):
         batch = problem.batch(seed, t)
-        params = [run.step(run.gradient(batch)[1]).params for run in runs.values()]
+        fit = method.recipe().newton and fits(method, t)
+        params = [
+            run.step(run.gradient(batch)[1], run.products(batch, t) if fit else None).params for run in runs.values()
+        ]
         largest[t - 1] = max(furthest(params[0], twin, scales)[0] for twin in params[1:])
         tick()
     return np.maximum.accumulate(largest)

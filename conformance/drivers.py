@@ -17,10 +17,10 @@ import numpy as np
 
 from conformance.frameworks import FRAMEWORKS, Framework
 from conformance.problems import Problem
-from conformance.reference import Reference
+from conformance.reference import Reference, gathered, spread
 from psgd.arrays import Factors
 from psgd.methods import METHODS, Method
-from psgd.pipeline import State
+from psgd.pipeline import State, host_plan
 
 Arrays = dict[str, np.ndarray]
 
@@ -68,10 +68,13 @@ class Driver(ABC):
     def batch(self, data: Mapping[str, np.ndarray]) -> dict[str, Any]:
         return {name: self.array(x) for name, x in data.items()}
 
-    def step(self, gradients: Mapping[str, np.ndarray]) -> Snapshot:
-        """Step on given gradients."""
+    def step(
+        self, gradients: Mapping[str, np.ndarray], pairs: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None
+    ) -> Snapshot:
+        """Step on given gradients, and on (v, H v) of each parameter where a method fits to them at this step."""
         self.before = self.params()
-        self.advance({name: self.array(g) for name, g in gradients.items()})
+        own = None if pairs is None else {name: (self.array(v), self.array(h)) for name, (v, h) in pairs.items()}
+        self.advance({name: self.array(g) for name, g in gradients.items()}, own)
         return self.snapshot()
 
     def snapshot(self) -> Snapshot:
@@ -84,7 +87,7 @@ class Driver(ABC):
         """Make the optimizer."""
 
     @abstractmethod
-    def advance(self, gradients: dict[str, Any]) -> None:
+    def advance(self, gradients: dict[str, Any], pairs: dict[str, tuple[Any, Any]] | None) -> None:
         """One optimizer step."""
 
     @abstractmethod
@@ -103,6 +106,10 @@ class Driver(ABC):
         """Loss and gradient at the present parameters, by the framework's own autodiff."""
         raise NotImplementedError(f"{self.name} does not differentiate; give it another's gradients")
 
+    def products(self, data: Mapping[str, np.ndarray], step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """(v, H v) of each parameter at the present parameters, by the adapter's own functions."""
+        raise NotImplementedError(f"{self.name} does not differentiate; give it another's gradients")
+
 
 # ---- the core alone ---------------------------------------------------------------------
 class NumpyOracle(Driver):
@@ -119,8 +126,8 @@ class NumpyOracle(Driver):
     def begin(self, params: dict[str, Any]) -> None:
         self.run = Reference(self.method, params, self.problem.scanned)
 
-    def advance(self, gradients: dict[str, Any]) -> None:
-        self.run.step(gradients)
+    def advance(self, gradients: dict[str, Any], pairs: dict[str, tuple[Any, Any]] | None) -> None:
+        self.run.step(gradients, pairs)
 
     def params(self) -> Arrays:
         return {name: self.framework.numpy(p) for name, p in self.run.params.items()}
@@ -197,10 +204,25 @@ class TorchEager(Driver):
         grads = self.torch.autograd.grad(loss, list(self.tensors.values()))
         return float(loss.detach()), {n: self.framework.numpy(g) for n, g in zip(self.tensors, grads, strict=True)}
 
-    def advance(self, gradients: dict[str, Any]) -> None:
+    def products(self, data: Mapping[str, np.ndarray], step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        hessian, batch = import_module("psgd_torch_backend.hessian"), self.batch(data)
+        key = host_plan(self.method.tempo(), step, since=step).key
+        params = list(self.tensors.values())
+        vs = [hessian.vector(key, name, p.detach()) for name, p in self.tensors.items()]
+        hs = hessian.exact(lambda: self.problem.loss(self.tensors, batch), params, vs)[2]
+        read = self.framework.numpy
+        return {name: (read(v), read(h)) for name, v, h in zip(self.tensors, vs, hs, strict=True)}
+
+    def advance(self, gradients: dict[str, Any], pairs: dict[str, tuple[Any, Any]] | None) -> None:
         for name, p in self.tensors.items():
             p.grad = gradients[name]
-        self.optimizer.step()
+        if not self.method.recipe().newton:
+            self.optimizer.step()
+            return
+        zeros = {name: (self.torch.zeros_like(p), self.torch.zeros_like(p)) for name, p in self.tensors.items()}
+        given = zeros if pairs is None else pairs
+        vector, hvp = ({name: pair[k] for name, pair in given.items()} for k in (0, 1))
+        self.optimizer.step(Hvp=hvp, vector=vector, update_preconditioner=pairs is not None)
 
     def params(self) -> Arrays:
         return {name: self.framework.numpy(p).copy() for name, p in self.tensors.items()}
@@ -273,25 +295,51 @@ class JaxJit(Driver):
         differentiated = self.jax.value_and_grad(self.problem.loss)
         self.differentiated = self.jax.jit(differentiated) if self.jitted else differentiated
         self.update = self.jax.jit(self.transform.update) if self.jitted else self.transform.update
+        self.product: Any = None
 
     def gradient(self, data: Mapping[str, np.ndarray]) -> tuple[float, Arrays]:
         loss, grads = self.differentiated(self.tree, self.batch(data))
         return float(loss), {name: self.framework.numpy(grads[name]) for name in self.tree}
 
-    def advance(self, gradients: dict[str, Any]) -> None:
-        updates, self.inner = self.update(gradients, self.inner, self.tree)
+    def products(self, data: Mapping[str, np.ndarray], step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        hessian, jnp = import_module("psgd_jax_backend.hessian"), import_module("jax.numpy")
+        if self.product is None:
+
+            def product(params: Any, batch: Any, key: Any) -> Any:
+                v = hessian.vector(key, params)
+                return v, hessian.product(self.problem.loss, params, v, (batch,))[2]
+
+            self.product = self.jax.jit(product) if self.jitted else product
+        key = jnp.full((1,), host_plan(self.method.tempo(), step, since=step).key, jnp.int32)
+        v, h = self.product(self.tree, self.batch(data), key)
+        return {name: (self.framework.numpy(v[name]), self.framework.numpy(h[name])) for name in self.tree}
+
+    def advance(self, gradients: dict[str, Any], pairs: dict[str, tuple[Any, Any]] | None) -> None:
+        extra: dict[str, Any] = {}
+        if self.method.recipe().newton:
+            zeros = {name: (0 * p, 0 * p) for name, p in self.tree.items()}
+            given = zeros if pairs is None else pairs
+            vector, hvp = ({name: pair[k] for name, pair in given.items()} for k in (0, 1))
+            flag = import_module("jax.numpy").asarray(pairs is not None)
+            extra = {"Hvp": hvp, "vector": vector, "update_preconditioner": flag}
+        updates, self.inner = self.update(gradients, self.inner, self.tree, **extra)
         self.tree = self.optax.apply_updates(self.tree, updates)
 
     def params(self) -> Arrays:
         return {name: self.framework.numpy(p) for name, p in self.tree.items()}
 
     def _states(self) -> tuple[Any, dict[str, State]]:
-        own = self.inner[0]
-        states = {
-            name: State(own.momentum[name] if own.momentum is not None else None, Factors(own.Q[name], own.L[name]))
-            for name in self.tree
-        }
-        return own, states
+        own = self._own()
+        momentum = dict.fromkeys(self.tree) if own.momentum is None else own.momentum
+        if not self.method.recipe().whole:
+            return own, {n: State(momentum[n], Factors(own.Q[n], own.L[n])) for n in self.tree}
+        names = sorted(self.tree)
+        rows = spread(State(None, Factors(own.Q, own.L)), [tuple(self.tree[n].shape) for n in names])
+        return own, {n: State(momentum[n], state.factors) for n, state in zip(names, rows, strict=True)}
+
+    def _own(self) -> Any:
+        """The optimizer's own state among those of the transformations it is chained with."""
+        return next(part for part in self.inner if hasattr(part, "Q"))
 
     def state(self) -> Arrays:
         own, states = self._states()
@@ -315,8 +363,14 @@ class JaxJit(Driver):
             None if old is None else jnp.asarray(int(snapshot.state[f"{first}/{name}"]), old.dtype)
             for name, old in (("step", own.count), ("since", own.since))
         )
-        q, ell = ({name: getattr(s.factors, kind) for name, s in filled.items()} for kind in Factors._fields)
-        self.inner = (type(own)(count, since, momentum, q, ell), *self.inner[1:])
+        q: Any
+        ell: Any
+        if self.method.recipe().whole:
+            q, ell = gathered([filled[name] for name in sorted(filled)]).factors
+        else:
+            q, ell = ({name: getattr(s.factors, kind) for name, s in filled.items()} for kind in Factors._fields)
+        new = type(own)(count, since, momentum, q, ell)
+        self.inner = tuple(new if part is own else part for part in self.inner)
 
 
 class JaxEager(JaxJit):

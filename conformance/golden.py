@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from math import inf, prod, sqrt
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,34 @@ def replay_function(
         yield from player.state(t, "Q", factors.Q)
         yield from player.state(t, "L", factors.L)
         yield from player.state(t, "out", [geometry.precondition(factors.Q, g)])
+
+
+@family("lra_whiten", "lra_newton")
+def replay_lra(player: Player) -> Iterator[Compared]:
+    """psgd_torch's `update_precond_lra*`: the low-rank update of one vector."""
+    options = player.case["hyperparameters"]
+    kind, begun = LRA(options["rank"]), Recording(player, 0)
+    first = player.array(player.data["grad/1/0"].reshape(-1))
+    factors = kind.rescaled(kind.init(first, begun), options["init_scale"])
+    begun.spent()
+    yield from player.state(0, "Q", factors.Q)
+    for t in player.steps:
+        draws = Recording(player, t)
+        g, v, h = (
+            player.array(player.data[f"{name}/{t}/0"].reshape(-1)) if f"{name}/{t}/0" in player.data else None
+            for name in ("grad", "v", "h")
+        )
+        e = draws.normal("damping", first.shape, first)
+        if h is None:
+            pair = criterion.whitening(True, g, e, options["damping"])
+        else:
+            pair = criterion.newton(v, h, e, options["damping"])
+        side = draws.toss("side") < 0.5
+        factors = kind.fit(factors, pair, options["lr"], options["betaL"], draws, side)
+        draws.spent()
+        yield from player.state(t, "Q", factors.Q)
+        yield from player.state(t, "L", factors.L)
+        yield from player.state(t, "out", [kind.precondition(factors, g)])
 
 
 # ---- optimizers: several tensors, whole steps --------------------------------------------
@@ -545,6 +574,73 @@ def update_probability(player: Player, t: int) -> Any:
     return np.asarray(schedule.precond_update_prob_schedule()(player.data[f"in/{t}/0"]))
 
 
+@family("primitive")
+def replay_primitive(player: Player) -> Iterator[Compared]:
+    """Functions: each step is a call of its own."""
+    if player.case["function"] == "hessian_helper":
+        yield from replay_hessian_helper(player)
+        return
+    call = PRIMITIVES[player.case["function"]]
+    for t in player.steps:
+        got = call(player, t)
+        got = got if isinstance(got, np.ndarray) else player.framework.numpy(got)
+        yield f"out/{t}/0", got, player.data[f"out/{t}/0"]
+
+
+def replay_hessian_helper(player: Player) -> Iterator[Compared]:
+    """psgd_jax's `hessian_helper` on its recorded loss, mean log(1 + exp z) + 0.1 sum W^4, z = X W + b.
+
+    The coin and the vector are the recorded ones; the products are the adapters' own where there is one, and by formula
+    in namespaces that do not differentiate.
+    """
+    x = player.array(player.data["data/X"])
+    probability = player.case["hyperparameters"]["preconditioner_update_probability"]
+    products = (
+        import_module(f"psgd_{player.framework.name}_backend.hessian") if player.framework.name in AUTODIFF else None
+    )
+    for t in player.steps:
+        draws = Recording(player, t)
+        w, b = (player.read(f"param/{t}/{i}") for i in (0, 1))
+        flag = draws.toss("fit") < probability or t - 1 < 2
+        yield f"flag/{t}", np.asarray(float(flag)), player.data[f"flag/{t}"].astype(float)
+        v = [draws.normal(f"v/{i}", y.shape, y) if flag else 0 * y for i, y in enumerate((w, b))]
+        loss, grads, hvp = HELPERS.get(player.framework.name, _by_formula)(products, x, [w, b], v)
+        draws.spent()
+        yield f"loss/{t}", player.framework.numpy(loss), player.data[f"loss/{t}"]
+        yield from player.state(t, "grad", grads)
+        yield from player.state(t, "v", v)
+        yield from player.state(t, "h", hvp)
+
+
+def _helper_loss(x: Any, params: Sequence[Any]) -> Any:
+    xp, (w, b) = namespace(x), params
+    z = x @ w + b
+    return xp.mean(xp.log1p(xp.exp(z))) + 0.1 * xp.sum(w**4)
+
+
+def _by_formula(_: Any, x: Any, params: Sequence[Any], v: Sequence[Any]) -> tuple[Any, ...]:
+    xp, (w, b), (vw, vb) = namespace(x), params, v
+    z, dz = x @ w + b, x @ vw + vb
+    s = 1 / (1 + xp.exp(-z))
+    n = prod(z.shape)
+    grads = x.T @ s / n + 0.4 * w**3, xp.sum(s, axis=0) / n
+    ds = s * (1 - s) * dz
+    hvp = x.T @ ds / n + 1.2 * w**2 * vw, xp.sum(ds, axis=0) / n
+    return _helper_loss(x, params), grads, hvp
+
+
+def _by_torch(hessian: Any, x: Any, params: Sequence[Any], v: Sequence[Any]) -> tuple[Any, ...]:
+    own = [p.clone().requires_grad_() for p in params]
+    loss, grads, hvp = hessian.exact(lambda: _helper_loss(x, own), own, v)
+    return loss.detach(), grads, hvp
+
+
+def _by_jax(hessian: Any, x: Any, params: Sequence[Any], v: Sequence[Any]) -> tuple[Any, ...]:
+    return hessian.product(lambda p: _helper_loss(x, p), list(params), list(v))
+
+
+HELPERS: dict[str, Callable[..., tuple[Any, ...]]] = {"torch": _by_torch, "jax": _by_jax}
+
 QUAD_BOUND = NormBound(probes=4, products=6, offset=1e-9)
 PRIMITIVES |= {
     "norm_lower_bound_spd": partial(_bound, positive=True, bound=NormBound()),
@@ -583,19 +679,12 @@ def preconditioner_lr(player: Player, t: int) -> Any:
     return np.asarray(schedule.inverse_root(np, peak, step, 10_000, 0.3))
 
 
-@family("primitive")
-def replay_primitive(player: Player) -> Iterator[Compared]:
-    call = PRIMITIVES[player.case["function"]]
-    for t in player.steps:
-        got = call(player, t)
-        got = got if isinstance(got, np.ndarray) else player.framework.numpy(got)
-        yield f"out/{t}/0", got, player.data[f"out/{t}/0"]
-
-
 # ---- running ------------------------------------------------------------------------------
 def supported(case: Case) -> bool:
     """Can the core replay this case?"""
-    return case["family"] in FAMILIES and (case["family"] != "primitive" or case["function"] in PRIMITIVES)
+    return case["family"] in FAMILIES and (
+        case["family"] != "primitive" or case["function"] in (*PRIMITIVES, "hessian_helper")
+    )
 
 
 def error(got: np.ndarray, want: np.ndarray, atol: float) -> float:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from math import prod
 from typing import Any
 
-from psgd import pipeline
+from psgd import noise, pipeline
 from psgd._xp import namespace, number
 from psgd.arrays import Factors
 from psgd.methods import Method
@@ -13,14 +14,24 @@ from psgd.methods import Method
 Array = Any
 
 
-def start(method: Method, gradients: Sequence[Array]) -> list[pipeline.State]:
-    """First state of tensors that start together, with their automatic scale where the method gives none."""
-    recipe, given = method.recipe(), method.start_scale()
+def start(
+    method: Method, gradients: Sequence[Array], pairs: Sequence[tuple[Array, Array]] | None = None
+) -> list[pipeline.State]:
+    """First state of tensors that start together, with their automatic scale where the method gives none.
+
+    pairs: (v, H v) of each, from which methods that fit to them take the scale.
+    """
+    recipe, tempo, given = method.recipe(), method.tempo(), method.start_scale()
+    xp = namespace(gradients[0])
+    draws = noise.Counter(xp.full((1,), pipeline.first_key(tempo), dtype=xp.int32))
     scales: Sequence[Any] = [given] * len(gradients)
     if given is None:
-        sizes = [recipe.start.size(pipeline.working(recipe, g)) for g in gradients]
-        scales = recipe.start(sizes, method.tempo().damping)
-    return [pipeline.init(recipe, g, scale) for g, scale in zip(gradients, scales, strict=True)]
+        seen = gradients if pairs is None else [h for _, h in pairs]
+        scales = recipe.start([recipe.start.size(pipeline.working(recipe, x)) for x in seen], tempo.damping)
+    if given is None and pairs is not None:
+        boosts = recipe.start.probed([pipeline.working(recipe, v) for v, _ in pairs])
+        scales = [scale * boost for scale, boost in zip(scales, boosts, strict=True)]
+    return [pipeline.init(recipe, g, scale, draws) for g, scale in zip(gradients, scales, strict=True)]
 
 
 def trusted(method: Method, us: Sequence[Array]) -> list[Array]:
@@ -55,10 +66,55 @@ def layer(state: pipeline.State, k: int) -> pipeline.State:
     return rebuilt(state, [x[k, ...] for x in leaves(state)])
 
 
+def joined(arrays: Sequence[Array]) -> Array:
+    """All arrays as one vector."""
+    xp = namespace(arrays[0])
+    return xp.concat([xp.reshape(x, (-1,)) for x in arrays])
+
+
+def parted(vector: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+    """The inverse of `joined`; of a matrix, its rows."""
+    ends = [prod(shape) for shape in shapes]
+    starts = [sum(ends[:k]) for k in range(len(ends))]
+    parts = [vector[a : a + n, ...] for a, n in zip(starts, ends, strict=True)]
+    xp = namespace(vector)
+    return [xp.reshape(x, shape) if vector.ndim == 1 else x for x, shape in zip(parts, shapes, strict=True)]
+
+
+def gathered(states: Sequence[pipeline.State]) -> pipeline.State:
+    """The state of one preconditioner for several parameters, from the rows that belong to each."""
+    momenta = [s.momentum for s in states if s.momentum is not None]
+    xp = namespace(states[0].factors.Q[0])
+    q = tuple(xp.concat(list(rows)) for rows in zip(*(s.factors.Q for s in states), strict=True))
+    return pipeline.State(joined(momenta) if momenta else None, Factors(q, states[0].factors.L))
+
+
+def spread(state: pipeline.State, shapes: Sequence[tuple[int, ...]]) -> list[pipeline.State]:
+    """The inverse of `gathered`."""
+    flat = [(prod(shape),) for shape in shapes]
+    rows = list(zip(*(parted(q, flat) for q in state.factors.Q), strict=True))
+    momenta = [None] * len(shapes) if state.momentum is None else parted(state.momentum, shapes)
+    return [pipeline.State(m, Factors(own, state.factors.L)) for m, own in zip(momenta, rows, strict=True)]
+
+
+def vectors(method: Method, step: int, params: Mapping[str, Array]) -> dict[str, Array]:
+    """The vector v of each parameter at a step, as the adapters draw it."""
+    key = pipeline.host_plan(method.tempo(), step, since=step).key
+    xp = namespace(next(iter(params.values())))
+    draws = noise.Counter(xp.full((1,), key, dtype=xp.int32))
+    return {name: draws.normal(f"v/{name}", tuple(p.shape), p) for name, p in params.items()}
+
+
+def fits(method: Method, step: int) -> bool:
+    """Does a method that fits Hessian-vector products do so at a step?"""
+    return pipeline.host_plan(method.tempo(), step, since=step).fit
+
+
 class Reference:
     """Parameters, their states, the number of steps done and of those after the last fit.
 
-    scanned: parameters that stack layers; each layer goes alone, and their states are kept stacked.
+    scanned: parameters that stack layers; each layer goes alone, and their states are kept stacked. A preconditioner of
+    all parameters sees them in the order of their names; its rows are kept with the parameters that they belong to.
     """
 
     def __init__(self, method: Method, params: Mapping[str, Array], scanned: Collection[str] = ()) -> None:
@@ -72,28 +128,66 @@ class Reference:
     def _whole(self, name: str, states: list[pipeline.State]) -> pipeline.State:
         return stacked(states) if name in self.scanned else states[0]
 
-    def _start(self, gradients: Mapping[str, Array]) -> None:
+    def _start(self, gradients: Mapping[str, Array], pairs: Mapping[str, tuple[Array, Array]] | None) -> None:
+        recipe = self.method.recipe()
+        if recipe.whole:
+            names = sorted(gradients)
+            g = joined([gradients[name] for name in names])
+            pair = None if pairs is None else tuple(joined([pairs[name][k] for name in names]) for k in (0, 1))
+            (state,) = start(self.method, [g], None if pair is None else [pair])
+            shapes = [tuple(gradients[name].shape) for name in names]
+            self.states = dict(zip(names, spread(state, shapes), strict=True))
+            return
         parts = {name: self._parts(name, g) for name, g in gradients.items()}
-        states = iter(start(self.method, [g for own in parts.values() for g in own]))
+        given = None
+        if pairs is not None:
+            columns = {name: [self._parts(name, x) for x in pairs[name]] for name in gradients}
+            given = [pair for name in gradients for pair in zip(*columns[name], strict=True)]
+        states = iter(start(self.method, [g for own in parts.values() for g in own], given))
         self.states = {name: self._whole(name, [next(states) for _ in own]) for name, own in parts.items()}
 
-    def step(self, gradients: Mapping[str, Array]) -> None:
-        """One step of all parameters."""
+    def step(self, gradients: Mapping[str, Array], pairs: Mapping[str, tuple[Array, Array]] | None = None) -> None:
+        """One step of all parameters. pairs: (v, H v) of each, for methods that fit to them, where this step does."""
         if not self.states:
-            self._start(gradients)
+            self._start(gradients, pairs)
         self.count, self.since = self.count + 1, self.since + 1
         recipe = self.method.recipe()
         plan = pipeline.host_plan(self.method.tempo(), self.count, since=self.since)
+        plan = plan._replace(fit=pairs is not None) if recipe.newton else plan
         self.since = 0 if plan.fit else self.since
-        directions = []
-        for name, whole in gradients.items():
-            xp, old = namespace(whole), self.states[name]
-            own = plan._replace(key=xp.full((1,), plan.key, dtype=xp.int32))
-            states = [layer(old, k) for k in range(whole.shape[0])] if name in self.scanned else [old]
-            pairs = zip(self._parts(name, whole), states, strict=True)
-            us, new = zip(*(pipeline.step(recipe, own, g, state) for g, state in pairs), strict=True)
-            self.states[name] = self._whole(name, list(new))
-            directions.append(xp.stack(list(us)) if name in self.scanned else us[0])
-        for name, u in zip(gradients, trusted(self.method, directions), strict=True):
+        xp = namespace(next(iter(gradients.values())))
+        plan = plan._replace(key=xp.full((1,), plan.key, dtype=xp.int32))
+        if not recipe.decoupled:
+            gradients = {name: g + self.method.weight_decay * self.params[name] for name, g in gradients.items()}
+        step = self._step_whole if recipe.whole else self._step_each
+        directions = step(recipe, plan, gradients, pairs)
+        decay = self.method.weight_decay if recipe.decoupled else 0.0
+        for name, u in zip(directions, trusted(self.method, list(directions.values())), strict=True):
             p = self.params[name]
-            self.params[name] = p + pipeline.displacement(p, u, self.method.lr, self.method.weight_decay)
+            self.params[name] = p + pipeline.displacement(p, u, self.method.lr, decay)
+
+    def _step_whole(self, recipe: Any, plan: Any, gradients: Mapping[str, Array], pairs: Any) -> dict[str, Array]:
+        names = sorted(gradients)
+        shapes = [tuple(gradients[name].shape) for name in names]
+        pair = None if pairs is None else tuple(joined([pairs[name][k] for name in names]) for k in (0, 1))
+        g, state = joined([gradients[name] for name in names]), gathered([self.states[name] for name in names])
+        u, new = pipeline.step(recipe, plan, g, state, pair=pair)
+        self.states = dict(zip(names, spread(new, shapes), strict=True))
+        return dict(zip(names, parted(u, shapes), strict=True))
+
+    def _step_each(self, recipe: Any, plan: Any, gradients: Mapping[str, Array], pairs: Any) -> dict[str, Array]:
+        directions = {}
+        for name, whole in gradients.items():
+            old, xp = self.states[name], namespace(whole)
+            states = [layer(old, k) for k in range(whole.shape[0])] if name in self.scanned else [old]
+            given: list[Any] = [None] * len(states)
+            if pairs is not None:
+                given = list(zip(*(self._parts(name, x) for x in pairs[name]), strict=True))
+            steps = [
+                pipeline.step(recipe, plan, g, state, pair=pair)
+                for g, state, pair in zip(self._parts(name, whole), states, given, strict=True)
+            ]
+            self.states[name] = self._whole(name, [new for _, new in steps])
+            us = [u for u, _ in steps]
+            directions[name] = xp.stack(us) if name in self.scanned else us[0]
+        return directions

@@ -23,23 +23,60 @@ from psgd.methods import METHODS
 from psgd_jax_backend import (
     PSGDState,
     affine,
+    hessian_helper,
     kron,
     kron_whiten,
+    kwns4,
+    lra,
+    lra_whiten,
     procrustes,
     quad,
     scale_by_affine,
     scale_by_kron,
+    scale_by_kwns4,
     scale_by_procrustes,
     scale_by_psgd,
+    xmat,
 )
 
-ALIASES = {name: getattr(psgd_jax_backend, name) for name in METHODS}
 Tree = Any
+
+
+def fed(alias: Callable) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """A method that fits Hessian-vector products, given those of the Hessian 0.3 I at every step."""
+
+    def optimizer(*args: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
+        made = alias(*args, **options)
+
+        def update(grads: Tree, state: Any, params: Tree = None, **extra: Any) -> tuple[Tree, Any]:
+            v = jax.tree.map(lambda g: jnp.cos(9.0 * g), grads)  # of each number its own, wherever it lies
+            pair = {"Hvp": jax.tree.map(lambda x: 0.3 * x, v), "vector": v, "update_preconditioner": True}
+            return made.update(grads, state, params, **(pair | extra))
+
+        return optax.GradientTransformationExtraArgs(made.init, update)
+
+    return optimizer
+
+
+RECIPES = {name: method().recipe() for name, method in METHODS.items()}
+ALIASES = {name: getattr(psgd_jax_backend, name) for name in METHODS}
+ALIASES = {name: fed(alias) if RECIPES[name].newton else alias for name, alias in ALIASES.items()}
+OF_LEAVES = {name: alias for name, alias in ALIASES.items() if not RECIPES[name].whole}
+SOME = {n: ALIASES[n] for n in ("procrustes", "kron_whiten", "kron", "affine", "kron_newton", "lra_newton", "xmat")}
+RANK = {"lra_whiten": "rank_of_approximation", "lra_newton": "rank_of_approximation"}
+RANK["low_rank_approximation"] = "uvd_rank_of_approximation"
+some = pytest.mark.parametrize("alias", SOME.values(), ids=SOME)  # where compiling each method would take too long
+of_leaves = pytest.mark.parametrize("alias", OF_LEAVES.values(), ids=OF_LEAVES)
 
 
 @pytest.fixture(params=ALIASES.values(), ids=ALIASES)
 def alias(request: pytest.FixtureRequest) -> Callable[..., optax.GradientTransformationExtraArgs]:
     return request.param
+
+
+def rank(name: str, r: int) -> dict[str, int]:
+    """The rank of a low-rank method, which must be smaller than the number of parameters."""
+    return {RANK[name]: r} if name in RANK else {}
 
 
 def normal(shape: tuple[int, ...], seed: int = 0, dtype: str = "float32") -> jax.Array:
@@ -108,6 +145,9 @@ def dtypes(*trees: Tree) -> set[str]:
 
 
 # ---- faces ----------------------------------------------------------------------------------
+TAKE_MASK = ("affine", "xmat", "low_rank_approximation")
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_names_and_signatures(name: str):
     method = METHODS[name]
@@ -120,8 +160,21 @@ def test_names_and_signatures(name: str):
     assert shown == {k: v for k, v in defaults.items() if k not in ("lr", "weight_decay")}
     shown = {k: p.default for k, p in inspect.signature(whole).parameters.items()}
     assert next(iter(shown)) == "learning_rate" and shown.pop("learning_rate") == defaults.pop("lr")
-    assert shown.pop("mask" if name == "affine" else "weight_decay_mask") is None and shown == defaults
+    assert shown.pop("mask" if name in TAKE_MASK else "weight_decay_mask") is None and shown == defaults
     assert method.summary in whole.__doc__ and whole.__module__ == "psgd_jax_backend"
+
+
+def test_lra_is_low_rank_approximation():
+    long, params = psgd_jax_backend.low_rank_approximation, small()
+    assert lra.__name__ == "lra" and "lra" in psgd_jax_backend.__all__ and lra.__doc__ == long.__doc__
+    assert inspect.signature(lra) == inspect.signature(long)
+
+    @jax.jit
+    def both(grads: Tree) -> list[Tree]:
+        made = [alias(0.1, uvd_rank_of_approximation=2) for alias in (lra, long)]
+        return [o.update(grads, o.init(params), params)[0] for o in made]
+
+    assert equal(*both(params))
 
 
 def test_the_alias_is_the_direction_with_decay_and_learning_rate():
@@ -139,22 +192,31 @@ def test_the_alias_is_the_direction_with_decay_and_learning_rate():
     close(whole, jax.tree.map(lambda u, p: -0.125 * (u + 0.5 * p), bare, params), ulps=4)
 
 
-def test_every_method_trains(alias: Callable):
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains(name: str):
     target = normal((4, 3), 9)
-    loss = jax.value_and_grad(lambda p, x: jnp.mean((x @ (p["w"] - target)) ** 2))
-    optimizer = alias(optax.linear_schedule(0.5, 0.0, 150), weight_decay=0.0)
+    optimizer = getattr(psgd_jax_backend, name)(optax.linear_schedule(0.5, 0.0, 150), weight_decay=0.0)
 
-    def step(carry: tuple, x: jax.Array) -> tuple:
-        params, state = carry
-        value, g = loss(params, x)
-        updates, state = optimizer.update(g, state, params)
+    def loss(p: Tree, x: jax.Array) -> jax.Array:
+        return jnp.mean((x @ (p["w"] - target)) ** 2)
+
+    def step(carry: tuple, now: tuple) -> tuple:
+        (params, state), (key, x), pair = carry, now, {}
+        if RECIPES[name].newton:
+            value, g, *rest = hessian_helper(key, loss, params, (x,))
+            pair = dict(zip(("Hvp", "vector", "update_preconditioner"), rest, strict=True))
+        else:
+            value, g = jax.value_and_grad(loss)(params, x)
+        updates, state = optimizer.update(g, state, params, **pair)
         return (optax.apply_updates(params, updates), state), value
 
-    _, losses = jax.lax.scan(step, (small(), optimizer.init(small())), normal((150, 16, 4), 5))
+    steps = jax.random.split(jax.random.PRNGKey(0), 150), normal((150, 16, 4), 5)
+    _, losses = jax.lax.scan(step, (small(), optimizer.init(small())), steps)
     assert losses[-1] < 0.02 * losses[0]
 
 
 # ---- tracing and types ----------------------------------------------------------------------
+@some
 def test_traced_once(alias: Callable):
     optimizer, update, traces = compiled(alias)
     params = tree()
@@ -209,10 +271,7 @@ def test_state_is_kept_in_its_dtypes(scaling: Callable, options: dict, dtype: st
     updates, new = jax.eval_shape(optimizer.update, params, state, params)
     assert types(new) == types(state) and dtypes(updates) == {dtype}
     assert [dtypes(x) for x in (new.momentum, new.Q, new.L)] == [{momentum}, {factors}, {"float32"}]
-    assert [x if x is None else x.dtype.name for x in (new.count, new.since)] == [
-        "int32",
-        "int32" if scaling is scale_by_kron else None,
-    ]
+    assert new.count.dtype.name == new.since.dtype.name == "int32"
 
 
 def test_state_fits_scan_and_cond():
@@ -260,8 +319,9 @@ def test_float32_is_the_same_with_x64_on(alias: Callable):
 
 # ---- trees ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("params", [{}, None, {"a": None}, [jnp.zeros((0,)), jnp.zeros((2, 0))], optax.EmptyState()])
-def test_trees_with_nothing_in_them(alias: Callable, params: Tree):
-    optimizer = alias(weight_decay=0.0)
+@pytest.mark.parametrize("name", METHODS)
+def test_trees_with_nothing_in_them(name: str, params: Tree):
+    optimizer = ALIASES[name](weight_decay=0.0, **rank(name, 0))
     updates, state = optimizer.update(params, optimizer.init(params), params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     assert types(updates) == types(params) and int(optax.tree.get(state, "count")) == 1
@@ -292,7 +352,7 @@ def test_state_is_a_tree_as_the_parameters():
     assert isinstance(state, PSGDState) and jax.tree.structure(state.momentum) == jax.tree.structure(params)
     assert [q.shape for q in state.Q["b"][0]] == [(4,), (3, 3)] and len(state.L["b"][0]) == 2
     assert state.Q["b"][1] is None and state.Q["c"][1] == () and state.Q["c"][0][0].shape == ()
-    assert state.momentum["a"].shape == (4, 3)
+    assert state.momentum["a"].shape == (4, 3) and state.since is None
 
 
 def test_masked_leaves_are_left_out():
@@ -306,7 +366,7 @@ def test_masked_leaves_are_left_out():
 
 
 @pytest.mark.parametrize(
-    ("alias", "name"), [(quad, "weight_decay_mask"), (kron, "weight_decay_mask"), (affine, "mask")]
+    ("alias", "name"), [(quad, "weight_decay_mask"), (kron, "weight_decay_mask"), (affine, "mask"), (xmat, "mask")]
 )
 def test_decay_by_mask(alias: Callable, name: str):
     params = {"w": normal((4, 3)), "b": normal((3,))}
@@ -321,6 +381,27 @@ def test_decay_by_mask(alias: Callable, name: str):
     first, second, full = decayed()
     close(full, jax.tree.map(lambda p: -0.05 * p, params), ulps=2)
     assert not first["b"].any() and equal(first, second) and equal(first["w"], full["w"])
+
+
+def test_coupled_decay_is_part_of_the_gradient():
+    params, masks = {"w": normal((4, 3)), "b": normal((3,))}, ({"w": True, "b": False}, None)
+    grads, some = gradients(params, 1), masks[0]
+
+    @jax.jit
+    def steps() -> tuple[list[Tree], list[Tree]]:
+        direction = scale_by_kwns4()
+        made = [kwns4(0.1, weight_decay=0.5, decoupled_weight_decay=False, weight_decay_mask=m) for m in masks]
+        decayed = [
+            jax.tree.map(lambda g, p, on: g + 0.5 * on * p, grads, params, mask or {"w": True, "b": True})
+            for mask in (some, None)
+        ]
+        theirs = [direction.update(g, direction.init(params), params)[0] for g in decayed]
+        return [o.update(grads, o.init(params), params)[0] for o in made], theirs
+
+    ours, theirs = steps()
+    for u, v in zip(ours, theirs, strict=True):
+        close(u, jax.tree.map(lambda x: -0.1 * x, v), ulps=4)
+    assert not equal(*ours)
 
 
 @pytest.mark.parametrize("alias", [quad, kron_whiten])
@@ -349,6 +430,69 @@ def test_order_of_leaves_does_not_matter():
     leaves = [normal((4, 3)), normal((5,)), normal((4, 3), 1)]
     (forth, _), (back, _) = (run(compiled(quad), x, range(3)) for x in (leaves, leaves[::-1]))
     close(forth, back[::-1])
+
+
+# ---- one preconditioner of all parameters ---------------------------------------------------
+WHOLE = {
+    "lra_whiten": ([(30, 10), (30, 10), (30,)], [()] * 3),
+    "lra_newton": ([(30, 10), (30, 10), (30,)], [()] * 3),
+    "dense_newton": ([(30, 30)], [()]),
+    "xmat": ([(30,), (30,)], []),
+    "low_rank_approximation": ([(30, 10), (30, 10), (30,)], []),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_state_of_a_whole_model(name: str, dtype: str):
+    """One tuple of factors for a tree with places without a leaf and with leaves without a number."""
+    optimizer, params = ALIASES[name](), tree(dtype)
+    state = optimizer.init(params)
+    updates, new = jax.eval_shape(optimizer.update, params, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert types(updates) == [(x.shape, x.dtype, False) for x in jax.tree.leaves(params)]
+    assert types(new) == types(state) and jax.tree.structure(new) == jax.tree.structure(state)
+    own = optax.tree.get(state, "Q"), optax.tree.get(state, "L")
+    assert all(isinstance(x, tuple) for x in own)
+    assert tuple([x.shape for x in factors] for factors in own) == WHOLE[name]
+    momentum = optax.tree.get(state, "momentum")
+    assert (momentum is None) is not RECIPES[name].momentum
+    assert momentum is None or types(momentum) == types(params)
+
+
+@pytest.mark.parametrize("alias", [lra_whiten, xmat, ALIASES["lra_newton"]])
+def test_a_whole_model_is_one_vector(alias: Callable):
+    params = tree()
+    vector = jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(params)])
+    (ours, state), (theirs, other) = walk(alias(0.1), params), walk(alias(0.1), vector)
+    close(jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(ours)]), theirs)
+    close(state[0].Q, other[0].Q, ulps=64)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_leaves_of_a_whole_model_keep_their_dtypes(name: str):
+    params = {"a": normal((4, 3), 0, "bfloat16"), "b": normal((5,), 1)}
+    optimizer = ALIASES[name]()
+    state = optimizer.init(params)
+    updates, new = jax.eval_shape(optimizer.update, params, state, params)
+    assert types(updates) == types(params) and types(new) == types(state)
+    assert dtypes(optax.tree.get(state, "Q")) == {"float32"}
+
+
+def test_a_whole_model_is_no_stack_of_layers():
+    options = {"scanned_layers": STACKED, "lax_map_scanned_layers": True}
+    compare(walk(xmat(0.1, **options), layers()), walk(xmat(0.1, stack=False), layers()))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("grads", [{"w": jnp.ones((5, 3))}, {"w": jnp.ones((4, 3)), "v": jnp.ones(2)}, {}])
+def test_a_wrong_gradient_of_a_whole_model_is_refused(name: str, grads: Tree):
+    params = {"w": jnp.ones((4, 3))}
+    optimizer = ALIASES[name](weight_decay=0.0)
+    state = optimizer.init(params)
+    numbers = rf"{name}: the gradients have {sum(x.size for x in jax.tree.leaves(grads))} numbers, the state"
+    with pytest.raises(ValueError, match=rf"{numbers} belongs to others|[Ee]xpected dict|[Dd]ict key mismatch"):
+        optimizer.update(grads, state, params if len(grads) == 1 else None)
 
 
 # ---- leaves that stack layers ---------------------------------------------------------------
@@ -389,6 +533,7 @@ def compare(ours: tuple, theirs: tuple, split: Callable[[Tree], Tree] = lambda x
     close(ours[1][0].count, theirs[1][0].count)
 
 
+@of_leaves
 def test_layers_step_as_leaves_do(alias: Callable):
     compare(walk(alias(0.1, scanned_layers=STACKED), layers()), walk(alias(0.1), apart(layers())), apart)
 
@@ -403,9 +548,11 @@ def test_layers_step_in_batches(size: int):
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_no_layers_and_empty_layers_are_let_be(alias: Callable, batched: bool):
+@pytest.mark.parametrize("name", METHODS)
+def test_no_layers_and_empty_layers_are_let_be(name: str, batched: bool):
     params = {"none": jnp.zeros((0, 4, 3)), "hollow": jnp.zeros((3, 0, 2)), "points": jnp.zeros((0,))}
-    optimizer = alias(scanned_layers=True, lax_map_scanned_layers=batched, lax_map_batch_size=2)
+    mapping = {"scanned_layers": True, "lax_map_scanned_layers": batched, "lax_map_batch_size": 2}
+    optimizer = ALIASES[name](**mapping, **rank(name, 0))
     state = optimizer.init(params)
     updates, new = jax.eval_shape(optimizer.update, params, state, params)
     assert types(updates) == types(params) and types(new) == types(state)
@@ -503,10 +650,20 @@ def test_fits_are_at_the_steps_of_pytorch(options: dict, steps: int, some: list[
     assert set(np.flatnonzero(moved) + 1) <= set(found)
 
 
-def test_the_whole_step_is_bounded():
+BOUNDED = [
+    (affine, "update_global_norm_clip", None),
+    (xmat, "update_global_norm_clip", None),
+    (lra, "update_global_norm_clip", None),
+    (ALIASES["kron_newton"], "grad_clip_max_norm", float("inf")),
+    (ALIASES["lra_newton"], "grad_clip_max_norm", float("inf")),
+]
+
+
+@pytest.mark.parametrize(("alias", "name", "unbounded"), BOUNDED)
+def test_the_whole_step_is_bounded(alias: Callable, name: str, unbounded: float | None):
     """All leaves together, in one ratio; shorter steps are not lengthened."""
     grads = {"a": normal((4, 3)), "b": normal((4, 3), 1), "none": jnp.zeros((0, 3))}
-    made = [scale_by_affine(update_global_norm_clip=limit) for limit in (None, 0.5, 1e3)]
+    made = [alias(1.0, **{name: limit}) for limit in (unbounded, 0.5, 1e3)]
     free, short, long = jax.jit(lambda g: [o.update(g, o.init(g), g)[0] for o in made])(grads)
     length = float(optax.tree.norm(free))
     assert 2 < length < 1e3
@@ -553,11 +710,13 @@ def test_decay_needs_parameters():
         jax.eval_shape(optimizer.update, params, optimizer.init(params))
 
 
+@some
 def test_runs_repeat(alias: Callable):
     first, second = (run(compiled(alias), tree(), range(3)) for _ in range(2))
     assert equal(first, second)
 
 
+@some
 def test_nothing_is_printed(alias: Callable, capfd: pytest.CaptureFixture):
     run(compiled(alias), tree(), range(2))
     assert capfd.readouterr() == ("", "")
@@ -604,6 +763,7 @@ BAD_GRADIENTS = [
 
 
 @pytest.mark.parametrize(("grads", "kind", "text"), BAD_GRADIENTS)
+@of_leaves
 def test_a_wrong_gradient_is_refused(alias: Callable, grads: Tree, kind: type[Exception], text: str):
     params = {"w": jnp.ones((2, 3))}
     optimizer = alias(weight_decay=0.0)
