@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import cycle, pairwise
 from math import inf
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +45,10 @@ REACHED, AGREED = 1e-10, 1e-8  # a loss that counts as the minimum; a relative d
 RATE = 1.0  # learning rate of the walk
 MEMORY = 0.9  # beta_L of the fits
 BFGS = "BFGS"
+LOOKS: dict[str, Any] = {
+    "torch": {"linewidth": 3.4, "alpha": 0.4},
+    "jax": {"linewidth": 1.2, "linestyle": (0, (4, 2))},
+}
 
 
 @dataclass(frozen=True)
@@ -371,22 +375,41 @@ def by_panel(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 def tables(result: dict[str, Any]) -> dict[str, Cells]:
     """All tables with their titles."""
     setup = result["setup"]
-    title = f"Rosenbrock in {setup['dimensions']} dimensions, {setup['walk']:,} steps, medians of {setup['seeds']} seeds"
-    fitted = {f"{name}: error of a fitted Hessian": fits_cells(rows) for name, rows in by_panel(result).items()}
+    title = (
+        f"Rosenbrock in {setup['dimensions']} dimensions, {setup['walk']:,} steps, medians of {setup['seeds']} seeds"
+    )
+    fitted = {f"{name}: ‖P H′ - I‖ of P fitted to H": fits_cells(rows) for name, rows in by_panel(result).items()}
     return {title: valley_cells(result), **fitted}
+
+
+def tints(methods: Sequence[str]) -> dict[str, str]:
+    """A colour for each; of BFGS that of ink."""
+    hues = cycle(map(colour, [*HUES, "bad"]))
+    return {name: colour("ink") if name == BFGS else next(hues) for name in methods}
 
 
 def draw(axes: Any, title: str, rows: Sequence[dict[str, Any]]) -> None:
     """The errors of one panel: torch broad and pale, JAX dashed on top."""
     axes.set(xscale="log", yscale="log", title=title, xlabel="step")
-    hues = [colour(name) for name in [*HUES, "bad"]]
-    methods = list(dict.fromkeys(r["method"] for r in rows))
-    looks = {"torch": {"linewidth": 3.2, "alpha": 0.4}, "jax": {"linewidth": 1.2, "linestyle": (0, (4, 2))}}
+    of = tints(list(dict.fromkeys(r["method"] for r in rows)))
     for r in rows:
-        i = methods.index(r["method"])
-        tint = colour("ink") if r["method"] == BFGS else hues[i % len(hues)]
-        label = r["method"] if r["framework"] == "torch" else None
-        axes.plot(r["marks"], r["errors"], color=tint, label=label, **looks[r["framework"]])
+        axes.plot(r["marks"], r["errors"], color=of[r["method"]], **LOOKS[r["framework"]])
+    for method, tint in of.items():
+        axes.plot([], [], color=tint, linewidth=2.4, label=method)
+    for framework, look in LOOKS.items():
+        axes.plot([], [], color=colour("muted"), label=framework, **look)
+    ticked(axes.xaxis, *axes.get_xlim())
+    ticked(axes.yaxis, *axes.get_ylim())
+
+
+def ticked(axis: Any, low: float, high: float) -> None:
+    """Ticks at powers of ten, every second of them where there are many."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    powers = np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + 1)
+    axis.set_major_locator(FixedLocator(10.0 ** powers[powers % (2 if len(powers) > 7 else 1) == 0]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(power_of_ten))
 
 
 def picture(result: dict[str, Any], path: Path) -> None:
@@ -394,22 +417,20 @@ def picture(result: dict[str, Any], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from matplotlib.ticker import FuncFormatter, NullLocator
 
     with matplotlib.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-        figure = Figure(figsize=(10.4, 4.2), layout=layout, facecolor=colour("paper"))
+        figure = Figure(figsize=(10.4, 4.4), layout=layout, facecolor=colour("paper"))
         drawn = by_panel(result)
-        for axes, (title, rows) in zip(figure.subplots(1, len(drawn)), drawn.items(), strict=True):
+        row = figure.subplots(1, len(drawn))
+        for axes, (title, rows) in zip(row, drawn.items(), strict=True):
             draw(axes, title, rows)
             quiet(axes)
-            legend = axes.get_legend()
-            handles, labels = axes.get_legend_handles_labels()
-            legend.remove()
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_formatter(FuncFormatter(power_of_ten))
-                axis.set_minor_locator(NullLocator())
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), labelcolor=colour("ink"))
+            axes.get_legend().remove()
+        row[0].set_ylabel("‖P H′ - I‖", color=colour("muted"))
+        handles, labels = row[0].get_legend_handles_labels()
+        look = {"ncols": len(labels), "labelcolor": colour("ink"), "handlelength": 2.4, "columnspacing": 1.3}
+        figure.legend(handles, labels, loc="outside lower center", **look)
         figure.savefig(path, format="png", dpi=160)
 
 

@@ -33,7 +33,21 @@ from conformance.compare import compare
 from conformance.drivers import jax_alias, torch_class
 from conformance.frameworks import FRAMEWORKS
 from conformance.problems import PROBLEMS, Problem
-from psgd import axes, criterion, geometry, kron, methods, noise, pipeline, rotate, schedule, shapes, spectral
+from psgd import (
+    axes,
+    criterion,
+    geometry,
+    kron,
+    lra,
+    methods,
+    noise,
+    pipeline,
+    rotate,
+    schedule,
+    shapes,
+    spectral,
+    xmat,
+)
 from psgd._xp import namespace
 from psgd.methods import METHODS
 from psgd_jax_backend import transform
@@ -138,6 +152,13 @@ FAULTS: tuple[Fault, ...] = (
     Fault("fits a step too soon", schedule.evenly, "moment.since *", "(moment.since + 1) *", GOLDEN),
     Fault("fits early, turned round", schedule.early, "<= steps", "> steps", GOLDEN),
     Fault("average not corrected", schedule.corrected, "1 / (1 - beta**t)", "1.0", GOLDEN),
+    Fault("low rank moved from the other side", lra.LRA._directions, "x + times(v, wx)", "x", GOLDEN),
+    Fault("low rank: M forgotten", lra.LRA._directions, "dot(m, wx)", "wx", GOLDEN),
+    Fault("low rank kept alike by half", lra.aligned, "e + e2", "e - e2", GOLDEN),
+    Fault("X: middle moves", xmat.XMat.fit, "a.shape[0] % 2", "False", GOLDEN),
+    Fault("X: not transposed", xmat.XMat.precondition, "flipped(b * b)", "b * b", GOLDEN),
+    Fault("probes add nothing to the scale", pipeline.StartScale.probed, "** 0.25", "** 0.0", GOLDEN),
+    Fault("Newton's v whitened", pipeline.fitted, "given[0]", "given[1]", GOLDEN),
     Fault("whole step twice as long", pipeline.trust, "limit / xp", "2 * limit / xp", GOLDEN),
     Fault("bound decays without maximum", kron.fit, "* ell, ell)", "* ell, 0 * ell)", GOLDEN),
     Fault("scale of P not squared", kron.rescaled, "2 if geometry", "1 if geometry", GOLDEN),
@@ -166,17 +187,19 @@ FAULTS: tuple[Fault, ...] = (
     Fault("torch: state of another tensor", _state.Stack.__init__, "[rows[i]", "[rows[-1 - i]", LOCKED),
     Fault(
         "torch: a scale for each",
-        optimizer.PSGD._start,
+        optimizer.PSGD._scale,
         "start(sizes, tempo",
         "start(sizes[:1] * len(sizes), tempo",
         LOCKED,
     ),
+    Fault("torch: rows of another parameter", _state.scatter, "momenta[k]", "0 * momenta[k]", LOCKED),
+    Fault("torch: order of the group", optimizer.PSGD._step_whole, "lambda x: x[0]", "lambda x: 0", LOCKED),
     Fault("torch: never counts on", optimizer.PSGD._step_group, "fill_(0 if plan.fit else since)", "fill_(0)", LOCKED),
     Fault(
         "torch: gradient of another layer",
         optimizer.PSGD._step_bucket,
-        "_gradient(bucket[0])[rows]",
-        "_gradient(bucket[0])[rows].flip(0)",
+        "_gradient(bucket[0])[some]",
+        "_gradient(bucket[0])[some].flip(0)",
         LOCKED,
     ),
     Fault(
@@ -188,6 +211,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("jax: step not counted", transform.scale_by_psgd, "safe_increment(state.count)", "safe_increment(0)", LOCKED),
     Fault("jax: result of another leaf", transform._unstacked, "x[k]", "x[-1 - k]", LOCKED),
+    Fault("jax: probe and product swapped", transform._pair, "flatten_up_to(vector)", "flatten_up_to(hvp)", LOCKED),
     Fault("jax: never counts on", transform.scale_by_psgd, "optax.safe_increment(state.since)", "state.since", LOCKED),
     Fault(
         "jax: a stack ascends",
@@ -245,7 +269,7 @@ def _golden_differs() -> str | None:
 
 def _tiny_init(seed: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
-    shapes_of = {"a": (3, 3), "b": (3, 3), "bias": (3,), "stack": (2, 3, 3)}
+    shapes_of = {"bias": (3,), "b": (3, 3), "a": (3, 3), "stack": (2, 3, 3)}
     return {name: random.standard_normal(shape) for name, shape in shapes_of.items()}
 
 

@@ -595,9 +595,8 @@ def replay_hessian_helper(player: Player) -> Iterator[Compared]:
     """
     x = player.array(player.data["data/X"])
     probability = player.case["hyperparameters"]["preconditioner_update_probability"]
-    products = (
-        import_module(f"psgd_{player.framework.name}_backend.hessian") if player.framework.name in AUTODIFF else None
-    )
+    name = player.framework.name
+    products = import_module(f"psgd_{name}_backend.hessian") if name in HELPERS else None
     for t in player.steps:
         draws = Recording(player, t)
         w, b = (player.read(f"param/{t}/{i}") for i in (0, 1))

@@ -17,7 +17,10 @@ from conformance import tolerances
 from conformance.drivers import DRIVERS
 from conformance.problems import PROBLEMS
 from psgd.geometry import GEOMETRIES, mean_unknown
+from psgd.kron import Kronecker
+from psgd.lra import Normaliser
 from psgd.methods import METHODS
+from psgd.spectral import TraceBound
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -134,38 +137,51 @@ def averaging(recipe, tempo):
 
 def memory(tempo, kind):
     """What a step of the factors is divided by."""
-    return f"{called(kind.normaliser)}, " + (f"running L, {tempo.memory:g}" if tempo.memory else "of the moment")
+    rule = kind.normaliser.diagonal if isinstance(kind.normaliser, Normaliser) else kind.normaliser
+    return f"{called(rule)}, " + (f"running L, {tempo.memory:g}" if tempo.memory else "of the moment")
 
 
 def point(method):
     """Where a method with its defaults lies on each axis of the grid."""
     recipe, tempo = method().recipe(), method().tempo()
     kind, clip = recipe.preconditioner, recipe.clip
-    bound = kind.bound
-    offset = f" + {bound.offset:g}" if bound.offset else ""
     return {
         "momentum": averaging(recipe, tempo),
         "fits to": recipe.whiten,
         "trigger": called(tempo.fit),
         "damping": f"{called(recipe.damping)}, {tempo.damping:g}",
-        "geometry": geometry_name(kind.geometry),
-        "E T2 over v": called(kind.geometry.probed),
-        "P g": called(kind.geometry.precondition),
+        "criterion": "newton" if recipe.newton else "whitening",
+        "preconditioner": f"{type(kind).__name__}, {'of all parameters' if recipe.whole else 'of each tensor'}",
+        **of_axes(kind),
         "normaliser": memory(tempo, kind),
-        "norm bound": f"k = {bound.probes}, m = {bound.products}{offset}",
         "order": "fit, then precondition" if recipe.fit_first else "precondition, then fit",
         "balance": f"{called(tempo.balance)}, {'after' if recipe.balance_last else 'before'} the fit",
         "layout": called(recipe.layout),
         "start": started(method(), recipe, kind),
         "clip": f"RMS {clip.rms:g}, entry {clip.entry:g}",
         "gain": f"{recipe.gain:g}",
-        "decay": f"{method().weight_decay:g}",
+        "decay": f"{method().weight_decay:g}" + ("" if recipe.decoupled else ", in the gradient"),
+    }
+
+
+def of_axes(kind):
+    """The axes of the grid that preconditioners of axes alone have."""
+    if not isinstance(kind, Kronecker):
+        return dict.fromkeys(("geometry", "E T2 over v", "P g", "norm bound"), "")
+    bound = kind.bound
+    offset = f" + {bound.offset:g}" if bound.offset else ""
+    size = "trace" if isinstance(bound, TraceBound) else f"k = {bound.probes}, m = {bound.products}{offset}"
+    return {
+        "geometry": geometry_name(kind.geometry),
+        "E T2 over v": called(kind.geometry.probed),
+        "P g": called(kind.geometry.precondition),
+        "norm bound": size,
     }
 
 
 def started(method, recipe, kind):
     """How the first scale comes about."""
-    share = "split" if kind.split else "not split"
+    share = "not split" if isinstance(kind, Kronecker) and not kind.split else "split"
     if method.start_scale() is not None:
         return f"{method.start_scale():g}, {share}"
     return f"p = {recipe.start.power}, {'one for all' if recipe.start.shared else 'one each'}, {share}"

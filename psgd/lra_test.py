@@ -255,7 +255,9 @@ def test_how_it_begins(order: str):
     assert begun(kind, 1000).L == ((0, 0, 0) if order == "running" else ())
 
 
-@pytest.mark.parametrize(("rank", "n", "fits"), [(0, 0, True), (0, 1, True), (1, 1, False), (3, 3, False), (3, 4, True)])
+@pytest.mark.parametrize(
+    ("rank", "n", "fits"), [(0, 0, True), (0, 1, True), (1, 1, False), (3, 3, False), (3, 4, True)]
+)
 def test_the_rank_is_below_the_length(rank: int, n: int, fits: bool):
     if fits:
         assert begun(LRA(rank), n).Q[0].shape == (n, rank)
@@ -295,5 +297,4 @@ def test_fits_reduce_the_criterion(order: str):
         v = normals(N, seed=t)
         rate = 0.5 / (1 + t / 100)
         factors = kind.balanced(kind.fit(factors, Pair(hessian @ v, v), rate, 0.9, None, t % 2 == 0), t % 100 == 0)
-    print(order, over)
     assert over[0] > 1 and 0 <= over[-1] < 0.1

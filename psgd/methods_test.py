@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from psgd import criterion
+from psgd import criterion, lra, xmat
 from psgd.geometry import GEOMETRIES
 from psgd.kron import by_terms, by_triangle
+from psgd.lra import LRA
 from psgd.methods import METHODS, Method, documented
-from psgd.pipeline import Recipe, Tempo, host_plan, init
+from psgd.pipeline import Clip, Recipe, StartScale, Tempo, host_plan, init
 from psgd.schedule import Annealed, Moment, corrected, nesterov
-from psgd.spectral import NormBound
+from psgd.spectral import NormBound, TraceBound
 
 QUAD_TORCH = {
     "lr": 0.001,
@@ -67,7 +68,7 @@ KRON = {  # psgd_jax calls lr learning_rate, and has a seed of its own
     "precond_update_precision": "tensorfloat32",
     "precond_grads_precision": None,
 }
-AFFINE = {
+PSGD_JAX = {
     "lr": 0.01,
     "weight_decay": 0.0,
     "seed": None,
@@ -80,19 +81,49 @@ AFFINE = {
     "step_normalizer_order": "2nd",
     "mu_dtype": None,
     "precision": "tensorfloat32",
-    "max_size_triangular": 4096,
-    "max_skew_triangular": 128,
+}
+NOT_OF_AXES = ("dQ", "preconditioner_max_size", "preconditioner_max_skew")
+ONLY_WHITENING = ("whiten_grad", "update_preconditioner_first", "grad_clip_max_amps")
+
+
+def without(defaults: dict, *names: str) -> dict:
+    return {k: v for k, v in defaults.items() if k not in names}
+
+
+KRON_NEWTON = without(KRON_WHITEN, *ONLY_WHITENING) | {
+    "lr": 0.01,
+    "grad_clip_max_norm": inf,
+    "exact_hessian_vector_product": True,
+}
+RANK = {"rank_of_approximation": 10}
+KWNS4 = without(KRON_WHITEN, "dQ") | {
+    "lr": 2e-4,
+    "weight_decay": 0.05,
+    "decoupled_weight_decay": True,
+    "lr_preconditioner": 0.5,
+    "momentum": 0.9,
+    "whiten_grad": False,
+    "preconditioner_init_scale": 1.0,
+    "preconditioner_dtype": "bfloat16",
+    "resync_every": 1_000_000,
 }
 PUBLISHED = {
     "procrustes": QUAD_TORCH,
     "quad": QUAD_TORCH,
     "kron_whiten": KRON_WHITEN,
+    "kron_newton": KRON_NEWTON,
+    "lra_whiten": without(KRON_WHITEN, *NOT_OF_AXES) | RANK,
+    "lra_newton": without(KRON_NEWTON, *NOT_OF_AXES) | RANK,
+    "dense_newton": without(KRON_NEWTON, *NOT_OF_AXES[1:]),
+    "kwns4": KWNS4,
     "kron": KRON,
-    "affine": AFFINE,
+    "affine": PSGD_JAX | {"max_size_triangular": 4096, "max_skew_triangular": 128},
+    "xmat": PSGD_JAX,
+    "low_rank_approximation": PSGD_JAX | {"uvd_rank_of_approximation": 10},
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", METHODS)
 def test_defaults_are_the_published_ones(name: str):
     assert {f.name: f.default for f in fields(METHODS[name])} == PUBLISHED[name]
 
@@ -140,7 +171,6 @@ def test_rules_of_kron():
     recipe = made().recipe()
     assert recipe.preconditioner.normaliser is by_terms and recipe.damping is criterion.proportional
     assert recipe.whiten == "momentum" and not recipe.balance_last and not recipe.trusted
-    assert [name for name in METHODS if METHODS[name]().tempo().counts] == ["kron"]
     assert made(momentum_into_precond_update=False).recipe().whiten == "gradient" and not made(b1=0).recipe().momentum
     shapes = ((7,), (2, 9000), (3, 3))
     for mode, dense in ((None, (True, True)), ("one_diag", (True, False)), ("all_diag", (False, False))):
@@ -176,6 +206,74 @@ def test_rules_of_affine():
     assert (own.fit_precision, own.apply_precision) == ("bfloat16", "bfloat16")
 
 
+NEWTON = ("kron_newton", "lra_newton", "dense_newton")
+WHOLE = ("lra_whiten", "lra_newton", "dense_newton", "xmat", "low_rank_approximation")
+
+
+def test_axes_of_the_grid_that_few_methods_use():
+    recipes = {name: made().recipe() for name, made in METHODS.items()}
+
+    def those(has) -> tuple[str, ...]:
+        return tuple(name for name in METHODS if has(name))
+
+    assert those(lambda name: recipes[name].newton) == NEWTON
+    assert those(lambda name: recipes[name].whole) == WHOLE
+    assert those(lambda name: METHODS[name].complex_parameters) == ("kron_whiten", "kron_newton")
+    assert those(lambda name: METHODS[name]().tempo().counts) == (*NEWTON, "kron", "affine", *WHOLE[3:])
+    assert not METHODS["kwns4"](decoupled_weight_decay=False).recipe().decoupled
+    assert all(recipe.decoupled for recipe in recipes.values())
+
+
+@pytest.mark.parametrize("name", NEWTON)
+def test_rules_of_the_newton_methods(name: str):
+    made = METHODS[name]
+    recipe, timing = made().recipe(), made().tempo()
+    assert recipe.fit_first and not recipe.trusted and timing.trust == inf and timing.memory == 0.9
+    assert recipe.clip == Clip() and recipe.damping is criterion.relative and recipe.start.power == 4
+    bounded = made(grad_clip_max_norm=2.0)
+    assert bounded.recipe().trusted and bounded.tempo().trust == 2
+    rare = made(preconditioner_update_probability=0.5).tempo()  # an uninitialised preconditioner is always fitted
+    fits = [bool(rare.fit(Moment(t, {"fit": 0.5}.get, since))) for t, since in ((1, 1), (2, 1), (9, 8))]
+    assert fits == [True, False, False]
+
+
+def test_rules_of_lra():
+    for name in ("lra_whiten", "lra_newton"):
+        recipe, timing = METHODS[name](rank_of_approximation=4).recipe(), METHODS[name]().tempo()
+        assert recipe.preconditioner == LRA(4, lra.RUNNING, lra.aligned, None)
+        assert balances(timing, 0.0) == [False]
+    for order, normaliser in (("1st", lra.BY_RESIDUAL), ("2nd", lra.BY_TERMS)):
+        given = {"step_normalizer_order": order, "uvd_rank_of_approximation": 4}
+        recipe, timing = (
+            METHODS["low_rank_approximation"](**given).recipe(),
+            METHODS["low_rank_approximation"]().tempo(),
+        )
+        assert recipe.preconditioner == LRA(4, normaliser, lra.as_they_are, lra.spread_by_rank)
+        assert recipe.start == StartScale(2) and recipe.damping is criterion.undamped and not recipe.balance_last
+        assert balances(timing, 0.0, 0.00999, 0.01) == [True, True, False]
+    for name in ("lra_whiten", "lra_newton", "low_rank_approximation"):
+        tosses = [bool(METHODS[name]().tempo().side(Moment(1, {"side": u}.get))) for u in (0.0, 0.499, 0.5)]
+        assert tosses == [True, True, False]
+    assert METHODS["lra_whiten"]().recipe().clip == Clip(2.0, 10.0)
+
+
+def test_rules_of_xmat():
+    for order, normaliser in (("1st", xmat.by_residual), ("2nd", xmat.by_terms)):
+        recipe = METHODS["xmat"](step_normalizer_order=order).recipe()
+        assert recipe.preconditioner == xmat.XMat(normaliser)
+        assert recipe.start == StartScale(2) and recipe.damping is criterion.undamped
+
+
+def test_rules_of_dense_newton_and_kwns4():
+    kind = METHODS["dense_newton"]().recipe().preconditioner
+    assert kind.bound == TraceBound() and kind.dense((1000,)) == (True,)
+    recipe, timing = METHODS["kwns4"]().recipe(), METHODS["kwns4"]().tempo()
+    assert (recipe.dtype, recipe.whiten, recipe.clip) == ("bfloat16", "momentum", Clip(2.0, 10.0))
+    assert recipe.preconditioner.geometry is GEOMETRIES["Q0.5EQ1.5"] and METHODS["kwns4"]().start_scale() == 1
+    assert balances(timing, 0.0, 0.00999, 0.01) == [True, True, False]
+    assert METHODS["kwns4"](preconditioner_dtype=None).recipe().dtype is None
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (200,), (3, 4), (300, 2), (2, 300), (2, 3, 6), (0, 3)])
 def test_affine_draws_a_probe_only_where_its_mean_is_dear(shape: tuple[int, ...]):
     recipe = METHODS["affine"]().recipe()
@@ -190,8 +288,11 @@ SCHEDULED = [(m.name, f.name) for m in METHODS.values() for f in fields(m) if f.
 def test_what_may_be_a_schedule():
     assert SCHEDULED == [
         ("kron", "preconditioner_update_probability"),
-        ("affine", "preconditioner_update_probability"),
-        ("affine", "precond_lr"),
+        *(
+            (name, argument)
+            for name in ("affine", "xmat", "low_rank_approximation")
+            for argument in ("preconditioner_update_probability", "precond_lr")
+        ),
     ]
 
 
@@ -304,6 +405,21 @@ WRONG = [
     ("affine", "max_size_triangular", 0.5, "whole number"),
     ("affine", "max_skew_triangular", nan, "[0, inf]"),
     ("affine", "precision", "tf32", "None, 'bfloat16', 'tensorfloat32', 'float32'"),
+    ("kron_newton", "dQ", "Q5", "'QUAD4P'"),
+    ("kron_newton", "grad_clip_max_norm", 0.0, "(0, inf]"),
+    ("kron_newton", "grad_clip_max_norm", None, "number"),
+    ("dense_newton", "exact_hessian_vector_product", 1, "True or False"),
+    ("lra_newton", "lr_preconditioner", 1, "(0, 1)"),
+    ("lra_whiten", "rank_of_approximation", -1, "[0, inf)"),
+    ("lra_whiten", "rank_of_approximation", 2.5, "whole number"),
+    ("low_rank_approximation", "uvd_rank_of_approximation", inf, "[0, inf)"),
+    ("kwns4", "decoupled_weight_decay", None, "True or False"),
+    ("kwns4", "preconditioner_dtype", "int8", "bfloat16, float16, float32, float64"),
+    ("kwns4", "preconditioner_init_scale", 0.0, "(0, inf)"),
+    ("kwns4", "preconditioner_init_scale", None, "number"),
+    ("kwns4", "resync_every", 0, "[1, inf)"),
+    ("xmat", "update_global_norm_clip", 0.0, "(0, inf)"),
+    ("xmat", "step_normalizer_order", "3rd", "'1st', '2nd'"),
     ("procrustes", "lr", np.float64(-1), "[0, inf)"),
     ("procrustes", "lr", np.float32(nan), "[0, inf)"),
 ]
@@ -333,6 +449,9 @@ def test_contradictions_are_refused():
     with pytest.raises(ValueError, match=r"whiten_grad=False.*momentum"):
         METHODS["kron_whiten"](whiten_grad=False)
     assert METHODS["kron_whiten"](whiten_grad=False, momentum=0.5).recipe().whiten == "momentum"
+    for name in ("lra_whiten", "kwns4"):
+        with pytest.raises(ValueError, match=rf"{name}: whiten_grad=False.*momentum"):
+            METHODS[name](whiten_grad=False, momentum=0)
 
 
 def test_ends_of_ranges_are_accepted():
@@ -389,9 +508,12 @@ def test_a_method_describes_itself(name: str):
         assert f"    {f.name}: {f.metadata['doc']}" in text and f"(default {f.default!r})" in text
 
 
-def test_every_geometry_can_be_chosen():
+@pytest.mark.parametrize("method", ["kron_whiten", "kron_newton", "dense_newton"])
+def test_every_geometry_can_be_chosen(method: str):
     for name, geometry in GEOMETRIES.items():
-        assert METHODS["kron_whiten"](dQ=name).recipe().preconditioner.geometry is geometry
+        assert METHODS[method](dQ=name).recipe().preconditioner.geometry is geometry
+    made = METHODS[method](dQ="Q0p5EQ1p5")
+    assert made.dQ == "Q0.5EQ1.5" and made == METHODS[method]()
 
 
 def test_start_scale():

@@ -18,7 +18,7 @@ import psgd_jax_backend
 import psgd_torch_backend
 from psgd.geometry import GEOMETRIES
 from psgd.methods import METHODS
-from psgd.summary import Row, Summary, in_bytes, in_flops, row, summary
+from psgd.summary import Parameter, Row, Summary, counters, in_bytes, in_flops, row, rows, summary
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHAPES = {
@@ -35,6 +35,10 @@ SHAPES = {
 }
 SCANNED = ("stack", "gains", "none")
 ALL_METHODS = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+OF_EACH = {name: method for name, method in METHODS.items() if not method().recipe().whole}
+WHOLE = {name: method for name, method in METHODS.items() if name not in OF_EACH}
+METHODS_OF_EACH = pytest.mark.parametrize("method", OF_EACH.values(), ids=OF_EACH)
+WHOLE_METHODS = pytest.mark.parametrize("method", WHOLE.values(), ids=WHOLE)
 
 
 def variants() -> list:
@@ -83,7 +87,10 @@ def step(optimizer) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.ones_like(p)
-    optimizer.step()
+    if not optimizer.method.of().recipe().newton:
+        return optimizer.step()
+    ones = [torch.ones_like(p) for group in optimizer.param_groups for p in group["params"]]
+    return optimizer.step(Hvp=ones, vector=ones, update_preconditioner=True)
 
 
 # ---- what is kept ----------------------------------------------------------------------------
@@ -98,7 +105,8 @@ def test_state_in_torch_is_right_to_the_byte(method, hyperparameters, dtype):
     assert before.state == torch_bytes(optimizer.state)
     assert before == optimizer.summary()
     for one in before.rows:
-        kept = {k: v for k, v in optimizer.state[params[one.name]].items() if k not in ("step", "since")}
+        apart = ("step", "since", "L") if method.of().recipe().whole else ("step", "since")
+        kept = {k: v for k, v in optimizer.state[params[one.name]].items() if k not in apart}
         assert one.state == torch_bytes(kept), one.name
         assert one.bytes == params[one.name].nbytes
 
@@ -125,7 +133,7 @@ def test_gpt2_is_right_to_the_byte_in_both_frameworks(method):
     assert in_torch.rows == tuple(next(r for r in in_jax.rows if r.name == name) for name in shapes)
 
 
-@ALL_METHODS
+@METHODS_OF_EACH
 def test_layers_are_as_many_parameters(method):
     made = method.of()
     for shape in ((4, 6), (5,), (), (2, 3, 4)):
@@ -190,7 +198,54 @@ def test_a_square_matrix_takes_the_products_that_its_geometry_says(geometry):
     assert [cubic(made, "apply"), cubic(made, "fit")] == pytest.approx(PRODUCTS[geometry], rel=1e-3)
 
 
-@ALL_METHODS
+@WHOLE_METHODS
+def test_a_whole_model_costs_what_its_vector_does(method):
+    """Work and factors grow with the number of parameters, or with its square; rows share them out."""
+
+    def made(k: int) -> Summary:
+        parameters = [Parameter("a", (k, 10)), Parameter("b", (10 * k,), "bfloat16"), Parameter("c", (0, 3))]
+        return summary((method.of(), line) for line in rows(method.of(), parameters))
+
+    small, large = made(100), made(200)
+    power = 2 if method.name == "dense_newton" else 1
+    for what in ("apply", "fit"):
+        assert getattr(large, what) / getattr(small, what) == pytest.approx(2**power, rel=0.01)
+        a, b, c = (getattr(line, what) for line in large.rows)
+        assert a == b > 0 == c
+    alone = row(method.of(), "x", (4000,))
+    assert (alone.apply - large.apply, alone.fit - large.fit) < (3, 3)
+    widths = {"xmat": ("", ""), "dense_newton": ("x4000",)}.get(method.name, ("x10", "x10", ""))
+    assert [line.factors for line in large.rows] == [tuple(f"{n}{w}" for w in widths) for n in (2000, 2000, 0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "numbers", "bounds"),
+    [
+        ("low_rank_approximation", {}, 2 * 10 + 1 + 1, 0),
+        ("low_rank_approximation", {"b1": 0.0}, 2 * 10 + 1, 0),
+        ("xmat", {}, 3, 0),
+        ("xmat", {"b1": 0.0}, 2, 0),
+        ("lra_whiten", {}, 2 * 10 + 1, 3),
+        ("lra_newton", {"momentum": 0.9, "rank_of_approximation": 3}, 2 * 3 + 1 + 1, 3),
+        ("dense_newton", {}, 60_000, 1),
+    ],
+)
+def test_what_sixty_thousand_parameters_take(name: str, given: dict, numbers: int, bounds: int):
+    made, parameters = METHODS[name].of(**given), [Parameter("a", (100, 500)), Parameter("b", (10_000,))]
+    assert [line.state for line in rows(made, parameters)] == [4 * numbers * 50_000, 4 * numbers * 10_000]
+    count = 1 + made.tempo().counts
+    assert counters(made, parameters, 4, each=False) == 4 * count + 4 * bounds
+    assert counters(made, parameters, 8, each=True) == 2 * (8 * count + 4 * bounds)
+
+
+@WHOLE_METHODS
+def test_a_model_without_parameters_takes_nothing(method):
+    (line,) = rows(method.of(), [Parameter("a", (0, 3))])
+    assert (line.state, line.apply, line.fit, line.factors) == (0, 0, 0, ())
+    assert rows(method.of(), []) == []
+
+
+@METHODS_OF_EACH
 def test_twice_the_size_is_eight_times_the_work(method):
     small, large = (row(method.of(), "x", (n, n)) for n in (2048, 4096))
     assert 7.8 < large.apply / small.apply <= 8
@@ -204,7 +259,11 @@ def test_products_are_those_that_torch_counts(method):
     made = optimizer.summary()
     with FlopCounterMode(display=False) as counter:
         step(optimizer)
-    assert 0.85 * (made.apply + made.fit) < counter.get_total_flops() <= made.apply + made.fit
+    if method.name == "xmat":
+        assert counter.get_total_flops() == 0 < made.apply
+    else:
+        least = 0.6 if method.name in WHOLE else 0.85  # few of the products of a whole model are of matrices
+        assert least * (made.apply + made.fit) < counter.get_total_flops() <= made.apply + made.fit
 
 
 def test_a_diagonal_costs_no_products():

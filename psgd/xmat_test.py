@@ -153,5 +153,4 @@ def test_fits_reduce_the_criterion(order: str, n: int):
             over.append((np.trace(hessian @ p @ hessian) + np.trace(np.linalg.inv(p))) / (2 * np.trace(hessian)) - 1)
         v = normals(n, t)
         factors = kind.fit(factors, Pair(hessian @ v, v), 0.3 / (1 + t / 100), 0.0, None)
-    print(order, n, over)
     assert over[0] > 0.3 and -1e-12 < over[-1] < 0.02

@@ -55,6 +55,7 @@ def fed(alias: Callable) -> Callable[..., optax.GradientTransformationExtraArgs]
 
         return optax.GradientTransformationExtraArgs(made.init, update)
 
+    optimizer.__name__ = alias.__name__
     return optimizer
 
 
