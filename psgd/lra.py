@@ -97,7 +97,15 @@ def of_products(r: Residual) -> Scalar:
 def of_squares(r: Residual) -> Scalar:
     """max sqrt((ph^2 + v^2) (h^2 + z^2)) [psgd_jax '2nd']."""
     xp = namespace(r.h)
-    return xp.max(xp.sqrt(r.ph * r.ph + r.v * r.v) * xp.sqrt(r.h * r.h + r.z * r.z))
+    return xp.max(_length(r.ph, r.v) * _length(r.h, r.z))
+
+
+def _length(a: Tensor, b: Tensor) -> Tensor:
+    """sqrt(a^2 + b^2), of numbers whose squares vanish too."""
+    xp = namespace(a)
+    top = xp.maximum(xp.abs(a), xp.abs(b))
+    unit = xp.where(top > 0, top, xp.ones_like(top))
+    return unit * xp.sqrt((a / unit) ** 2 + (b / unit) ** 2)
 
 
 def of_difference(r: Residual) -> Scalar:
@@ -143,7 +151,7 @@ class LRA:
     def init(self, like: Tensor, draws: Draws) -> Factors:
         """U and V small and random, from the roles "U" and "V"; d = 1."""
         n = like.shape[0]
-        if not self.rank < max(n, 1):
+        if n and not self.rank < n:
             raise ValueError(
                 f"a low-rank preconditioner of rank {self.rank} needs more than {n} numbers; lower its rank"
             )

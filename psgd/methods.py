@@ -417,7 +417,7 @@ class KronWhiten(OfAxes, Whitening):
 
 
 @method("kron_newton", "KronNewton", "psgd_torch `KronNewton`")
-class KronNewton(OfAxes, Newton):
+class KronNewton(Newton, OfAxes):
     """The inverse Hessian of tensors of any order, complex ones too, in any of the registered geometries."""
 
     def recipe(self) -> Recipe:
@@ -444,7 +444,7 @@ class LRAWhiten(OfRank, Whitening):
 
 
 @method("lra_newton", "LRANewton", "psgd_torch `LRANewton`")
-class LRANewton(OfRank, Newton):
+class LRANewton(Newton, OfRank):
     """The inverse Hessian of all parameters as one vector, by a low-rank preconditioner."""
 
     def recipe(self) -> Recipe:

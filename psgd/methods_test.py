@@ -286,14 +286,9 @@ SCHEDULED = [(m.name, f.name) for m in METHODS.values() for f in fields(m) if f.
 
 
 def test_what_may_be_a_schedule():
-    assert SCHEDULED == [
-        ("kron", "preconditioner_update_probability"),
-        *(
-            (name, argument)
-            for name in ("affine", "xmat", "low_rank_approximation")
-            for argument in ("preconditioner_update_probability", "precond_lr")
-        ),
-    ]
+    both = ("preconditioner_update_probability", "precond_lr")
+    others = [(name, argument) for name in ("affine", "xmat", "low_rank_approximation") for argument in both]
+    assert [("kron", "preconditioner_update_probability"), *others] == SCHEDULED
 
 
 @pytest.mark.parametrize(("name", "argument"), SCHEDULED)

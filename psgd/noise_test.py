@@ -110,6 +110,15 @@ def test_step_may_be_a_number_or_an_array(framework: Framework):
     assert int(key_in(framework, step=step)[0]) == KEYS[1]
 
 
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, KEYS[0]])
+def test_seed_may_be_a_number_or_an_array(framework: Framework, seed: int):
+    """As a key is, of which other keys are made."""
+    xp = namespace(framework.array(np.zeros(1), "float32"))
+    for shape in ((), (1,)):
+        array = xp.full(shape, noise.signed(seed), dtype=xp.int32)
+        assert int(noise.key(xp, array, 1000)[0]) == int(noise.key(np, seed, 1000)[0])
+
+
 def test_role_numbers_are_fnv_1a():
     published = {"": 0x811C9DC5, "a": 0xE40C292C, "foobar": 0xBF9CF968}
     assert {role: noise.role_number(role) & 0xFFFFFFFF for role in published} == published
@@ -117,7 +126,7 @@ def test_role_numbers_are_fnv_1a():
 
 def test_roles_in_use_differ():
     axes = [f"bound/{i}" for i in range(9)] + [f"turn/{i}/{k}" for i in range(9) for k in range(10)]
-    roles = ["damping", "fit", "balance", *axes]
+    roles = ["damping", "fit", "balance", "side", "U", "V", *axes]
     roles += [role + "/imaginary" for role in roles]
     assert len({noise.role_number(role) for role in roles}) == len(roles)
 

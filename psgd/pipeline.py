@@ -94,12 +94,18 @@ class StartScale:
 
     def probed(self, vs: Sequence[Array]) -> list[Array]:
         """What the probes v of a Newton pair add to s, as a factor: (mean|v|^2)^(1/4), of all tensors or of each."""
-        if not self.shared:
-            return [power_mean(v, 2) ** 0.5 for v in vs]
+        if not self.shared or not vs:
+            return [self._boost(power_mean(v, 2)) for v in vs]
         xp, total = namespace(vs[0]), sum(prod(v.shape) for v in vs)
         squares = [power_mean(v, 2) ** 2 * (prod(v.shape) / total) for v in vs]
         wide = max((s.dtype for s in squares), key=lambda d: xp.finfo(d).bits)
-        return [sum(cast(s, wide) for s in squares) ** 0.25] * len(vs)
+        return [self._boost(sum(cast(s, wide) for s in squares) ** 0.5)] * len(vs)
+
+    @staticmethod
+    def _boost(rms: Array) -> Array:
+        """The square root of the RMS of v; 1 for a v of zero, which says nothing."""
+        xp = namespace(rms)
+        return xp.where(rms > 0, rms, xp.ones_like(rms)) ** 0.5
 
     def scale(self, size: Array, damping: Number) -> Array:
         """s of a size; 1 where it and the damping are zero."""

@@ -2,7 +2,7 @@
 
 With f(x) the reversal of x, Q = diag(a) + adiag(b):
 
-    Q x = a x + b f(x),     P g = Q^T Q g = (a^2 + f(b^2)) g + (a b + f(a b)) f(g)
+    Q x = a x + b f(x),     Q^T y = a y + f(b y)
 
 Real. Source: psgd_jax `_update_precond_Xmat_math_`, `_precond_grad_Xmat_math`; arXiv 2211.04422.
 """
@@ -83,7 +83,7 @@ class XMat:
             a <- a - m (Da a + Db f(b)),    b <- b - m (Db a' + Da b),  a' = f(a)
 
         The middle of b stays 0 where n is odd. Every pair of entries is a 2 x 2 matrix; its determinant a f(a) - b f(b)
-        stays positive for mu < 1.
+        stays positive for mu < 1/2.
         """
         (a, b), h, v = factors.Q, pair.h, pair.v
         x = a * h + b * flipped(h)
@@ -99,5 +99,5 @@ class XMat:
     def precondition(self, factors: Factors, g: Tensor) -> Tensor:
         """P g."""
         a, b = factors.Q
-        cross = a * b
-        return (a * a + flipped(b * b)) * g + (cross + flipped(cross)) * flipped(g)
+        y = a * g + b * flipped(g)
+        return a * y + flipped(b * y)

@@ -101,6 +101,8 @@ def scale_by_psgd(
     """
     recipe, tempo = method.recipe(), method.tempo()
     mapping = Mapping(stack, scanned_layers, lax_map_scanned_layers, lax_map_batch_size)
+    if recipe.whole and any(map(bool, jax.tree.leaves(scanned_layers))):
+        raise ValueError(f"{method.name} has one preconditioner for all parameters, no scanned_layers; leave them out")
     if lax_map_scanned_layers and not (isinstance(lax_map_batch_size, int) and lax_map_batch_size > 0):
         raise ValueError(f"{method.name}: lax_map_batch_size={lax_map_batch_size!r} must be a whole number above 0")
 
@@ -141,13 +143,13 @@ def scale_by_psgd(
         leaves, treedef = _flattened(updates)
         like = leaves if params is None else treedef.flatten_up_to(params)
         flags, paths = mapping.flags(updates), jax.tree_util.tree_leaves_with_path(updates)
-        pair = _pair(method, treedef, Hvp, vector, update_preconditioner)
+        pair = _pair(method, paths, treedef, Hvp, vector, update_preconditioner)
         gradients = list(map(jnp.asarray, leaves))
         for (path, g), scanned in zip(paths, flags, strict=True):
             _check_leaf(method, path, g, scanned)
         momenta, states = _to_states(state, treedef, recipe)
         if recipe.whole:
-            _check_whole(method, recipe, gradients, states[0])
+            _check_whole(method, recipe, gradients, momenta, states[0])
             shapes, gradients, flags = [g.shape for g in gradients], [_joined(gradients)], [False]
             states = [states[0]._replace(momentum=_joined(momenta) if recipe.momentum else None)]
             pair = None if pair is None else ([_joined(pair[0])], [_joined(pair[1])])
@@ -160,7 +162,7 @@ def scale_by_psgd(
         plan = plan if pair is None else plan._replace(fit=update_preconditioner)
         if method.start_scale() is None:
             first = state.count == 0 if since is None or pair is None else (since == count) & plan.fit
-            states = _started(recipe, tempo.damping, first, gradients, states, flags, pair)
+            states = _started(recipe, tempo.damping, first, plan.fit, gradients, states, flags, pair)
         directions, new = _step_all(recipe, plan, gradients, states, flags, mapping, pair)
         directions = _trusted(recipe, tempo.trust, directions)
         if recipe.whole:
@@ -178,7 +180,7 @@ def scale_by_psgd(
 
 
 def _pair(
-    method: Method, treedef: Any, hvp: Tree, vector: Tree, update_preconditioner: Any
+    method: Method, paths: Any, treedef: Any, hvp: Tree, vector: Tree, update_preconditioner: Any
 ) -> tuple[list[Leaf], list[Leaf]] | None:
     """(v, H v), leaf by leaf, where they were given."""
     given = [x is not None for x in (hvp, vector, update_preconditioner)]
@@ -192,7 +194,14 @@ def _pair(
     if not all(given):
         missing = [n for n, g in zip(("Hvp", "vector", "update_preconditioner"), given, strict=True) if not g]
         raise ValueError(f"{method.name}: {missing[0]} is missing; Hvp, vector and update_preconditioner go together")
-    return list(map(jnp.asarray, treedef.flatten_up_to(vector))), list(map(jnp.asarray, treedef.flatten_up_to(hvp)))
+    vs, hs = (list(map(jnp.asarray, treedef.flatten_up_to(tree))) for tree in (vector, hvp))
+    for (path, g), v, h in zip(paths, vs, hs, strict=True):
+        if not jnp.shape(g) == v.shape == h.shape:
+            raise ValueError(
+                f"{method.name}: vector and Hvp of {jax.tree_util.keystr(path)} have shapes {v.shape} and {h.shape}, its "
+                f"gradient {jnp.shape(g)}; give what hessian_helper returns for the same parameters"
+            )
+    return vs, hs
 
 
 def _joined(leaves: list[Leaf]) -> Leaf:
@@ -302,9 +311,12 @@ def _to_states(state: PSGDState, treedef: Any, recipe: Recipe) -> tuple[list[Any
     return momenta, [State(m, f) for m, f in zip(owners, factors, strict=True)]
 
 
-def _check_whole(method: Method, recipe: Recipe, gradients: list[Leaf], state: State) -> None:
+def _check_whole(
+    method: Method, recipe: Recipe, gradients: list[Leaf], momenta: list[Leaf | None], state: State
+) -> None:
     n = sum(g.size for g in gradients)
-    if tuple(q.shape for q in state.factors.Q) != recipe.preconditioner.shapes((n,)):
+    moved = [m for g, m in zip(gradients, momenta, strict=True) if m is not None and m.shape != g.shape]
+    if moved or tuple(q.shape for q in state.factors.Q) != recipe.preconditioner.shapes((n,)):
         raise ValueError(
             f"{method.name}: the gradients have {n} numbers, the state belongs to others; give update the tree that "
             "init was given"
@@ -315,21 +327,24 @@ def _started(
     recipe: Recipe,
     damping: Any,
     first: Leaf,
+    fit: Any,
     gradients: list[Leaf],
     states: list[State],
     flags: list[bool],
     pair: tuple[list[Leaf], list[Leaf]] | None,
 ) -> list[State]:
     """At the first step, or with Hessian-vector products at the first fit, the factors take their automatic scale."""
-    there, seen = [i for i, g in enumerate(gradients) if g.size], gradients if pair is None else pair[1]
+    there = [i for i, g in enumerate(gradients) if g.size]
 
     def size(g: Leaf) -> Leaf:
         return recipe.start.size(pipeline.working(recipe, g))
 
-    scales = recipe.start([_over(size, flags[i])(seen[i]) for i in there], damping)
+    scales = recipe.start([_over(size, flags[i])(gradients[i]) for i in there], damping)
     if pair is not None:
+        fresh = recipe.start([_over(size, flags[i])(pair[1][i]) for i in there], damping)
         boosts = recipe.start.probed([pipeline.working(recipe, pair[0][i]) for i in there])
-        scales = [scale * boost for scale, boost in zip(scales, boosts, strict=True)]
+        own = zip(scales, fresh, boosts, strict=True)
+        scales = [jnp.where(fit, of_pair * boost, of_gradient) for of_gradient, of_pair, boost in own]
     started = list(states)
     for i, scale in zip(there, scales, strict=True):
         scale = jnp.where(first, scale, 1)

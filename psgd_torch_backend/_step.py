@@ -97,6 +97,7 @@ def as_tensors(plan: Plan, *numbers: Any) -> tuple[Any, ...]:
     momentum = Memory(tensor(plan.momentum.past), None if blend is None else (tensor(blend[0]), tensor(blend[1])))
     plan = plan._replace(
         balance=torch.tensor(plan.balance),
+        side=torch.tensor(plan.side),
         momentum=momentum,
         rate=tensor(plan.rate),
         memory=tensor(plan.memory),

@@ -12,6 +12,10 @@ from torch import Tensor
 from psgd import noise
 from psgd._xp import namespace
 
+MISUSED = (
+    "the closure must return the loss, one number that can still be differentiated, or a sequence that begins with it; "
+    "leave backward() to the optimizer"
+)
 Closure = Callable[[], Any]  # -> the loss, or a sequence that begins with it
 
 
@@ -24,20 +28,26 @@ def vector(step_key: int, name: str, like: Tensor) -> Tensor:
 def _loss(closure: Closure) -> tuple[Any, Tensor]:
     """What the closure returns, and the loss in it."""
     returned = closure()
-    loss = returned[0] if isinstance(returned, (tuple, list)) else returned
-    if not (isinstance(loss, Tensor) and loss.requires_grad):
-        raise RuntimeError(
-            "the closure must return the loss, a tensor that can still be differentiated, or a sequence that begins "
-            "with it; leave backward() to the optimizer"
-        )
+    loss = _first(returned)
+    if not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1):
+        raise RuntimeError(MISUSED)
     return returned, loss
+
+
+def _derivative(loss: Tensor, params: Sequence[Tensor], **options: Any) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(loss, params, allow_unused=True, **options)
+    except RuntimeError as error:
+        if "second time" in str(error):
+            raise RuntimeError(MISUSED) from error
+        raise
 
 
 def gradients(closure: Closure, params: Sequence[Tensor]) -> tuple[Any, list[Tensor | None]]:
     """What the closure returns, and the gradient of each parameter; None of those that the loss does not use."""
     with torch.enable_grad():
         returned, loss = _loss(closure)
-        return returned, list(torch.autograd.grad(loss, params, allow_unused=True))
+        return returned, list(_derivative(loss, params))
 
 
 def exact(
@@ -46,7 +56,7 @@ def exact(
     """What the closure returns, gradients, and H v, the derivative of sum <v, gradient>, by differentiating twice."""
     with torch.enable_grad():
         returned, loss = _loss(closure)
-        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        grads = _derivative(loss, params, create_graph=True)
         pairs = [(g, v) for g, v in zip(grads, vectors, strict=True) if g is not None and g.requires_grad]
         if not pairs:  # a linear loss
             return returned, [None if g is None else g.detach() for g in grads], [torch.zeros_like(p) for p in params]
@@ -132,7 +142,7 @@ def hessian_helper(
 
 
 def _first(out: Any) -> Any:
-    return out[0] if isinstance(out, (tuple, list)) else out
+    return out[0] if isinstance(out, (tuple, list)) and out else out
 
 
 def _named(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[str, Tensor]]:

@@ -122,6 +122,8 @@ class PSGD(torch.optim.Optimizer):
 
     def _check_group(self, group: Group) -> None:
         cls, layered = type(self).__name__, self._layered(group)
+        if group["scanned_layers"] and self._settings(group)[1].whole:
+            raise ValueError(f"{cls} has one preconditioner for all parameters, no scanned_layers; leave them out")
         for name, p in self._named(group):
             self._check_parameter(name, p)
             if id(p) in layered and not p.ndim:
@@ -210,8 +212,9 @@ class PSGD(torch.optim.Optimizer):
         columns = []
         for name, x in (("vector", vector), ("Hvp", hvp)):
             x = [x] if isinstance(x, Tensor) else x
-            own = [x[n] for n, _ in named] if isinstance(x, dict) else list(x)
-            if [tuple(y.shape) for y in own] != [tuple(p.shape) for _, p in named]:
+            own = [x.get(n) for n, _ in named] if isinstance(x, dict) else list(x) if hasattr(x, "__iter__") else [x]
+            shapes = [tuple(y.shape) if isinstance(y, Tensor) else None for y in own]
+            if shapes != [tuple(p.shape) for _, p in named]:
                 raise ValueError(f"{cls}: {name} must hold one tensor of the shape of each parameter, in their order")
             columns.append(own)
         pairs = {id(p): (v, h) for (_, p), v, h in zip(named, *columns, strict=True)}
@@ -219,6 +222,8 @@ class PSGD(torch.optim.Optimizer):
 
     def _differentiated(self, closure: Callable[[], Any]) -> tuple[Any, Pairs]:
         """The loss; its gradients, left in `p.grad`; and pairs (v, H v) if this step fits."""
+        for _, p in self._all_named():
+            p.grad = p.grad if p.requires_grad else None
         named = [(name, p) for name, p in self._all_named() if p.requires_grad]
         params = [p for _, p in named]
         fit = any(self._next_plan(group).fit for group in self.param_groups)
@@ -270,6 +275,7 @@ class PSGD(torch.optim.Optimizer):
             entry = self.state.get(p)
             kind = (p.shape, id(p) in layered)
             if recipe.whole:
+                self._check_member(group, name, p)
                 ready.append(p)
                 continue
             if kind not in expected:
@@ -280,6 +286,20 @@ class PSGD(torch.optim.Optimizer):
                 )
             ready.append(p)
         return ready
+
+    def _check_member(self, group: Group, name: str, p: Tensor) -> None:
+        """Is a parameter one of those that a preconditioner of all of them began with, and of the same shape?"""
+        cls, entry = type(self).__name__, self.state.get(p)
+        if not entry and any(self.state.get(q) for q in group["params"]):
+            raise RuntimeError(
+                f"{cls}: {name} has its first gradient after the first step; one preconditioner is for all parameters, "
+                "so all must have one from the start, or groups of their own"
+            )
+        same = not entry or (len(entry["Q"]["0"]) == p.numel() and entry.get("momentum", p).shape == p.shape)
+        if not same:
+            raise RuntimeError(
+                f"{cls}: {name} has shape {tuple(p.shape)}, its state belongs to another; delete optimizer.state[p]"
+            )
 
     def _settings(self, group: Group) -> tuple[Method, pipeline.Recipe, pipeline.Tempo]:
         """Method, recipe and tempo of a group; made again when a value of it has changed."""
@@ -339,6 +359,7 @@ class PSGD(torch.optim.Optimizer):
             return recipe.start.size(pipeline.working(recipe, g))
 
         due = [p for p in params if p.numel() and _unscaled(self.state[p], pairs)]
+        pairs = pairs if pairs is not None and pairs.fit else None
         seen = [_gradient(p) if pairs is None else pairs.by_parameter[id(p)][1] for p in due]
         sizes = [(torch.vmap(size) if id(p) in layered else size)(x) for p, x in zip(due, seen, strict=True)]
         scales = recipe.start(sizes, tempo.damping) if due else []
@@ -362,16 +383,12 @@ class PSGD(torch.optim.Optimizer):
         """
         method, recipe, tempo = self._settings(group)
         known = [p for p in group["params"] if self.state.get(p)]
-        late = [name for name, p in self._named(group) if known and p.grad is not None and not self.state.get(p)]
-        if late:
-            raise RuntimeError(
-                f"{type(self).__name__}: {late[0]} has its first gradient after the first step; one preconditioner is "
-                "for all parameters, so all must have one from the start, or groups of their own"
-            )
         present = {id(p) for p in known or params}
         order = sorted(((_by_part(name), p) for name, p in self._named(group) if id(p) in present), key=lambda x: x[0])
         members = [p for _, p in order]
         n = sum(p.numel() for p in members)
+        if not n:
+            return []
         scale = method.start_scale()
         if not known:
             like = _vector([p.detach() for p in members])
@@ -388,7 +405,8 @@ class PSGD(torch.optim.Optimizer):
         g = -g if group["maximize"] else g
         pair = None
         if pairs is not None and pairs.fit:
-            vs, hs = zip(*(pairs.by_parameter[id(p)] for p in members), strict=True)
+            nothing = {id(p): (torch.zeros_like(p), torch.zeros_like(p)) for p in members}  # of a frozen parameter
+            vs, hs = zip(*((nothing | pairs.by_parameter)[id(p)] for p in members), strict=True)
             pair = _vector(list(vs)), _vector(list(hs))
         if scale is None and _unscaled(entries[0], pairs):
             scales = recipe.start(
@@ -605,9 +623,9 @@ def _counters(tempo: pipeline.Tempo) -> dict[str, Tensor]:
 
 def _unscaled(entry: dict[str, Any], pairs: Pairs | None) -> bool:
     """Is the automatic scale due? At the first step, or with Hessian-vector products at the first fit."""
-    if pairs is None:
+    if pairs is None or "since" not in entry:
         return int(entry["step"]) == 0
-    return pairs.fit and int(entry.get("since", entry["step"])) == int(entry["step"])
+    return pairs.fit and int(entry["since"]) == int(entry["step"])
 
 
 def _vector(tensors: list[Tensor]) -> Tensor:

@@ -857,7 +857,7 @@ def test_groups_of_whole_models_have_preconditioners_of_their_own(whole_class: t
 
 def test_a_compiled_whole_model_walks_the_same_way():
     compiled, eager = parameters((4, 3), (5,)), parameters((4, 3), (5,))
-    options = {"lr": 0.01, "rank_of_approximation": 2, "preconditioner_update_probability": 0.5}
+    options = {"lr": 0.01, "rank_of_approximation": 2}
     ours = CLASSES["lra_newton"](compiled, compile=True, **options)
     run(ours, compiled, range(5))
     close(compiled, run(CLASSES["lra_newton"](eager, **options), eager, range(5)), ulps=64)
