@@ -650,7 +650,7 @@ class XMatJax(PsgdJax):
     def recipe(self) -> Recipe:
         normaliser = xmat.by_residual if self.step_normalizer_order == "1st" else xmat.by_terms
         return Recipe(
-            preconditioner=xmat.XMat(normaliser),
+            preconditioner=xmat.XShaped(normaliser),
             whole=True,
             damping=criterion.undamped,
             start=StartScale(power=2),

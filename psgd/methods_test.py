@@ -260,7 +260,7 @@ def test_rules_of_lra():
 def test_rules_of_xmat():
     for order, normaliser in (("1st", xmat.by_residual), ("2nd", xmat.by_terms)):
         recipe = METHODS["xmat"](step_normalizer_order=order).recipe()
-        assert recipe.preconditioner == xmat.XMat(normaliser)
+        assert recipe.preconditioner == xmat.XShaped(normaliser)
         assert recipe.start == StartScale(2) and recipe.damping is criterion.undamped
 
 

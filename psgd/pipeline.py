@@ -26,9 +26,9 @@ from psgd.lra import LRA
 from psgd.noise import Draws
 from psgd.schedule import Memory, Moment, Number, Toss, When, always, never
 from psgd.shapes import Shape, as_is, in_order
-from psgd.xmat import XMat
+from psgd.xmat import XShaped
 
-Preconditioner = Kronecker | LRA | XMat
+Preconditioner = Kronecker | LRA | XShaped
 Choose = Callable[..., Any]  # (flag, then, otherwise, operand) -> then(operand) or otherwise(operand)
 
 

@@ -43,7 +43,7 @@ def by_residual(x: Tensor, y: Tensor, da: Tensor, db: Tensor) -> Steps:
 
 
 @dataclass(frozen=True)
-class XMat:
+class XShaped:
     """Q = diag(a) + adiag(b); see the module. Keeps `Q` = (a, b), each (n,), and no bounds."""
 
     normaliser: Callable[[Tensor, Tensor, Tensor, Tensor], Steps] = by_terms

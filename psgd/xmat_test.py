@@ -10,9 +10,9 @@ from psgd import xmat
 from psgd._xp import dtype_name
 from psgd.arrays import Factors
 from psgd.criterion import Pair
-from psgd.xmat import XMat
+from psgd.xmat import XShaped
 
-KINDS = {"1st": XMat(xmat.by_residual), "2nd": XMat()}
+KINDS = {"1st": XShaped(xmat.by_residual), "2nd": XShaped()}
 LENGTHS = pytest.mark.parametrize("n", [1, 2, 5, 6])
 
 
@@ -58,7 +58,7 @@ def within(framework: Framework, record, dtype: str = "float64"):
 @LENGTHS
 def test_p_is_that_of_the_matrix(framework: Framework, n: int):
     q, g = dense(some(n)), normals(n, 4)
-    got = XMat().precondition(within(framework, some(n)), framework.array(g, "float64"))
+    got = XShaped().precondition(within(framework, some(n)), framework.array(g, "float64"))
     assert framework.numpy(got) == pytest.approx(q.T @ q @ g, rel=1e-12)
 
 
@@ -84,7 +84,7 @@ def test_a_step_is_the_published_one(framework: Framework, order: str, n: int):
 
 @pytest.mark.parametrize("n", [1, 5, 6])
 def test_pairs_stay_positive_and_the_middle_of_b_stays_zero(order: str, n: int):
-    kind, factors = KINDS[order], XMat().init(np.zeros(n))
+    kind, factors = KINDS[order], XShaped().init(np.zeros(n))
     for t in range(200):
         given = Pair(10.0 ** (t % 5 - 2) * normals(n, t), normals(n, 1000 + t))
         factors = kind.fit(factors, given, 0.49, 0.0, None)
@@ -130,7 +130,7 @@ def test_only_residuals_of_mere_rounding_are_none(framework: Framework):
 
 # ---- the record ---------------------------------------------------------------------------
 def test_how_it_begins_and_is_scaled(framework: Framework):
-    kind, like = XMat(), framework.array(np.zeros(5), "float32")
+    kind, like = XShaped(), framework.array(np.zeros(5), "float32")
     factors = kind.init(like)
     assert kind.shapes((5,)) == tuple(tuple(q.shape) for q in factors.Q) == ((5,), (5,)) and kind.probed(factors)
     assert [framework.numpy(q).tolist() for q in factors.Q] == [[1] * 5, [0] * 5] and factors.L == ()
@@ -144,7 +144,7 @@ def test_how_it_begins_and_is_scaled(framework: Framework):
 @pytest.mark.parametrize("n", [1, 5, 6])
 def test_fits_reduce_the_criterion(order: str, n: int):
     """E[h' P h + v' P^-1 v] = tr(H P H) + tr(P^-1) for h = H v; its least value is 2 tr H, where P = H^-1."""
-    kind, factors, over = KINDS[order], XMat().init(np.zeros(n)), []
+    kind, factors, over = KINDS[order], XShaped().init(np.zeros(n)), []
     q = dense(some(n))
     hessian = 3 * np.linalg.inv(q.T @ q)
     for t in range(801):

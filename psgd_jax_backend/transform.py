@@ -198,8 +198,8 @@ def _pair(
     for (path, g), v, h in zip(paths, vs, hs, strict=True):
         if not jnp.shape(g) == v.shape == h.shape:
             raise ValueError(
-                f"{method.name}: vector and Hvp of {jax.tree_util.keystr(path)} have shapes {v.shape} and {h.shape}, its "
-                f"gradient {jnp.shape(g)}; give what hessian_helper returns for the same parameters"
+                f"{method.name}: vector and Hvp of {jax.tree_util.keystr(path)} have shapes {v.shape} and {h.shape}, "
+                f"its gradient {jnp.shape(g)}; give what hessian_helper returns for the same parameters"
             )
     return vs, hs
 

@@ -34,6 +34,13 @@ def _loss(closure: Closure) -> tuple[Any, Tensor]:
     return returned, loss
 
 
+def _freed(returned: Any) -> Any:
+    """What a closure returned, its loss without the graph that made it."""
+    if isinstance(returned, Tensor):
+        return returned.detach()
+    return type(returned)([returned[0].detach(), *returned[1:]]) if type(returned) in (list, tuple) else returned
+
+
 def _derivative(loss: Tensor, params: Sequence[Tensor], **options: Any) -> tuple[Tensor | None, ...]:
     try:
         return torch.autograd.grad(loss, params, allow_unused=True, **options)
@@ -47,7 +54,7 @@ def gradients(closure: Closure, params: Sequence[Tensor]) -> tuple[Any, list[Ten
     """What the closure returns, and the gradient of each parameter; None of those that the loss does not use."""
     with torch.enable_grad():
         returned, loss = _loss(closure)
-        return returned, list(_derivative(loss, params))
+        return _freed(returned), list(_derivative(loss, params))
 
 
 def exact(
@@ -59,10 +66,14 @@ def exact(
         grads = _derivative(loss, params, create_graph=True)
         pairs = [(g, v) for g, v in zip(grads, vectors, strict=True) if g is not None and g.requires_grad]
         if not pairs:  # a linear loss
-            return returned, [None if g is None else g.detach() for g in grads], [torch.zeros_like(p) for p in params]
+            return (
+                _freed(returned),
+                [None if g is None else g.detach() for g in grads],
+                [torch.zeros_like(p) for p in params],
+            )
         outputs, weights = zip(*pairs, strict=True)
         products = torch.autograd.grad(outputs, params, weights, allow_unused=True, materialize_grads=True)
-    return returned, [None if g is None else g.detach() for g in grads], [h.detach() for h in products]
+    return _freed(returned), [None if g is None else g.detach() for g in grads], [h.detach() for h in products]
 
 
 def by_differences(
