@@ -200,3 +200,18 @@ def test_drivers_agree_on_stacked_layers(driver, method):
     after, expected = other.step(gradients(3)), oracle.step(gradients(3))
     for kind in after._fields:
         assert_same(getattr(after, kind), getattr(expected, kind))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_products_with_the_hessian_agree(problem):
+    """The vector of a parameter is the same number for number, and so, to rounding, is the product with it."""
+    newton = next(name for name, made in METHODS.items() if made().recipe().newton)
+    chosen, start = PROBLEMS[problem], rounded(PROBLEMS[problem].init(0), "float64")
+    runs = [DRIVERS[name](method_for(newton, chosen), chosen, start, "float64") for name in ("torch", "jax")]
+    theirs, ours = (run.products(chosen.batch(0, 1), 1) for run in runs)
+    assert theirs.keys() == ours.keys() == start.keys()
+    largest = max(np.max(np.abs(h)) for _, h in theirs.values())
+    for name, (v, h) in theirs.items():
+        assert np.array_equal(v, ours[name][0])
+        assert np.max(np.abs(h - ours[name][1])) <= 1e-12 * largest, name
+        assert all(not np.array_equal(v, w) for other, (w, _) in theirs.items() if other != name and w.shape == v.shape)

@@ -33,7 +33,10 @@ ENVELOPE = Bound(
     factor=10.0,
 )
 LOCKED = {
-    "float64": Bound(1e-12, "one step from one state; largest seen: 3e-13 (updates, of parameters a thousand times as large), 5e-15 (state)"),
+    "float64": Bound(
+        1e-12,
+        "one step from one state; largest seen: 3e-13 (updates, a thousandth of their parameters), 5e-15 (state)",
+    ),
     "float32": Bound(2e-5, "one step from one state; the largest difference seen is 7e-6 (updates), 4e-6 (state)"),
     "bfloat16": Bound(
         0.5,
