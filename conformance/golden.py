@@ -298,7 +298,7 @@ def replay_optimizer(
         plans = _plans(player, options, groups, t, draws, since, common)
         since = 0 if plans[0].fit else since
         pairs = _pairs(player, t, draws) if plans[0].fit else None
-        if whole and not plans[0].fit:
+        if whole and not plans[0].fit and f"flag/{t}" not in player.data:
             draws.normals.clear()  # psgd_jax draws a probe at every step
         if t == 1:
             begun = Recording(player, 0)

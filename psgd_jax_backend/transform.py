@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import Field, fields
 from functools import partial
+from itertools import accumulate
 from inspect import Parameter, Signature
 from math import prod
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from psgd import noise, pipeline
@@ -211,7 +211,7 @@ def _joined(leaves: list[Leaf]) -> Leaf:
 
 def _parted(vector: Leaf, shapes: list[Any]) -> list[Leaf]:
     """The inverse of `_joined`, but for the dtypes."""
-    ends = np.cumsum([prod(shape) for shape in shapes]).tolist()
+    ends = list(accumulate(prod(shape) for shape in shapes))
     return [x.reshape(shape) for x, shape in zip(jnp.split(vector, ends[:-1]), shapes, strict=True)] if shapes else []
 
 
