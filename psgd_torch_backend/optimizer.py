@@ -14,8 +14,9 @@ from torch import Tensor
 from psgd import pipeline
 from psgd._xp import dtype_name, real_dtype
 from psgd.methods import Method, documented
+from psgd.pipeline import leaves, rebuilt
 from psgd.summary import Summary, row, summary
-from psgd_torch_backend._state import Stack, factor_shapes, leaves, rebuilt, to_entry, to_state, write
+from psgd_torch_backend._state import Stack, factor_shapes, to_entry, to_state, write
 from psgd_torch_backend._step import Step, as_tensors, make_step, on_device
 
 ADAPTER_DEFAULTS: dict[str, Any] = {
