@@ -8,12 +8,9 @@ last probability, over whole periods of it. What is shown is the median, over al
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -23,7 +20,7 @@ from rich.console import Console
 import psgd_jax_backend
 import psgd_torch_backend
 from benchmarks.contenders import Layers, Run, jax_run, torch_run
-from benchmarks.step import Cells, machine, markdown_table, rich_table
+from benchmarks.step import Cells, machine, one_table
 from psgd.methods import METHODS, Method
 from psgd.schedule import Annealed
 
@@ -109,19 +106,8 @@ def cells(result: dict[str, Any]) -> Cells:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.amortised", description="What a step costs in the end.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
-    parser.add_argument("--markdown", action="store_true", help="print the table as docs/benchmarks.md has it")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    given = parser.parse_args(arguments)
-    result = measure(Console(stderr=True), quick=given.quick)
     title = "The average step once the schedule has come to its last probability, over a step that fits"
-    if given.markdown:
-        print(markdown_table(title, cells(result)))
-    else:
-        Console(width=120).print(rich_table(title, cells(result)))
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    one_table("amortised", "What a step costs in the end.", measure, lambda r: (title, cells(r)), 120, arguments)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,7 @@ beside its arguments and results, as the compiler itself reports it.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -21,7 +18,7 @@ import numpy as np
 from rich.console import Console
 
 import psgd_jax_backend
-from benchmarks.step import Cells, machine, markdown_table, rich_table
+from benchmarks.step import Cells, machine, one_table
 from psgd.methods import METHODS
 
 DEPTHS = (6, 12, 24, 48)
@@ -90,24 +87,17 @@ def cells(result: dict[str, Any]) -> Cells:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scanned", description="What scanned layers save.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
-    parser.add_argument("--markdown", action="store_true", help="print the table as docs/benchmarks.md has it")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    given = parser.parse_args(arguments)
-    result = measure(Console(stderr=True), quick=given.quick)
-    title = (
+def titled(result: dict[str, Any]) -> str:
+    """What the table shows."""
+    return (
         f"Compiling an update of stacked {result['size']} x {result['size']} layers, and the memory of one of "
         f"{result['layers']} layers by how many are mapped at a time"
     )
-    if given.markdown:
-        print(markdown_table(title, cells(result)))
-    else:
-        Console(width=130).print(rich_table(title, cells(result)))
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    one_table("scanned", "What scanned layers save.", measure, lambda r: (titled(r), cells(r)), 130, arguments)
 
 
 if __name__ == "__main__":

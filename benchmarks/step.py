@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -171,6 +171,30 @@ def show(result: Mapping[str, Any], console: Console, *, markdown: bool) -> None
             print("\n" + markdown_table(title, cells))
         elif cells:
             console.print(rich_table(title, cells))
+
+
+def one_table(
+    program: str,
+    description: str,
+    measured: Callable[..., dict[str, Any]],
+    titled: Callable[[dict[str, Any]], tuple[str, Cells]],
+    width: int,
+    arguments: Sequence[str] | None,
+) -> None:
+    """Be the command of a program that measures one table: `measured` gives figures, `titled` a title and its cells."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=description)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
+    parser.add_argument("--markdown", action="store_true", help="print the table as docs/benchmarks.md has it")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    given = parser.parse_args(arguments)
+    result = measured(Console(stderr=True), quick=given.quick)
+    title, cells = titled(result)
+    if given.markdown:
+        print(markdown_table(title, cells))
+    else:
+        Console(width=width).print(rich_table(title, cells))
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

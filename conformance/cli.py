@@ -63,6 +63,7 @@ DEMO_LOCKED_STEPS = 30
 Steps = Annotated[int, typer.Option(min=1, help="How many steps to train.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the start and of the batches.")]
 Json = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write the result to this file as JSON.")]
+Given = Annotated[list[str] | None, typer.Option("--set", help="A hyperparameter as NAME=VALUE; may be repeated.")]
 
 
 # ---- comparing ----------------------------------------------------------------------------
@@ -169,9 +170,7 @@ def compare(
     drivers: Annotated[
         str | None, typer.Option(help=f"At least two of {','.join(DRIVERS)}; default: all that are installed.")
     ] = None,
-    given: Annotated[
-        list[str] | None, typer.Option("--set", help="A hyperparameter as NAME=VALUE; may be repeated.")
-    ] = None,
+    given: Given = None,
     json_file: Json = None,
 ) -> None:
     """Run drivers beside each other on one problem; exit code 1 if a pair leaves its bound.
@@ -383,7 +382,6 @@ def tell_golden(out: Console, results: Results, waiting: Mapping[str, Mapping[st
             out.print(f"not yet supported {what}: {counted(names)}", markup=False, soft_wrap=True)
 
 
-# ---- the methods --------------------------------------------------------------------------
 # ---- planning -------------------------------------------------------------------------------
 # Bytes of an adapter's counter of steps, and whether it keeps one for each parameter.
 COUNTERS = {"torch": (8, True), "jax": (4, False)}
@@ -419,9 +417,7 @@ def plan(
     method: Annotated[str, typer.Option(help="A registered method; `psgd methods` lists them.")],
     dtype: Annotated[str, typer.Option(help="Of parameters whose dtype the file leaves open.")] = "float32",
     framework: Annotated[str, typer.Option(help="torch or jax: whose counters of steps are added.")] = "torch",
-    given: Annotated[
-        list[str] | None, typer.Option("--set", help="A hyperparameter as NAME=VALUE; may be repeated.")
-    ] = None,
+    given: Given = None,
     json_file: Json = None,
 ) -> None:
     """Show what a method would keep of a model and what a step would cost, from its shapes alone."""
@@ -443,6 +439,7 @@ def plan(
     write_json(json_file, totals | {"rows": [asdict(r) for r in whole.rows]})
 
 
+# ---- the methods --------------------------------------------------------------------------
 @app.command()
 def methods() -> None:
     """List the registered methods."""

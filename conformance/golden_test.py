@@ -179,7 +179,9 @@ def test_another_gradient_fails(name, tmp_path):
     assert not replayed(case, data, tmp_path).passed
 
 
-@pytest.mark.parametrize("name", [n for n, c in CASES.items() if f"out/{c['steps']}/0" in arrays(c) and "state" not in c])
+@pytest.mark.parametrize(
+    "name", [n for n, c in CASES.items() if f"out/{c['steps']}/0" in arrays(c) and "state" not in c]
+)
 def test_another_result_of_a_primitive_fails(name, tmp_path):
     case = CASES[name]
     data = arrays(case)
@@ -211,7 +213,9 @@ def test_a_draw_that_is_not_asked_for_fails(name, kind, value, tmp_path):
         replayed(case, data, tmp_path)
 
 
-@pytest.mark.parametrize("name", first_of("family", where=lambda c: "state" in c and is_matrix(c) and draws_at_first(c)))
+@pytest.mark.parametrize(
+    "name", first_of("family", where=lambda c: "state" in c and is_matrix(c) and draws_at_first(c))
+)
 def test_a_draw_of_another_size_fails(name, tmp_path):
     case = CASES[name]
     data = arrays(case)

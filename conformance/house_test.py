@@ -280,7 +280,7 @@ def seconds(module: str) -> float:
 def test_the_core_imports_in_no_time():
     if seconds("numpy") > 0.15:
         pytest.skip("numpy alone takes longer than half of the time allowed: this machine is busy")
-    assert seconds("psgd") < 0.3
+    assert min(seconds("psgd") for _ in range(3)) < 0.3  # the best of three: others may use the machine
 
 
 # ---- newcomers --------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from psgd import noise, pipeline
 from psgd._xp import namespace, number
 from psgd.arrays import Factors
 from psgd.methods import Method
+from psgd.pipeline import leaves, rebuilt
 
 Array = Any
 
@@ -40,19 +41,6 @@ def trusted(method: Method, us: Sequence[Array]) -> list[Array]:
         return list(us)
     factor = pipeline.trust(method.tempo().trust, us)
     return [u * number(factor, u) for u in us]
-
-
-def leaves(state: pipeline.State) -> list[Array]:
-    """All arrays of a state, in a fixed order."""
-    return [*(() if state.momentum is None else (state.momentum,)), *state.factors.Q, *state.factors.L]
-
-
-def rebuilt(state: pipeline.State, arrays: Sequence[Array]) -> pipeline.State:
-    """A state of the structure of `state`, from its leaves."""
-    rest = iter(arrays)
-    momentum = None if state.momentum is None else next(rest)
-    q = tuple(next(rest) for _ in state.factors.Q)
-    return pipeline.State(momentum, Factors(q, tuple(rest)))
 
 
 def stacked(states: Sequence[pipeline.State]) -> pipeline.State:

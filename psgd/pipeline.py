@@ -202,6 +202,20 @@ class State(NamedTuple):
     factors: Factors
 
 
+def leaves(state: State) -> list[Array]:
+    """All arrays of a state, in a fixed order."""
+    momentum = [] if state.momentum is None else [state.momentum]
+    return [*momentum, *state.factors.Q, *state.factors.L]
+
+
+def rebuilt(state: State, arrays: Sequence[Array]) -> State:
+    """A state of the structure of `state` from its leaves."""
+    rest = iter(arrays)
+    momentum = None if state.momentum is None else next(rest)
+    q = tuple(next(rest) for _ in state.factors.Q)
+    return State(momentum, Factors(q, tuple(rest)))
+
+
 def plan(tempo: Tempo, step: Number, xp: ModuleType, toss: Toss | None = None, since: Number | None = None) -> Plan:
     """The plan of a step (from 1), from the namespace of `step`. `toss` replays recorded coins.
 

@@ -640,8 +640,6 @@ TOO_LARGE = {
         [(name, 3e38) for name in ("affine", "lra_whiten", "lra_newton", "xmat", "low_rank_approximation")],
         "it adds up numbers as large as the gradient, which overflow where it nearly does",
     ),
-    ("xmat", 1e-45): "P is the inverse of the gradient, which overflows, and is formed before it is applied",
-    ("low_rank_approximation", 1e-30): "h^2 + z^2 underflows to 0, and the step of d is divided by it",
 }
 
 

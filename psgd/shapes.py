@@ -69,7 +69,7 @@ def in_order(shape: Shape) -> Shape:
 
 def matrix_order(shape: Shape) -> Shape:
     """The order of axes with which `matrix` comes out the most square, the first in lexicographic order of equals."""
-    return _most_square(tuple(shape))[0] if len(shape) > 2 else in_order(shape)
+    return _most_square(tuple(shape))[0]
 
 
 @lru_cache(maxsize=1024)

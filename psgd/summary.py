@@ -193,10 +193,9 @@ def _whole(recipe: pipeline.Recipe, parameters: Sequence[Parameter]) -> Factors:
 def _costs(recipe: pipeline.Recipe, shape: Shape, dtype: str) -> tuple[tuple[str, ...], int, int, int]:
     """Factors, bytes of state, operations of a step without a fit, and of the fit alone."""
     state = pipeline.init(recipe, Outline(shape, dtype, Outlines()), None, Silence())
-    arrays = [*(() if state.momentum is None else (state.momentum,)), *state.factors.Q, *state.factors.L]
     factors = tuple(sized(q.shape) or "1" for q in state.factors.Q)
     apply, both = (_operations(recipe, shape, dtype, fit) for fit in (False, True))
-    return factors, sum(x.nbytes for x in arrays), apply, both - apply
+    return factors, sum(x.nbytes for x in pipeline.leaves(state)), apply, both - apply
 
 
 def _operations(recipe: pipeline.Recipe, shape: Shape, dtype: str, fit: bool) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import Field, fields
 from functools import partial
-from itertools import accumulate
 from inspect import Parameter, Signature
+from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
 

@@ -7,14 +7,13 @@ written to a stack is seen in the state. Once the state was replaced (loaded, co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from psgd.arrays import Factors
-from psgd.pipeline import Recipe, State
+from psgd.pipeline import Recipe, State, leaves, rebuilt
 
 Entry = dict[str, Any]  # {"step": ..., "momentum": ..., "Q": {"0": ...}, "L": {"0": ...}}
 
@@ -31,20 +30,6 @@ def to_state(entry: Entry) -> State:
     """The inverse of `to_entry`."""
     factors = {name: tuple(entry[name][str(i)] for i in range(len(entry[name]))) for name in Factors._fields}
     return State(entry.get("momentum"), Factors(**factors))
-
-
-def leaves(state: State) -> list[Tensor]:
-    """All tensors of a state, in a fixed order."""
-    momentum = [] if state.momentum is None else [state.momentum]
-    return [*momentum, *state.factors.Q, *state.factors.L]
-
-
-def rebuilt(state: State, tensors: Sequence[Tensor]) -> State:
-    """A state of the structure of `state` from its leaves."""
-    rest: Iterator[Tensor] = iter(tensors)
-    momentum = None if state.momentum is None else next(rest)
-    q = tuple(next(rest) for _ in state.factors.Q)
-    return State(momentum, Factors(q, tuple(rest)))
 
 
 class Stack:

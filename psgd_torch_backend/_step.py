@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from psgd import noise, pipeline
-from psgd.pipeline import Plan, Recipe, State
+from psgd.pipeline import Plan, Recipe, State, leaves, rebuilt
 from psgd.schedule import Memory
-from psgd_torch_backend._state import leaves, rebuilt
 
 Step = Callable[..., tuple[Tensor, State]]  # (plan, lr, weight_decay, p, g, state)
 

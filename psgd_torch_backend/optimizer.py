@@ -15,19 +15,10 @@ from psgd import noise, pipeline
 from psgd._xp import dtype_name, real_dtype
 from psgd.arrays import Factors
 from psgd.methods import Method, documented
+from psgd.pipeline import leaves, rebuilt
 from psgd.summary import Parameter, Summary, counters, rows, summary
 from psgd_torch_backend import hessian
-from psgd_torch_backend._state import (
-    Stack,
-    factor_shapes,
-    gathered,
-    leaves,
-    rebuilt,
-    scatter,
-    to_entry,
-    to_state,
-    write,
-)
+from psgd_torch_backend._state import Stack, factor_shapes, gathered, scatter, to_entry, to_state, write
 from psgd_torch_backend._step import Step, as_tensors, make_step, on_device
 
 ADAPTER_DEFAULTS: dict[str, Any] = {
