@@ -51,7 +51,7 @@ from psgd import (
 from psgd._xp import namespace
 from psgd.methods import METHODS
 from psgd_jax_backend import transform
-from psgd_torch_backend import _state, optimizer
+from psgd_torch_backend import _each, _state, _whole
 
 FOLDER = Path(__file__).with_name("golden")
 NOISE, GOLDEN, LOCKED = "noise", "golden", "locked"  # the catchers, in their order
@@ -177,29 +177,29 @@ FAULTS: tuple[Fault, ...] = (
     # one adapter
     Fault(
         "torch: noise of the next step",
-        optimizer.PSGD._step_group,
+        _each.Each.__call__,
         "pipeline.host_plan(tempo, age, since=since)",
         "pipeline.host_plan(tempo, age + 1, since=since)._replace(fit=True)",
         LOCKED,
     ),
-    Fault("torch: decay forgotten", optimizer.PSGD._step_bucket, 'group["weight_decay"]', "0.0", LOCKED),
-    Fault("torch: change of another tensor", optimizer.PSGD._step_bucket, "unbind()", "unbind()[::-1]", LOCKED),
+    Fault("torch: decay forgotten", _each.Each._step, 'group["weight_decay"]', "0.0", LOCKED),
+    Fault("torch: change of another tensor", _each.Each._step, "unbind()", "unbind()[::-1]", LOCKED),
     Fault("torch: state of another tensor", _state.Stack.__init__, "[rows[i]", "[rows[-1 - i]", LOCKED),
     Fault(
         "torch: a scale for each",
-        optimizer.PSGD._scale,
-        "start(sizes, tempo",
-        "start(sizes[:1] * len(sizes), tempo",
+        _each._scale,
+        "start(sizes, job.tempo",
+        "start(sizes[:1] * len(sizes), job.tempo",
         LOCKED,
     ),
     Fault("torch: rows of another parameter", _state.scatter, "momenta[k]", "0 * momenta[k]", LOCKED),
-    Fault("torch: order of the group", optimizer.PSGD._step_whole, "lambda x: x[0]", "lambda x: 0", LOCKED),
-    Fault("torch: never counts on", optimizer.PSGD._step_group, "fill_(0 if plan.fit else since)", "fill_(0)", LOCKED),
+    Fault("torch: order of the group", _whole._members, "_by_part(named[0])", "0", LOCKED),
+    Fault("torch: never counts on", _each.Each.__call__, "fill_(0 if plan.fit else since)", "fill_(0)", LOCKED),
     Fault(
         "torch: gradient of another layer",
-        optimizer.PSGD._step_bucket,
-        "_gradient(bucket[0])[some]",
-        "_gradient(bucket[0])[some].flip(0)",
+        _each.Each._step,
+        "gradient_of(bucket[0])[some]",
+        "gradient_of(bucket[0])[some].flip(0)",
         LOCKED,
     ),
     Fault(

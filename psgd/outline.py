@@ -43,9 +43,14 @@ OPERATORS = (
 )
 
 
-def _view(shape: Shape) -> np.ndarray:
-    """An array of a shape whose elements are all one: for NumPy's own rules of indexing."""
-    return np.broadcast_to(np.zeros(()), shape)
+def _broadcast(*shapes: Shape) -> Shape:
+    """As NumPy does it, whose own function refuses shapes that no array could have."""
+    ndim = max(map(len, shapes))
+    columns = zip(*((1,) * (ndim - len(s)) + tuple(s) for s in shapes), strict=True)
+    lengths = [set(column) - {1} or {1} for column in columns]
+    if any(len(n) > 1 for n in lengths):
+        raise ValueError(f"cannot broadcast arrays of shapes {', '.join(map(str, shapes))}")
+    return tuple(n.pop() for n in lengths)
 
 
 class Outline:
@@ -76,7 +81,19 @@ class Outline:
         return self.xp.permute_dims(self, (*range(self.ndim - 2), self.ndim - 1, self.ndim - 2))
 
     def __getitem__(self, index: Any) -> Outline:
-        return Outline(_view(self.shape)[index].shape, self.dtype, self.xp)
+        index = index if isinstance(index, tuple) else (index,)
+        k = index.index(...) if ... in index else len(index)
+        skipped = self.ndim - sum(x is not None and x is not ... for x in index)
+        axes, shape = iter(self.shape), list[int]()
+        for x in (*index[:k], *(slice(None),) * skipped, *index[k + 1 :]):
+            n = 1 if x is None else next(axes)
+            if isinstance(x, slice):
+                shape.append(len(range(*x.indices(n))))
+            elif x is None:
+                shape.append(1)
+            elif not -n <= x < n:
+                raise IndexError(f"index {x} is out of bounds for an axis of {n}")
+        return Outline(shape, self.dtype, self.xp)
 
     def __matmul__(self, other: Outline) -> Outline:
         return self.xp.matmul(self, other)
@@ -127,7 +144,7 @@ class Outlines:
     def elementwise(self, *xs: Any, **limits: Any) -> Outline:
         """Any function of elements, broadcast."""
         arrays = [x for x in xs if isinstance(x, Outline)]
-        shape = np.broadcast_shapes(*(x.shape for x in arrays))
+        shape = _broadcast(*(x.shape for x in arrays))
         dtype = self.result_type(*arrays)
         dtype = "complex64" if dtype == "float32" and any(isinstance(x, complex) for x in xs) else dtype
         self._count(dtype, prod(shape))
@@ -146,13 +163,13 @@ class Outlines:
         (*_, m, k), (*_, inner, n) = (1, *a.shape) if row else a.shape, (*b.shape, 1) if column else b.shape
         if k != inner:
             raise ValueError(f"cannot multiply matrices of shapes {a.shape} and {b.shape}")
-        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        batch = _broadcast(a.shape[:-2], b.shape[:-2])
         dtype = self.result_type(a, b)
         self._count(dtype, 2 * prod(batch) * m * k * n)
         return Outline((*batch, *(m,) * (not row), *(n,) * (not column)), dtype, self)
 
     def _solve(self, a: Outline, b: Outline) -> Outline:
-        self._count(b.dtype, prod(a.shape) * b.shape[-1])  # the core solves triangular systems only
+        self._count(b.dtype, prod(a.shape) * b.shape[-1])  # triangular ones; the few others are tiny
         return Outline(b.shape, b.dtype, self)
 
     def _count(self, dtype: str, n: int) -> None:
@@ -175,7 +192,11 @@ class Outlines:
         return Outline(x.shape, dtype, self)
 
     def reshape(self, x: Outline, shape: Shape) -> Outline:
-        return Outline(_view(x.shape).reshape(shape).shape, x.dtype, self)
+        known = prod(n for n in shape if n != -1)
+        shape = tuple(prod(x.shape) // max(known, 1) if n == -1 else n for n in shape)
+        if prod(shape) != prod(x.shape):
+            raise ValueError(f"cannot reshape {x.shape} to {shape}")
+        return Outline(shape, x.dtype, self)
 
     def permute_dims(self, x: Outline, axes: Shape) -> Outline:
         return Outline([x.shape[i] for i in axes], x.dtype, self)

@@ -338,9 +338,13 @@ def test_factors_move_where_the_flag_says(name: str):
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("make", [scale_by_kron_newton, scale_by_lra_newton])
-def test_the_first_scale_is_that_of_the_first_fit(make: Callable, late: bool):
-    """With H = 100 I and a step of the factors that is next to nothing, P is near 1 / 100 and not 1."""
+@pytest.mark.parametrize("name", ["kron_newton", "lra_newton", "kron_whiten", "lra_whiten"])
+def test_the_automatic_scale_is_given_once(name: str, late: bool):
+    """With H = 100 I and a step of the factors that is next to nothing, P is near 1 / 100 and not 1.
+
+    Whitening methods do not count the steps since a fit: theirs is the scale of what there is at the first step.
+    """
+    make, waits = getattr(psgd_jax_backend, f"scale_by_{name}"), name.endswith("newton")
     optimizer, params = make(lr_preconditioner=1e-6), small()
     state, flags = optimizer.init(params), [False, True, True] if late else [True, True]
     v = hessian.vector(noise.key(jnp, 0, 1), params)
@@ -355,7 +359,7 @@ def test_the_first_scale_is_that_of_the_first_fit(make: Callable, late: bool):
     for k, flag in enumerate(flags):
         updates, state = update(state, jnp.asarray(flag))
         ratio = jnp.linalg.norm(ravel_pytree(updates)[0]) / jnp.linalg.norm(ravel_pytree(params)[0])
-        low, high = (0.005, 0.02) if any(flags[: k + 1]) else (0.5, 2.0)
+        low, high = (0.005, 0.02) if flags[0] or (waits and any(flags[: k + 1])) else (0.5, 2.0)
         assert low < ratio < high
 
 

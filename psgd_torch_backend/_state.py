@@ -13,9 +13,31 @@ from typing import Any
 import torch
 
 from psgd.arrays import Factors
-from psgd.pipeline import Recipe, State, leaves, rebuilt
+from psgd.pipeline import State, Tempo, leaves, rebuilt
+from psgd_torch_backend.hessian import Pairs
 
 Entry = dict[str, Any]  # {"step": ..., "momentum": ..., "Q": {"0": ...}, "L": {"0": ...}}
+COUNTERS = ("step", "since")
+COUNTER_BYTES = 8  # int64, on the host
+
+
+def new_counters(tempo: Tempo) -> Entry:
+    """The counters of a parameter before its first step."""
+    return {name: torch.zeros((), dtype=torch.int64) for name in (COUNTERS if tempo.counts else COUNTERS[:1])}
+
+
+def age(entries: Sequence[Entry]) -> tuple[int, int | None]:
+    """Steps of parameters so far, and those after their last fit, by the first of them."""
+    if not entries:
+        return 0, 0
+    return int(entries[0]["step"]), int(entries[0]["since"]) if "since" in entries[0] else None
+
+
+def unscaled(entry: Entry, pairs: Pairs | None) -> bool:
+    """Is the automatic scale due? At the first step, or with Hessian-vector products at the first fit."""
+    if pairs is None or "since" not in entry:
+        return int(entry["step"]) == 0
+    return pairs.fit and int(entry["since"]) == int(entry["step"])
 
 
 def to_entry(state: State) -> Entry:
@@ -56,9 +78,19 @@ def write(old: State, new: State) -> None:
         target.copy_(source.reshape(target.shape))
 
 
-def factor_shapes(recipe: Recipe, layers: Sequence[int], shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """The shapes of the factors of a tensor of a shape, stacked in so many layers."""
-    return [(*layers, *q) for q in recipe.preconditioner.shapes(recipe.layout(tuple(shape)))]
+def parted(p: torch.Tensor, scanned: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How many layers a parameter stacks, and the shape of one."""
+    split = 1 if scanned else 0
+    return tuple(p.shape[:split]), tuple(p.shape[split:])
+
+
+def placed(value: Any, device: torch.device, name: str = "") -> Any:
+    """A copy of a nested state on a device; counters stay on the host."""
+    if isinstance(value, dict):
+        return {k: placed(v, device, k) for k, v in value.items()}
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone() if name in COUNTERS else value.detach().to(device, copy=True)
+    return value
 
 
 def gathered(entries: Sequence[Entry]) -> State:

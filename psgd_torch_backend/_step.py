@@ -3,18 +3,74 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from psgd import noise, pipeline
-from psgd.pipeline import Plan, Recipe, State, leaves, rebuilt
+from psgd._xp import real_dtype
+from psgd.methods import Method
+from psgd.pipeline import Plan, Recipe, State, Tempo, leaves, rebuilt
 from psgd.schedule import Memory
+from psgd_torch_backend._state import age
+from psgd_torch_backend.hessian import Pairs
 
 Step = Callable[..., tuple[Tensor, State]]  # (plan, lr, weight_decay, p, g, state)
+Group = dict[str, Any]
+
+
+class Job(NamedTuple):
+    """A group in a step: its method, the state of all parameters, its own with their names, those of them that stack
+    layers (by identity), those that have a gradient, and the pairs of this step.
+    """
+
+    group: Group
+    method: Method
+    recipe: Recipe
+    tempo: Tempo
+    state: MutableMapping[Tensor, Any]
+    named: list[tuple[str, Tensor]]
+    layered: set[int]
+    params: list[Tensor]
+    pairs: Pairs | None
+
+    def plan(self) -> Plan:
+        """The plan of the group's next step."""
+        steps, since = age([self.state[p] for p in self.group["params"] if self.state.get(p)])
+        plan = pipeline.host_plan(self.tempo, steps + 1, since=None if since is None else since + 1)
+        return plan if self.pairs is None else plan._replace(fit=self.pairs.fit)
+
+
+class Held(NamedTuple):
+    """Directions that wait for those of all other parameters, and where they go."""
+
+    group: Group
+    trust: Any
+    targets: list[Tensor]
+    directions: list[Tensor]
+
+
+def take(waiting: Sequence[Held]) -> None:
+    """Take the steps that were held, those of bounded length together."""
+    directions = [u for held in waiting for u in held.directions if u.numel()]
+    if not directions:
+        return
+    near = [u.to(directions[0].device) for u in directions]
+    for held in waiting:
+        factor = None if held.trust is None else pipeline.trust(held.trust, near)
+        for p, u in zip(held.targets, held.directions, strict=True):
+            u = u if factor is None else u * factor.to(u.device, real_dtype(u))
+            p.add_(pipeline.displacement(p, u, held.group["lr"], held.group["weight_decay"]))
+
+
+def gradient_of(p: Tensor) -> Tensor:
+    """The gradient of a parameter that had one when the step began."""
+    if p.grad is None:
+        raise RuntimeError("a parameter lost its gradient while it was stepped")
+    return p.grad
 
 
 @torch.library.custom_op("psgd::noise", mutates_args=())
@@ -73,6 +129,21 @@ def make_step(recipe: Recipe, *, stacked: bool, compiled: Sequence[int] | None =
     known = inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {name: value for name, value in wanted.items() if name in known}
     return torch.compile(step, fullgraph=True, dynamic=False, **options)
+
+
+class Steps:
+    """Steps that were made, by what they were made for."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Step] = {}
+
+    def of(self, recipe: Recipe, stacked: bool, compiled: tuple[int, ...] | None) -> Step:
+        """`make_step`, once for each; `compiled` has the axis of the stack too."""
+        key = (recipe, stacked, compiled)
+        if key not in self._made:
+            one = compiled[1:] if compiled is not None and stacked else compiled
+            self._made[key] = make_step(recipe, stacked=stacked, compiled=one)
+        return self._made[key]
 
 
 def _settled(recipe: Recipe, shape: tuple[int, ...]) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from math import sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,32 @@ MISUSED = (
     "leave backward() to the optimizer"
 )
 Closure = Callable[[], Any]  # -> the loss, or a sequence that begins with it
+
+
+class Pairs(NamedTuple):
+    """Pairs (v, H v) by the identity of their parameter, and whether this step fits to them."""
+
+    fit: bool
+    by_parameter: dict[int, Any]
+
+    @classmethod
+    def given(cls, owner: str, named: Sequence[tuple[str, Tensor]], **given: Any) -> Pairs | None:
+        """What a step of parameters was given as `vector`, `Hvp` and `update_preconditioner`; None if nothing."""
+        missing = [name for name, x in given.items() if x is None]
+        if len(missing) == len(given):
+            return None
+        if missing:
+            raise ValueError(f"{owner}: {missing[0]} is missing; Hvp, vector and update_preconditioner go together")
+        columns = []
+        for name in ("vector", "Hvp"):
+            x = [given[name]] if isinstance(given[name], Tensor) else given[name]
+            own = [x.get(n) for n, _ in named] if isinstance(x, dict) else list(x) if hasattr(x, "__iter__") else [x]
+            shapes = [tuple(y.shape) if isinstance(y, Tensor) else None for y in own]
+            if shapes != [tuple(p.shape) for _, p in named]:
+                raise ValueError(f"{owner}: {name} must hold one tensor of the shape of each parameter, in their order")
+            columns.append(own)
+        by_parameter = {id(p): (v, h) for (_, p), v, h in zip(named, *columns, strict=True)}
+        return cls(bool(given["update_preconditioner"]), by_parameter)
 
 
 def vector(step_key: int, name: str, like: Tensor) -> Tensor:

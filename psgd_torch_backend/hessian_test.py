@@ -69,7 +69,7 @@ def test_products_are_those_of_torch(products: Callable):
     vectors = drawn(params)
     returned, grads, hvp = products(lambda: loss(*params), params, vectors)
     value, wanted = torch.autograd.functional.hvp(loss, tuple(params), tuple(vectors))
-    assert torch.equal(returned, value) and returned.grad_fn is not None
+    assert torch.equal(returned, value) and returned.grad_fn is None  # no graph is kept
     assert equal(grads, torch.autograd.grad(loss(*params), params))
     near = 1e-12 if products is hessian.exact else 1e-6
     for h, w in zip(hvp, wanted, strict=True):
@@ -158,7 +158,7 @@ def test_the_closure_of_newton_is_called_as_often_as_said():
         for _ in range(3):
             calls.clear()
             loss, aux = optimizer.step(closure)
-            assert loss is calls[0] and aux == "aux 1"
+            assert torch.equal(loss, calls[0]) and aux == "aux 1"
             counts.append(len(calls))
         assert counts == wanted
 
@@ -292,8 +292,10 @@ def test_wrong_pairs_are_refused(made: type[PSGD], given: dict[str, Any], text: 
 
 
 @pytest.mark.parametrize("made", [KronNewton, LRANewton, DenseNewton, Affine, XMat, KronWhiten, LRAWhiten, Procrustes])
-def test_the_automatic_scale_is_that_of_the_first_fit(made: type[PSGD]):
-    """Of pairs, whether the first steps fit or not: P starts near |v| / |H v|, and no later fit scales it again."""
+def test_the_automatic_scale_is_given_once(made: type[PSGD]):
+    """A method that counts the steps since a fit waits for the first pair, and P starts near |v| / |H v|; others take
+    the scale of what there is at the first step. No later fit scales P again.
+    """
     small = {"lr_preconditioner": 1e-9, "precond_lr": 1e-9, "preconditioner_lr": 1e-9, "momentum": 0.0, "b1": 0.0}
     options = {f.name: small[f.name] for f in fields(made.method) if f.name in small}
     params, v = parameters((4, 3), dtype=torch.float64), normal(4, 3, seed=3, dtype=torch.float64)
@@ -306,9 +308,11 @@ def test_the_automatic_scale_is_that_of_the_first_fit(made: type[PSGD]):
 
     first, second = size(False, 1.0), size(False, 1.0)
     assert first == second
-    fitted = size(True, 1e-4)
-    assert fitted > 2 * second  # the square root of 1e4, in all factors together; U and V of a low rank keep theirs
-    assert size(True, 1e-2) == pytest.approx(fitted, rel=1e-6) and size(False, 1.0) == pytest.approx(fitted, rel=1e-6)
+    fitted, waits = size(True, 1e-4), "since" in optimizer.state[p]
+    # the square root of 1e4, in all factors together; U and V of a low rank keep theirs
+    assert fitted > 2 * second if waits else fitted < 1.5 * second
+    later = pytest.approx(fitted, rel=1e-6 if waits else 0.5)  # Procrustes has no rate that could be made small
+    assert size(True, 1e-2) == later and size(False, 1.0) == later
 
 
 def test_whitening_fits_where_it_is_told():
