@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -51,6 +52,21 @@ def is_complex(x: Array) -> bool:
 def eps(x: Array) -> float:
     """Machine epsilon of the (real) dtype of `x`."""
     return float(namespace(x).finfo(x.dtype).eps)
+
+
+def shrinkage(x: Array, *others: Array) -> Array:
+    """A number of at most 1, 0-d: what to multiply arrays by where squares of their entries would not be finite; else 1.
+
+    A residual of squares is normalised by its own size: beyond such sizes it points nowhere else.
+    """
+    xp = namespace(x)
+    if not prod(x.shape):
+        return xp.ones_like(xp.sum(xp.abs(x)))
+    largest = xp.max(xp.abs(x))
+    for other in others:
+        largest = xp.maximum(largest, xp.max(xp.abs(other)))
+    limit = float(xp.finfo(largest.dtype).max) ** 0.375
+    return limit / xp.clip(largest, min=limit)
 
 
 def tiny(x: Array) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import inf, prod
 from typing import Any, NamedTuple
 
-from psgd._xp import diagonal, eps, identity, lifted_dtype, make, namespace, number, real, tiny
+from psgd._xp import diagonal, eps, identity, lifted_dtype, make, namespace, number, real, shrinkage, tiny
 from psgd.arrays import Factor, Factors, Matrix, Scalar, Tensor
 from psgd.axes import gram
 from psgd.criterion import Pair
@@ -154,6 +154,8 @@ def fit(
     qs = balanced(factors.Q) if geometry.balance_first else factors.Q
     a = (geometry.measure or geometry.precondition)(qs, pair.h)
     b = None if pair.v is None else geometry.refer(qs, pair.v)
+    less = shrinkage(a) if b is None else shrinkage(a, b)
+    a, b = a * less, None if b is None else b * less
     moved, bounds = [], []
     for axis, (q, last) in enumerate(zip(qs, factors.L, strict=True)):
         (t1, t2), norm = _terms(geometry, qs, a, b, axis), AxisNorm(bound, draws, axis)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any, NamedTuple
 
-from psgd._xp import cast, identity, lifted_dtype, make, matmul, namespace, number, solve, tiny
+from psgd._xp import cast, identity, lifted_dtype, make, matmul, namespace, number, shrinkage, solve, tiny
 from psgd.arrays import Array, Factors, Scalar, Tensor
 from psgd.criterion import Pair
 from psgd.noise import Draws
@@ -208,6 +208,8 @@ class LRA:
         if self.rank:
             u, v = self.keep(u, v)
         x, y, z, m = self._images(u, v, d, h, probe)
+        less = shrinkage(x, y)
+        x, h, y, z, probe = (t * less for t in (x, h, y, z, probe))
         ph = d * (x + times(v, dot(u, x))) if self.rank else d * x
 
         def length(which: int, ell: Scalar, moved: bool | Scalar = True) -> Any:

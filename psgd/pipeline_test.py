@@ -634,10 +634,8 @@ def test_a_step_that_is_not_taken_needs_no_parameter():
 MAGNITUDES = [(name, 10.0**k) for name in METHODS for k in (-45, -38, -30, -20, 10, 20, 30)]
 MAGNITUDES += [(name, 3e38) for name in METHODS]
 TOO_LARGE = {
-    **dict.fromkeys([("kron", 1e20), ("kron", 1e30), ("kron", 3e38)], "its first scale is fixed, and " + SPIKE),
-    **dict.fromkeys([("kwns4", 1e20), ("kwns4", 1e30), ("kwns4", 3e38)], "its first scale is fixed, and " + SPIKE),
     **dict.fromkeys(
-        [(name, 3e38) for name in ("affine", "lra_whiten", "lra_newton", "xmat", "low_rank_approximation")],
+        [(name, 3e38) for name in ("kron", "affine", "lra_whiten", "lra_newton", "low_rank_approximation")],
         "it adds up numbers as large as the gradient, which overflow where it nearly does",
     ),
 }
@@ -659,12 +657,7 @@ def test_every_magnitude_of_gradients_stays_finite(name: str, scale: float):
         assert np.abs(last).max() < 10 and (last.any() or scale < 1)
 
 
-SPIKES = [(name, size) for name in METHODS for size in (1e10, 1e15)]
-SPIKES += [
-    pytest.param(name, size, marks=pytest.mark.xfail(strict=True, reason=SPIKE))
-    for name in METHODS
-    for size in (1e25, 1e30)
-]
+SPIKES = [(name, size) for name in METHODS for size in (1e10, 1e15, 1e20, 1e25, 1e30)]
 
 
 @pytest.mark.parametrize(("name", "size"), SPIKES)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
-from psgd._xp import eps, make, namespace, number, tiny
+from psgd._xp import eps, make, namespace, number, shrinkage, tiny
 from psgd.arrays import Factors, Scalar, Tensor
 from psgd.criterion import Pair
 from psgd.noise import Draws
@@ -88,6 +88,8 @@ class XShaped:
         (a, b), h, v = factors.Q, pair.h, pair.v
         x = a * h + b * flipped(h)
         y = (flipped(a) * v - flipped(b) * flipped(v)) / (a * flipped(a) - b * flipped(b))
+        less = shrinkage(x, y)
+        x, y = x * less, y * less
         da, db = x * x - y * y, x * flipped(x) - y * flipped(y)
         if a.shape[0] % 2:
             i = make(a, "arange", a.shape[0], dtype=namespace(a).int32)
