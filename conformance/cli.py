@@ -439,6 +439,34 @@ def plan(
     write_json(json_file, totals | {"rows": [asdict(r) for r in whole.rows]})
 
 
+# ---- contracts ------------------------------------------------------------------------------
+@app.command()
+def contracts(
+    whose: Annotated[str | None, typer.Option(help="Only those of torch, jax, input, step or state.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Run the tests of every contract with the frameworks, and show which test keeps it; exit code 1 if one fails."""
+    from conformance.contracts import CONTRACTS, ROOT, run
+
+    groups = sorted({name.partition(":")[0] for name in CONTRACTS})
+    if whose is not None:
+        known("group of contracts", whose, groups)
+    if not (ROOT / "pyproject.toml").exists():
+        refuse(f"the tests are not part of the installed package, and {ROOT} is no checkout; run it from one")
+    with packages():
+        wanted = [name for name in CONTRACTS if whose in (None, name.partition(":")[0])]
+        found = run(wanted)
+    table = sheet(["contract", "what is demanded", "test", "verdict"])
+    for name in wanted:
+        own = [(v.test.rpartition("/")[2], v.word) for v in found if v.contract == name] or [("-", "no test")]
+        for k, words in enumerate(own):
+            table.add_row(*((name, CONTRACTS[name]) if not k else ("", "")), *map(escape, words))
+    console().print(table)
+    write_json(json_file, [asdict(v) | {"verdict": v.word} for v in found])
+    if any(v.failed for v in found) or {v.contract for v in found} != set(wanted):
+        raise typer.Exit(1)
+
+
 # ---- the methods --------------------------------------------------------------------------
 @app.command()
 def methods() -> None:

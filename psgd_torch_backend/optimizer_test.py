@@ -202,6 +202,7 @@ def test_every_method_trains(optimizer_class: type[PSGD]):
     assert model.loss(0).item() < 0.5 * start  # 0.36 at most was seen
 
 
+@pytest.mark.contract("torch: groups")
 def test_signature_and_defaults_are_those_of_the_method(optimizer_class: type[PSGD]):
     method = optimizer_class.method
     signature = inspect.signature(optimizer_class).parameters
@@ -234,6 +235,7 @@ def test_weight_decay_is_decoupled(optimizer_class: type[PSGD]):
     assert torch.allclose(runs[1], runs[0] - 0.05 * start.detach(), rtol=1e-13)
 
 
+@pytest.mark.contract("step: no learning rate")
 def test_no_learning_rate_no_change(optimizer_class: type[PSGD]):
     params = parameters(*SHAPES)
     optimizer = optimizer_class(params, lr=0.0, weight_decay=0.1)
@@ -241,6 +243,7 @@ def test_no_learning_rate_no_change(optimizer_class: type[PSGD]):
     assert equal(params, parameters(*SHAPES)) and int(optimizer.state[params[0]]["step"]) == 3
 
 
+@pytest.mark.contract("step: zero gradients")
 def test_zero_gradients_change_nothing(optimizer_class: type[PSGD]):
     params = parameters(*SHAPES)
     optimizer = optimizer_class(params, lr=0.1, weight_decay=0.0)
@@ -270,6 +273,7 @@ def test_a_dead_parameter_without_noise_stays_finite(optimizer_class: type[PSGD]
     assert params[0].isfinite().all()
 
 
+@pytest.mark.contract("torch: flags")
 def test_maximize_climbs(optimizer_class: type[PSGD]):
     down, up = parameters(*SHAPES), parameters(*SHAPES)
     give_gradients(down, 1)
@@ -280,6 +284,7 @@ def test_maximize_climbs(optimizer_class: type[PSGD]):
     assert equal(down, up)
 
 
+@pytest.mark.contract("torch: groups")
 # ---- groups ---------------------------------------------------------------------------------
 def test_groups_are_optimizers_of_their_own(optimizer_class: type[PSGD]):
     own = [{"lr": 0.1, "weight_decay": 0.2}, {"lr": 0.01, beta(optimizer_class): 0.5, "seed": 3, "maximize": True}]
@@ -293,12 +298,14 @@ def test_groups_are_optimizers_of_their_own(optimizer_class: type[PSGD]):
     assert equal(together, apart)
 
 
+@pytest.mark.contract("torch: groups")
 def test_every_argument_is_legal_in_a_group(optimizer_class: type[PSGD]):
     options = optimizer_class(parameters((2,))).defaults
     optimizer = optimizer_class([{"params": parameters((2,)), **options}])
     assert {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} == options
 
 
+@pytest.mark.contract("torch: late parameters")
 def test_parameters_may_come_late(tensor_class: type[PSGD]):
     """By add_param_group, unfrozen, or without a gradient for a while: each starts its own count."""
     early, late, frozen, idle = parameters((4, 3), (4, 3), (4, 3), (4, 3))
@@ -318,6 +325,7 @@ def test_parameters_may_come_late(tensor_class: type[PSGD]):
     assert torch.equal(idle, before) and all(p.isfinite().all() for p in (early, late, frozen))
 
 
+@pytest.mark.contract("step: no gradients")
 def test_without_any_gradient_nothing_happens(optimizer_class: type[PSGD]):
     params = parameters(*SHAPES)
     optimizer = optimizer_class(params)
@@ -331,6 +339,7 @@ def test_named_parameters_appear_in_errors():
         Procrustes([("embedding", nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False))])
 
 
+@pytest.mark.contract("torch: closure")
 # ---- closures -------------------------------------------------------------------------------
 def test_a_closure_is_called_once_with_gradients_on():
     (p,) = parameters((3,))
@@ -350,6 +359,7 @@ def test_a_closure_is_called_once_with_gradients_on():
     assert int(optimizer.state[p]["step"]) == 2
 
 
+@pytest.mark.contract("torch: closure")
 def test_a_closure_that_fails_changes_nothing():
     params = parameters(*SHAPES)
     optimizer = Procrustes(params)
@@ -386,6 +396,7 @@ BAD_PARAMETERS = [
 ]
 
 
+@pytest.mark.contract("torch: kinds of parameters")
 @pytest.mark.parametrize(("make", "text"), BAD_PARAMETERS)
 def test_a_wrong_parameter_is_refused(make: Callable[[], nn.Parameter], text: str):
     with pytest.raises(TypeError, match=f"Procrustes .*{text}") as caught:
@@ -417,6 +428,10 @@ BAD_HYPERPARAMETERS = [
 ]
 
 
+@pytest.mark.contract("input: numbers")
+@pytest.mark.contract("input: choices")
+@pytest.mark.contract("input: dtypes")
+@pytest.mark.contract("input: names")
 @pytest.mark.parametrize(("options", "text"), BAD_HYPERPARAMETERS)
 def test_a_wrong_hyperparameter_is_refused(options: dict, text: str):
     with pytest.raises(ValueError, match=text) as caught:
@@ -431,6 +446,7 @@ def test_a_wrong_hyperparameter_is_refused(options: dict, text: str):
     assert_untouched(optimizer, params, before)
 
 
+@pytest.mark.contract("input: parameters")
 @pytest.mark.parametrize("given", [[], nn.Parameter(torch.ones(2)), [torch.ones(2) * nn.Parameter(torch.ones(2))]])
 def test_what_torch_refuses_is_refused(given: object):
     with pytest.raises((ValueError, TypeError)):
@@ -458,6 +474,7 @@ BAD_GRADIENTS = [
 ]
 
 
+@pytest.mark.contract("step: mismatches")
 @pytest.mark.parametrize(("spoil", "text"), BAD_GRADIENTS)
 def test_a_wrong_gradient_stops_the_step_before_it_starts(optimizer_class: type[PSGD], spoil: Callable, text: str):
     params = parameters((3, 3), (3, 3))
@@ -487,6 +504,7 @@ def test_a_value_spoilt_later_is_refused_at_the_step():
     assert_untouched(optimizer, params, before)
 
 
+@pytest.mark.contract("torch: gradients")
 def test_gradients_are_never_written(optimizer_class: type[PSGD]):
     params = parameters(*SHAPES)
     optimizer = optimizer_class(params, weight_decay=0.1, maximize=True)
@@ -521,6 +539,7 @@ SAVED = [
 ]
 
 
+@pytest.mark.contract("torch: state dict")
 @pytest.mark.parametrize(("name", "options", "dtype"), SAVED)
 def test_a_loaded_run_continues_bit_for_bit(name: str, options: dict, dtype: torch.dtype):
     params = parameters(*SHAPES, dtype=dtype)
@@ -540,6 +559,7 @@ def test_a_loaded_run_continues_bit_for_bit(name: str, options: dict, dtype: tor
     assert equal(loaded, params)
 
 
+@pytest.mark.contract("state: at any time")
 def test_loading_copies(optimizer_class: type[PSGD]):
     """A state dict stays as it was when the optimizer that loaded it steps, and when that which made it does."""
     params, others = parameters(*SHAPES), parameters(*SHAPES)
@@ -552,6 +572,7 @@ def test_loading_copies(optimizer_class: type[PSGD]):
     assert all(torch.equal(x, flat_all(kept)[k]) for k, x in flat_all(saved).items())
 
 
+@pytest.mark.contract("torch: hooks")
 def test_hooks_may_replace_what_is_loaded():
     params = parameters((3, 3))
     optimizer = Procrustes(params)
@@ -568,6 +589,8 @@ def test_hooks_may_replace_what_is_loaded():
     assert (other.state[params[0]]["momentum"] == 7).all()
 
 
+@pytest.mark.contract("torch: copies")
+@pytest.mark.contract("state: at any time")
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_copies_walk_on_alone(optimizer_class: type[PSGD], copier: Callable):
     params = parameters(*SHAPES)
@@ -582,6 +605,7 @@ def test_copies_walk_on_alone(optimizer_class: type[PSGD], copier: Callable):
     assert equal(theirs, params)
 
 
+@pytest.mark.contract("torch: foreign entries")
 def test_foreign_entries_of_the_state_are_let_be():
     params = parameters((3, 3))
     optimizer = Procrustes(params)
@@ -610,6 +634,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.contract("torch: schedulers")
 @pytest.mark.parametrize("attach", SCHEDULERS.values(), ids=SCHEDULERS)
 @pytest.mark.parametrize("name", ["procrustes", "kron", "lra_newton"])
 def test_schedulers_attach(name: str, attach: Callable):
@@ -624,6 +649,7 @@ def test_schedulers_attach(name: str, attach: Callable):
     optimizer.add_param_group({"params": parameters((2,))} | {"initial_lr": 0.05})
 
 
+@pytest.mark.contract("torch: tensor lr")
 def test_a_tensor_learning_rate_is_a_learning_rate(optimizer_class: type[PSGD]):
     floats, tensors = parameters(*SHAPES), parameters(*SHAPES)
     ours, theirs = optimizer_class(floats, lr=0.125), optimizer_class(tensors, lr=torch.tensor(0.125))
@@ -679,6 +705,7 @@ def test_order_of_parameters_does_not_matter(optimizer_class: type[PSGD]):
 STRANGE = [(), (1,), (1, 1), (1, 7), (7, 1), (0,), (0, 3), (2, 3, 1, 2, 3), (1000,), (300, 2)]
 
 
+@pytest.mark.contract("step: shapes")
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("shape", STRANGE, ids=str)
 def test_every_shape_steps(
@@ -708,6 +735,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.contract("step: strides")
 @pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
 def test_memory_layout_does_not_matter(optimizer_class: type[PSGD], make: Callable[[], Tensor]):
     results = []
@@ -723,6 +751,7 @@ def test_memory_layout_does_not_matter(optimizer_class: type[PSGD], make: Callab
     assert torch.equal(*results)
 
 
+@pytest.mark.contract("step: strides")
 def test_an_expanded_gradient_will_do():
     (p,), (q,) = parameters((3, 4)), parameters((3, 4))
     p.grad, q.grad = torch.ones(1, 4).expand(3, 4), torch.ones(3, 4)
@@ -731,6 +760,7 @@ def test_an_expanded_gradient_will_do():
     assert torch.equal(p, q)
 
 
+@pytest.mark.contract("torch: kinds of parameters")
 def test_complex_parameters_where_the_method_takes_them():
     params = parameters((4, 3), (5,), dtype=torch.complex64)
     optimizer = KronWhiten(params, lr=0.05)
@@ -741,6 +771,7 @@ def test_complex_parameters_where_the_method_takes_them():
     assert all(p.abs().max() < 0.3 for p in params)
 
 
+@pytest.mark.contract("torch: distributed data")
 # ---- nothing global -------------------------------------------------------------------------
 def test_parallel_copies_follow_one_trajectory_without_global_noise(optimizer_class: type[PSGD]):
     first, second = parameters(*SHAPES), parameters(*SHAPES)
@@ -764,6 +795,7 @@ def test_seeds_differ():
     assert not equal(*runs)
 
 
+@pytest.mark.contract("torch: silence")
 def test_nothing_is_printed(optimizer_class: type[PSGD], capfd: pytest.CaptureFixture):
     params = parameters(*SHAPES)
     optimizer = optimizer_class(params)
@@ -870,6 +902,7 @@ def test_the_opaque_noise_has_the_same_bits():
     assert set(opcheck.values()) == {"SUCCESS"}
 
 
+@pytest.mark.contract("torch: compiler")
 def test_a_compiled_optimizer_compiles_once_and_walks_the_same_way(capfd: pytest.CaptureFixture):
     """A stack of two matrices, each with a diagonal and a dense factor, for a hundred steps and a balance."""
     compiled, eager = parameters((4, 3), (4, 3)), parameters((4, 3), (4, 3))

@@ -1,0 +1,159 @@
+"""What the ecosystems demand of an optimizer, and which test shows that each demand is met.
+
+A test says what it shows by a mark, `@pytest.mark.contract("torch: hooks")`; `psgd contracts` runs the marked tests and
+prints the table. This module is also the plugin of pytest that reads the marks.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Name: what is demanded. The part before the colon is whose demand it is.
+CONTRACTS = {
+    "torch: groups": "every argument is legal in a group, has a default, and is plain data",
+    "torch: schedulers": "every scheduler of torch drives lr, and momentum or betas where it cycles them",
+    "torch: late parameters": "groups may be added, parameters unfrozen or replaced between steps",
+    "torch: closure": "is called once, with gradients on; its loss is returned; what it raises changes nothing",
+    "torch: copies": "a deep copy and a pickle go on as the original",
+    "torch: state dict": "loads with weights_only, keeps dtypes and counters; a resumed run is bit by bit the same",
+    "torch: old state dicts": "of before an argument existed, with a number as step, with and without names, load",
+    "torch: foreign entries": "what others keep in `state` is left alone and does no harm",
+    "torch: hooks": "all six kinds run, in torch's order",
+    "torch: distributed checkpoints": "DCP saves and loads it: plain, flattened, full, from disk",
+    "torch: distributed data": "every rank draws the same noise; ZeroRedundancyOptimizer trains as one process does",
+    "torch: flags": "maximize ascends; flags that would not be honest are absent",
+    "torch: tensor lr": "a tensor of one element is a learning rate, followed when it is filled",
+    "torch: kinds of parameters": "complex ones as each method says; sparse and whole-number ones are refused by name",
+    "torch: gradients": "are read only; any strides do",
+    "torch: mixed precision": "autocast and GradScaler work as with any optimizer",
+    "torch: silence": "nothing is printed, warned of at each step, or switched for the process",
+    "torch: compiler": "compile=True compiles each layout once, eager where it cannot; torch.compile(opt.step) works",
+    "torch: clients": "Lightning, transformers' Trainer and accelerate train with it",
+    "input: numbers": "out of range, they are refused by name and value",
+    "input: choices": "unknown ones are refused with the list of known ones",
+    "input: dtypes": "of state that are not floating point are refused",
+    "input: parameters": "none, a bare tensor, duplicates, mixed names: torch's own errors",
+    "input: names": "a misspelt argument is refused, in a group too",
+    "step: no gradients": "nothing happens, and no counter moves",
+    "step: zero gradients": "no parameter moves, and normal gradients afterwards find the factors whole",
+    "step: not finite": "skip, raise or propagate, as told",
+    "step: extremes": "gradients from 1e-38 to 1e30, and a single spike, keep everything finite",
+    "step: shapes": "scalars, empty, long, thin and many-dimensional tensors",
+    "step: degenerate gradients": "of rank one, constant, orthogonal, repeated: factors stay bounded",
+    "step: strides": "non-contiguous, channels-last, expanded and shared parameters",
+    "step: mismatches": "of shape or dtype are one clear sentence",
+    "step: modes": "inference mode, deterministic algorithms",
+    "step: no learning rate": "with lr = 0 parameters stay and state goes on",
+    "step: moved parameters": "`model.to(dtype)` between steps",
+    "state: of others": "other groups, parameters, shapes, another optimizer's: refused, nothing changed",
+    "state: at any time": "before the first step, twice, after a copy",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One test of a contract: how many of its cases passed, were skipped, failed."""
+
+    contract: str
+    test: str
+    passed: int = 0
+    skipped: int = 0
+    failed: int = 0
+
+    @property
+    def word(self) -> str:
+        """passed, skipped or failed, with the number of cases where there are several."""
+        word = "failed" if self.failed else "passed" if self.passed else "skipped"
+        count = self.passed + self.skipped + self.failed
+        return word if count == 1 else f"{word} ({self.passed} of {count})" if self.failed else f"{word} ({count})"
+
+
+# ---- the plugin -----------------------------------------------------------------------------
+def pytest_configure(config: Any) -> None:
+    """The mark."""
+    config.addinivalue_line("markers", "contract(name): the test shows that this one of `CONTRACTS` is kept")
+
+
+def pytest_addoption(parser: Any) -> None:
+    """Where the outcomes go."""
+    parser.addoption("--contracts", metavar="FILE", help="run tests of contracts only, and write outcomes to this file")
+    parser.addoption("--contract", action="append", metavar="NAME", help="of these contracts only; may be repeated")
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Marks go with the reports, across processes; other tests stay out where only contracts are asked for."""
+    kept = []
+    for item in items:
+        names = [mark.args[0] for mark in item.iter_markers("contract")]
+        unknown = [name for name in names if name not in CONTRACTS]
+        if unknown:
+            raise ValueError(f"{item.nodeid} shows {unknown[0]!r}, which is no contract of conformance.contracts")
+        item.user_properties += [("contract", name) for name in names]
+        kept += [item] if set(names) & set(config.getoption("--contract") or CONTRACTS) else []
+    if config.getoption("--contracts"):
+        there = set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item not in there])
+        items[:] = kept
+
+
+class Collector:
+    """Outcomes of marked tests, written when all are done."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.outcomes = file, list[dict[str, str]]()
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """The outcome of a test; of its setup or teardown only where that went wrong."""
+        if report.when != "call" and report.passed:
+            return
+        self.outcomes += [
+            {"contract": value, "test": report.nodeid, "outcome": report.outcome}
+            for name, value in report.user_properties
+            if name == "contract"
+        ]
+
+    def pytest_sessionfinish(self) -> None:
+        """All of them, as JSON."""
+        self.file.write_text(json.dumps(self.outcomes))
+
+
+def pytest_sessionstart(session: Any) -> None:
+    """The controlling process collects."""
+    file = session.config.getoption("--contracts")
+    if file and not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(Collector(Path(file)))
+
+
+# ---- the table ------------------------------------------------------------------------------
+def run(names: Sequence[str], workers: int = 2) -> list[Verdict]:
+    """Run the tests of contracts, from a checkout: a verdict for each test, in the order of the contracts."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "outcomes.json"
+        command = [sys.executable, "-m", "pytest", f"--contracts={file}", *(f"--contract={name}" for name in names)]
+        command += ["-n", str(workers), "--dist", "loadgroup"] if workers > 1 else []
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if not file.exists():
+            raise RuntimeError(f"pytest could not run:\n{done.stdout}")
+        return [v for v in verdicts(json.loads(file.read_text())) if v.contract in names]
+
+
+def verdicts(outcomes: Sequence[dict[str, str]]) -> Iterator[Verdict]:
+    """Outcomes of cases, counted for each test of each contract."""
+    counts: dict[tuple[str, str], dict[str, int]] = {}
+    for one in outcomes:
+        key = one["contract"], one["test"].partition("[")[0]
+        own = counts.setdefault(key, {})
+        own[one["outcome"]] = own.get(one["outcome"], 0) + 1
+    for contract in CONTRACTS:
+        for (name, test), own in counts.items():
+            if name == contract:
+                yield Verdict(contract, test, **own)
