@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from psgd.methods import METHODS, Method
-from psgd_jax_backend.transform import MAPPING
+from psgd_jax_backend.transform import ADAPTER
 from psgd_torch_backend.optimizer import ADAPTER_DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +68,7 @@ def jax_face(method: type[Method]) -> str:
     """The two functions of a method."""
     result = ") -> GradientTransformationExtraArgs: ...\n"
     rate = f"    learning_rate: ScalarOrSchedule = {default(method, 'lr')},\n    *,\n"
-    mapping = "".join(f"    {p.name}: {type_of(p.default)} = {p.default!r},\n" for p in MAPPING)
+    mapping = "".join(f"    {p.name}: {type_of(p.default)} = {p.default!r},\n" for p in ADAPTER)
     mask = f"    {method.mask_name}: Any = None,\n"
     names = [method.name, method.also] if method.also else [method.name]
     whole = "".join(f"def {name}(\n{rate}{arguments(method, 'lr')}{mask}{mapping}{result}" for name in names)

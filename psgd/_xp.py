@@ -55,7 +55,7 @@ def eps(x: Array) -> float:
 
 
 def shrinkage(x: Array, *others: Array) -> Array:
-    """A number of at most 1, 0-d: what to multiply arrays by where squares of their entries would not be finite; else 1.
+    """A number of at most 1, 0-d: what to multiply arrays by where squares of entries would not be finite; else 1.
 
     A residual of squares is normalised by its own size: beyond such sizes it points nowhere else.
     """

@@ -202,6 +202,24 @@ class State(NamedTuple):
     factors: Factors
 
 
+POLICIES = ("skip", "raise", "propagate")  # of a step whose gradients hold a NaN or an infinity
+MAX_SKIPS = 10
+
+
+def checked_policy(owner: str, nonfinite: Any, max_skips: Any) -> None:
+    """Refuse what is no policy, or no number of steps."""
+    if nonfinite not in POLICIES:
+        raise ValueError(f"{owner}: nonfinite={nonfinite!r} must be one of {', '.join(map(repr, POLICIES))}")
+    if not isinstance(max_skips, int) or isinstance(max_skips, bool) or max_skips < 1:
+        raise ValueError(f"{owner}: max_skips={max_skips!r} must be a whole number above 0")
+
+
+def all_finite(arrays: Sequence[Array]) -> Array:
+    """Is every entry of every array finite? 0-d; of at least one array."""
+    xp = namespace(arrays[0])
+    return xp.all(xp.stack([xp.all(xp.isfinite(x)) for x in arrays]))
+
+
 def leaves(state: State) -> list[Array]:
     """All arrays of a state, in a fixed order."""
     momentum = [] if state.momentum is None else [state.momentum]

@@ -41,11 +41,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """The rows of all parameters. methods: titles. counters: bytes of the counters of steps."""
+    """The rows of all parameters. methods: titles. counters: bytes of the counters of steps. skipped: how many steps
+    were, because a gradient was not finite.
+    """
 
     methods: tuple[str, ...]
     rows: tuple[Row, ...]
     counters: int = 0
+    skipped: int = 0
 
     @property
     def state(self) -> int:
@@ -101,7 +104,8 @@ class Summary:
 
         rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
         head, *lines, total = map(text, cells)
-        return "\n".join([", ".join(self.methods), head, rule, *lines, rule, total])
+        skipped = [f"{self.skipped:,} steps skipped: a gradient was not finite"] * bool(self.skipped)
+        return "\n".join([", ".join(self.methods), head, rule, *lines, rule, total, *skipped])
 
 
 def sized(shape: Sequence[int]) -> str:
@@ -210,7 +214,9 @@ def _operations(recipe: pipeline.Recipe, shape: Shape, dtype: str, fit: bool) ->
     return xp.flops
 
 
-def summary(rows: Iterable[tuple[Method, Row]], counters: int = 0) -> Summary:
+def summary(rows: Iterable[tuple[Method, Row]], counters: int = 0, skipped: int = 0) -> Summary:
     """The summary of rows, each with its method."""
     pairs = list(rows)
-    return Summary(tuple(dict.fromkeys(method.title for method, _ in pairs)), tuple(r for _, r in pairs), counters)
+    return Summary(
+        tuple(dict.fromkeys(method.title for method, _ in pairs)), tuple(r for _, r in pairs), counters, skipped
+    )

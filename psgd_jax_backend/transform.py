@@ -28,16 +28,85 @@ Tree = Any
 
 
 class PSGDState(NamedTuple):
-    """count: steps done. since: steps done after the last fit, or None where the method does not ask. momentum: a tree
-    as the parameters', or None. Q, L: such a tree with a tuple of arrays, one for each factor, in place of every leaf;
-    one such tuple for a preconditioner of all parameters.
+    """count: steps done. since: steps done after the last fit, or None where the method does not ask. skipped: steps
+    that were skipped, in all and in a row, (2,), or None where none are. momentum: a tree as the parameters', or None.
+    Q, L: such a tree with a tuple of arrays, one for each factor, in place of every leaf; one such tuple for a
+    preconditioner of all parameters.
     """
 
     count: Leaf  # type: ignore[assignment]  # a tuple's method; optax's own states have the name too
     since: Leaf | None
+    skipped: Leaf | None
     momentum: Tree
     Q: Tree
     L: Tree
+
+
+class Guard(NamedTuple):
+    """What to do about gradients that are not finite; see `scale_by_psgd`."""
+
+    nonfinite: str = "skip"
+    max_skips: int = pipeline.MAX_SKIPS
+
+    def counters(self) -> Leaf | None:
+        """Before the first step."""
+        return jnp.zeros(2, jnp.int32) if self.nonfinite == "skip" else None
+
+    def finite(self, method: Method, paths: Sequence[Any], arrays: Sequence[Leaf]) -> Leaf | None:
+        """Is every entry finite, or None where nobody looks? Says so where the policy is to raise."""
+        there = [x for x in arrays if x.size]
+        if self.nonfinite == "propagate" or not there:
+            return None
+        flags = jnp.stack([jnp.isfinite(x).all() for x in there])
+        if self.nonfinite == "skip":
+            return flags.all()
+        names = [
+            jax.tree_util.keystr(path) or "the parameter" for path, x in zip(paths, arrays, strict=False) if x.size
+        ]
+
+        def tell(flags: Any) -> None:
+            bad = next((name for name, ok in zip(names, flags, strict=False) if not ok), "a Hessian-vector product")
+            if not flags.all():
+                raise FloatingPointError(
+                    f"{method.name}: the gradient of {bad} holds a NaN or an infinity; see how the loss came to it, or "
+                    'give nonfinite="skip" to leave such steps out'
+                )
+
+        if isinstance(flags, jax.core.Tracer):
+            jax.debug.callback(tell, flags)
+        else:
+            tell(flags)
+        return None
+
+    def counted(self, state: PSGDState, go: Leaf | None) -> Leaf | None:
+        """The counters after a step; too many in a row are an error where that can be seen."""
+        if state.skipped is None or go is None:
+            return state.skipped
+        total, row = state.skipped
+        skipped = jnp.stack([jnp.where(go, total, optax.safe_increment(total)), jnp.where(go, 0, row + 1)])
+        if not isinstance(skipped, jax.core.Tracer):
+            check_skips(state._replace(skipped=skipped), self.max_skips)
+        return skipped
+
+
+def check_skips(state: Tree, max_skips: int = pipeline.MAX_SKIPS) -> None:
+    """Raise FloatingPointError if an optimizer has skipped `max_skips` steps in a row; waits for its state.
+
+    Inside `jax.jit` nothing can be raised, so call this outside, every so many steps. `state`: of any transformation
+    with PSGD methods in it.
+    """
+    worst = max((int(own.skipped[1]) for own in states(state) if own.skipped is not None), default=0)
+    if worst >= max_skips:
+        raise FloatingPointError(
+            f"{worst} steps in a row had a gradient that is not finite; lower the learning rate, or go back to a "
+            "checkpoint"
+        )
+
+
+def states(state: Tree) -> list[PSGDState]:
+    """The states of PSGD methods in the state of a transformation."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PSGDState))
+    return [x for x in leaves if isinstance(x, PSGDState)]
 
 
 class Mapping(NamedTuple):
@@ -83,6 +152,8 @@ def scale_by_psgd(
     scanned_layers: Tree = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = "skip",
+    max_skips: int = pipeline.MAX_SKIPS,
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition gradients by a method: gives the direction u, without learning rate and weight decay.
 
@@ -93,6 +164,10 @@ def scale_by_psgd(
         scanned_layers: tree of booleans, as the parameters or a prefix of them: leaves whose first axis counts layers,
             as `nn.scan` makes them. Each layer is preconditioned by itself, as if it were a leaf of its own.
         lax_map_scanned_layers: step stacks in batches of `lax_map_batch_size` layers, for less memory at a time.
+        nonfinite: what to do where a gradient holds a NaN or an infinity: "skip" the step, which then is as if it had
+            not been but for the count of such steps in the state, and updates are zero; "raise", under `jax.jit` by a
+            callback to the host; or "propagate", and do not look.
+        max_skips: where `update` is not traced, the error after so many skipped steps in a row; else see `check_skips`.
 
     Returns: a transformation with state `PSGDState`. Updates come back in the dtype of the parameters where these are
     given, else of the gradients, and in the boxes of the gradients.
@@ -101,6 +176,8 @@ def scale_by_psgd(
     """
     recipe, tempo = method.recipe(), method.tempo()
     mapping = Mapping(stack, scanned_layers, lax_map_scanned_layers, lax_map_batch_size)
+    guard = Guard(nonfinite, max_skips)
+    pipeline.checked_policy(method.name, *guard)
     if recipe.whole and any(map(bool, jax.tree.leaves(scanned_layers))):
         raise ValueError(f"{method.name} has one preconditioner for all parameters, no scanned_layers; leave them out")
     if lax_map_scanned_layers and not (isinstance(lax_map_batch_size, int) and lax_map_batch_size > 0):
@@ -126,8 +203,9 @@ def scale_by_psgd(
         else:
             states = [_over(one, scanned)(p) for p, scanned in zip(arrays, flags, strict=True)]
             momenta = [state.momentum for state in states]
-        count, since = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two, for each may be donated
-        return _to_trees(count, since if tempo.counts else None, momenta, states, treedef, recipe)
+        count = jnp.zeros((), jnp.int32)
+        since = jnp.zeros((), jnp.int32) if tempo.counts else None  # its own, for each may be donated
+        return _to_trees(PSGDState(count, since, guard.counters(), None, None, None), momenta, states, treedef, recipe)
 
     def update(
         updates: Tree,
@@ -147,6 +225,11 @@ def scale_by_psgd(
         gradients = list(map(jnp.asarray, leaves))
         for (path, g), scanned in zip(paths, flags, strict=True):
             _check_leaf(method, path, g, scanned)
+        fitted = [] if pair is None else [jnp.where(update_preconditioner, x, 0) for xs in pair for x in xs]
+        go = guard.finite(method, [path for path, _ in paths], [*gradients, *fitted])
+        # What is computed of a step that is skipped is thrown away; it must only be finite.
+        gradients = _only_if(go, gradients)
+        pair = None if pair is None else (_only_if(go, pair[0]), _only_if(go, pair[1]))
         momenta, states = _to_states(state, treedef, recipe)
         if recipe.whole:
             _check_whole(method, recipe, gradients, momenta, states[0])
@@ -160,23 +243,37 @@ def scale_by_psgd(
         since = None if state.since is None else optax.safe_increment(state.since)
         plan = pipeline.plan(tempo, count, jnp, since=since)
         plan = plan if pair is None else plan._replace(fit=update_preconditioner)
+        plan = plan if go is None else plan._replace(fit=go & plan.fit)
         if method.start_scale() is None:
             first = state.count == 0 if since is None or pair is None else (since == count) & plan.fit
+            first = first if go is None else first & go
             states = _started(recipe, tempo.damping, first, plan.fit, gradients, states, flags, pair)
         directions, new = _step_all(recipe, plan, gradients, states, flags, mapping, pair)
         directions = _trusted(recipe, tempo.trust, directions)
+        parts: list[Any] = [s.momentum for s in new]
         if recipe.whole:
             directions = _parted(directions[0], shapes)
-            if new[0].momentum is not None:
-                parts = _parted(new[0].momentum, shapes)
-                momenta = [m.astype(was.dtype) for m, was in zip(parts, momenta, strict=True)]
-        else:
-            momenta = [s.momentum for s in new]
-        out = [u.astype(jnp.result_type(p)) for u, p in zip(directions, like, strict=True)]
-        since = None if since is None else jnp.where(plan.fit, 0, since)
-        return treedef.unflatten(out), _to_trees(count, since, momenta, new, treedef, recipe)
+            parts = [None] * len(momenta) if parts[0] is None else _parted(parts[0], shapes)
+        momenta = [
+            None if m is None else _kept(go, m.astype(was.dtype), was) for m, was in zip(parts, momenta, strict=True)
+        ]
+        out = [u.astype(jnp.result_type(p)) for u, p in zip(_only_if(go, directions), like, strict=True)]
+        counters = state._replace(count=_kept(go, count, state.count), skipped=guard.counted(state, go))
+        if since is not None:
+            counters = counters._replace(since=_kept(go, jnp.where(plan.fit, 0, since), state.since))
+        return treedef.unflatten(out), _to_trees(counters, momenta, new, treedef, recipe)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _only_if(go: Leaf | None, arrays: list[Leaf]) -> list[Leaf]:
+    """Arrays, or zeros where a step is skipped."""
+    return arrays if go is None else [jnp.where(go, x, 0) for x in arrays]
+
+
+def _kept(go: Leaf | None, new: Leaf, old: Leaf | None) -> Leaf:
+    """What is new, or what was where a step is skipped."""
+    return new if go is None else jnp.where(go, new, old)
 
 
 def _pair(
@@ -290,14 +387,13 @@ def _check_shape(method: Method, recipe: Recipe, path: Any, g: Any, state: State
 
 
 # ---- trees and stacks -------------------------------------------------------------------
-def _to_trees(
-    count: Leaf, since: Leaf | None, momenta: list[Any], states: list[State], treedef: Any, recipe: Recipe
-) -> PSGDState:
+def _to_trees(counters: PSGDState, momenta: list[Any], states: list[State], treedef: Any, recipe: Recipe) -> PSGDState:
+    """The state of all leaves, with the counters of another."""
     momentum = treedef.unflatten(momenta) if recipe.momentum else None
     if recipe.whole:
-        return PSGDState(count, since, momentum, *states[0].factors)
-    q, ell = ([getattr(s.factors, name) for s in states] for name in Factors._fields)
-    return PSGDState(count, since, momentum, treedef.unflatten(q), treedef.unflatten(ell))
+        return counters._replace(momentum=momentum, **states[0].factors._asdict())
+    columns = {name: treedef.unflatten([getattr(s.factors, name) for s in states]) for name in Factors._fields}
+    return counters._replace(momentum=momentum, **columns)
 
 
 def _to_states(state: PSGDState, treedef: Any, recipe: Recipe) -> tuple[list[Any], list[State]]:
@@ -450,17 +546,16 @@ def _known(method: type[Method], names: Sequence[str], given: dict[str, Any]) ->
     return given
 
 
-# Arguments of every function that say how the work is mapped, not what it computes.
-MAPPING = [
-    Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in Mapping._field_defaults.items()
-]
+# Arguments of every function that say how the work is mapped and guarded, not what it computes.
+ADAPTER_DEFAULTS = Mapping._field_defaults | Guard._field_defaults
+ADAPTER = [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in ADAPTER_DEFAULTS.items()]
 
 
 def _split(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of the method, arguments of the mapping."""
+    """Arguments of the method, arguments of the adapter."""
     return (
-        {k: v for k, v in given.items() if k not in Mapping._fields},
-        {k: v for k, v in given.items() if k in Mapping._fields},
+        {k: v for k, v in given.items() if k not in ADAPTER_DEFAULTS},
+        {k: v for k, v in given.items() if k in ADAPTER_DEFAULTS},
     )
 
 
@@ -515,5 +610,5 @@ def _dressed(
     """A function with the name, signature and documentation that its method's record says."""
     function.__name__ = function.__qualname__ = name
     function.__module__, function.__doc__ = module, documented(method)
-    function.__signature__ = Signature([*parameters, *MAPPING])  # type: ignore[attr-defined]
+    function.__signature__ = Signature([*parameters, *ADAPTER])  # type: ignore[attr-defined]
     return function

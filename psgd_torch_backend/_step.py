@@ -37,6 +37,20 @@ class Job(NamedTuple):
     params: list[Tensor]
     pairs: Pairs | None
 
+    def _read(self, p: Tensor) -> list[Tensor]:
+        """What a step reads of a parameter: its gradient, and the pair it fits to."""
+        pairs = self.pairs.by_parameter.get(id(p), ()) if self.pairs is not None and self.pairs.fit else ()
+        return [x for x in (p.grad, *pairs) if x is not None and x.numel()]
+
+    def seen(self) -> list[Tensor]:
+        """All that the step reads."""
+        return [x for p in self.params for x in self._read(p)]
+
+    def not_finite(self) -> list[str]:
+        """The names of the parameters of which it reads something that is not finite."""
+        mine = {id(p) for p in self.params}
+        return [name for name, p in self.named if id(p) in mine and not finite(self._read(p))]
+
     def plan(self) -> Plan:
         """The plan of the group's next step."""
         steps, since = age([self.state[p] for p in self.group["params"] if self.state.get(p)])
@@ -64,6 +78,16 @@ def take(waiting: Sequence[Held]) -> None:
         for p, u in zip(held.targets, held.directions, strict=True):
             u = u if factor is None else u * factor.to(u.device, real_dtype(u))
             p.add_(pipeline.displacement(p, u, held.group["lr"], held.group["weight_decay"]))
+
+
+def finite(tensors: Sequence[Tensor]) -> bool:
+    """Is every entry of every tensor finite? One small pass over each, and one wait for the device."""
+    if not tensors:
+        return True
+    sums = [x.sum(dtype=torch.float32 if x.element_size() < 4 else None) for x in tensors]
+    near = [(s.abs() if s.is_complex() else s).to(tensors[0].device, torch.float32) for s in sums]
+    # A sum of large numbers may overflow, so that only a finite one settles it.
+    return bool(torch.stack(near).isfinite().all()) or bool(pipeline.all_finite(tensors))
 
 
 def gradient_of(p: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from psgd.summary import Parameter, Summary, counters, rows, summary
 from psgd_torch_backend import hessian
 from psgd_torch_backend._each import Each
 from psgd_torch_backend._state import COUNTER_BYTES, placed
-from psgd_torch_backend._step import Group, Job, take
+from psgd_torch_backend._step import Group, Job, finite, take
 from psgd_torch_backend._whole import Whole
 from psgd_torch_backend.hessian import Pairs
 
@@ -28,10 +28,13 @@ ADAPTER_DEFAULTS: dict[str, Any] = {
     "compile": False,
     "scanned_layers": False,
     "stack_batch_size": None,
+    "nonfinite": "skip",
+    "max_skips": pipeline.MAX_SKIPS,
 }
+SKIPS = ("skipped", "skipped_in_a_row")
 # What a group may hold beside hyperparameters: its parameters, and what torch's own schedulers keep there.
 NOT_HYPERPARAMETERS = frozenset(
-    ["params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"]
+    ["params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", *SKIPS]
 )
 KNOWN_SETTINGS = 64  # how many combinations of hyperparameters are remembered
 
@@ -48,12 +51,16 @@ class PSGD(torch.optim.Optimizer):
         scanned_layers: parameters that hold one layer for each entry of their first axis: the names of some, as a
             tuple, or True for all (of a group). Each layer is preconditioned by itself, as if it were a parameter.
         stack_batch_size: step at most so many layers in one call, for less memory at a time; None is all of a shape.
+        nonfinite: what to do where a gradient holds a NaN or an infinity, before anything has changed: "skip" the step
+            of all groups that say so, as if it had not been, and count it; "raise"; or "propagate", and do not look.
+        max_skips: the error after so many skipped steps in a row.
 
     State of a parameter: "step" (and "since", the steps after the last fit, where the method asks for it), "momentum"
     (its shape), "Q" and "L" with one entry a factor, keyed "0", "1", ... in the dtype that the method says.
 
     Raises: ValueError for hyperparameters out of range or unknown; TypeError for parameters that are not floating
-    point; RuntimeError at a step for sparse gradients. State and parameters then stay as they were.
+    point; RuntimeError at a step for sparse gradients; FloatingPointError for gradients that are not finite, as
+    `nonfinite` says. State and parameters then stay as they were.
     """
 
     method: ClassVar[type[Method]]
@@ -78,6 +85,7 @@ class PSGD(torch.optim.Optimizer):
             layers = flags["scanned_layers"] = tuple(layers)
         if not (isinstance(layers, bool) or (isinstance(layers, tuple) and all(isinstance(x, str) for x in layers))):
             raise ValueError(f"{cls.__name__}: scanned_layers={layers!r} must be True, False or a tuple of names")
+        pipeline.checked_policy(cls.__name__, flags["nonfinite"], flags["max_skips"])
         for name in ("lr", "weight_decay"):
             value = given.get(name)
             if isinstance(value, Tensor) and value.numel() != 1:
@@ -90,7 +98,8 @@ class PSGD(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             own = {k: v for k, v in param_group.items() if k not in NOT_HYPERPARAMETERS}
             shared = {k: v for k, v in self.defaults.items() if k not in own}
-            param_group = param_group | self._complete(own | shared)
+            counts = dict.fromkeys(SKIPS, 0)
+            param_group = counts | param_group | self._complete(own | shared)
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -176,8 +185,36 @@ class PSGD(torch.optim.Optimizer):
         jobs = [self._job(group, pairs) for group in self.param_groups]
         for job in jobs:
             self._check_gradients(job)
-        take([held for job in jobs if job.params for held in (self._whole if job.recipe.whole else self._each)(job)])
+        admitted = [job for job in self._admitted(jobs) if job.params]
+        take([held for job in admitted for held in (self._whole if job.recipe.whole else self._each)(job)])
         return loss
+
+    def _admitted(self, jobs: list[Job]) -> list[Job]:
+        """The groups that step: without those that skip, where one of them has a gradient that is not finite."""
+        looking = [job for job in jobs if job.group["nonfinite"] != "propagate"]
+        if finite([x for job in looking for x in job.seen()]):
+            for job in looking:
+                job.group["skipped_in_a_row"] = 0
+            return jobs
+        cls = type(self).__name__
+        bad = [(job, name) for job in looking for name in job.not_finite()]
+        strict = [name for job, name in bad if job.group["nonfinite"] == "raise"]
+        if strict:
+            raise FloatingPointError(
+                f"{cls}: the gradient of {strict[0]} holds a NaN or an infinity; see how the loss came to it, or give "
+                'nonfinite="skip" to leave such steps out'
+            )
+        skipping = [job for job in looking if job.group["nonfinite"] == "skip"]
+        for job in skipping:
+            for name in SKIPS:
+                job.group[name] += 1
+        stuck = next((job.group for job in skipping if job.group["skipped_in_a_row"] >= job.group["max_skips"]), None)
+        if stuck is not None:
+            raise FloatingPointError(
+                f"{cls}: {stuck['skipped_in_a_row']} steps in a row had a gradient that is not finite, this one of "
+                f"{bad[0][1]}; lower the learning rate, or go back to a checkpoint"
+            )
+        return [job for job in jobs if job.group["nonfinite"] != "skip"]
 
     def _job(self, group: Group, pairs: Pairs | None = None) -> Job:
         ready = [p for p in group["params"] if p.grad is not None]
@@ -267,7 +304,7 @@ class PSGD(torch.optim.Optimizer):
             ]
             lines += [(method, row) for row in rows(method, parameters)]
             counted += counters(method, parameters, COUNTER_BYTES, each=True)
-        return summary(lines, counted)
+        return summary(lines, counted, max((group["skipped"] for group in self.param_groups), default=0))
 
     # ---- saving and copying ------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
