@@ -223,8 +223,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "jax: a scale for each",
         transform._started,
-        "for i in there], damping",
-        "for i in there[:1] * len(there)], damping",
+        "(gradients[i]) for i in there], damping",
+        "(gradients[i]) for i in there[:1] * len(there)], damping",
         LOCKED,
     ),
     Fault("jax: scaled at every step", transform._started, "jnp.where(first, ", "jnp.where(True, ", LOCKED),
