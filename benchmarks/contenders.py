@@ -15,9 +15,11 @@ import torch
 
 import psgd_jax_backend
 import psgd_torch_backend
-from psgd.methods import Method
+from psgd.methods import METHODS, Method
 
 Run = Callable[[], None]  # one step
+# Methods that whiten each layer by itself: what can step forty layers, given gradients alone.
+LAYERWISE = {name: m for name, m in METHODS.items() if not (m().recipe().whole or m().recipe().newton)}
 POOL = 8  # sets of gradients that are used in turn: a single one would be whitened to nothing
 
 

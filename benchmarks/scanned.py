@@ -18,8 +18,8 @@ import numpy as np
 from rich.console import Console
 
 import psgd_jax_backend
+from benchmarks.contenders import LAYERWISE
 from benchmarks.step import Cells, machine, one_table
-from psgd.methods import METHODS
 
 DEPTHS = (6, 12, 24, 48)
 BATCHES = (None, 8, 4, 1)
@@ -56,7 +56,7 @@ def measure(console: Console, *, quick: bool) -> dict[str, Any]:
     depths, layers, size, rounds = (DEPTHS[:2], 4, 8, 1) if quick else (DEPTHS, 24, 128, 5)
     batches = BATCHES[-2:] if quick else BATCHES
     rows = []
-    for name in METHODS:
+    for name in LAYERWISE:
         console.log(f"{name}: scanned layers")
         seconds = compile_seconds(name, depths, size, rounds)
         times = {str(d): float(s) for d, s in zip(depths, np.median(seconds, axis=0), strict=True)}

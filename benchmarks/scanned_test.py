@@ -18,7 +18,7 @@ METHOD = "quad"
 def result(tmp_path_factory):
     path = tmp_path_factory.mktemp("benchmarks") / "scanned.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scanned, "METHODS", {METHOD: METHODS[METHOD]})
+        patch.setattr(scanned, "LAYERWISE", {METHOD: METHODS[METHOD]})
         scanned.main(["--quick", "--json", str(path)])
     return json.loads(path.read_text())
 
@@ -43,7 +43,7 @@ def test_the_table_is_printed(result, flags, monkeypatch, capsys):
 
 def test_a_ratio_is_of_the_depths_that_its_column_names(monkeypatch):
     """Each depth takes as many seconds as it has layers, and the bytes say what was asked for."""
-    monkeypatch.setattr(scanned, "METHODS", {METHOD: METHODS[METHOD]})
+    monkeypatch.setattr(scanned, "LAYERWISE", {METHOD: METHODS[METHOD]})
     monkeypatch.setattr(scanned, "compile_seconds", lambda name, depths, *_: np.asarray([depths, depths]))
     monkeypatch.setattr(scanned, "peak_bytes", lambda name, layers, size, batch: (batch or layers) * 2**20)
     head, row = scanned.cells(scanned.measure(Console(quiet=True), quick=False))

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.compiling import compile_times
-from benchmarks.contenders import Contender, Layers, Run, contenders
-from psgd.methods import METHODS, Method
+from benchmarks.contenders import LAYERWISE, Contender, Layers, Run, contenders
+from psgd.methods import Method
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def machine() -> dict[str, Any]:
 def measure(setup: Setup, progress: Console) -> dict[str, Any]:
     """All figures, as plain data."""
     result: dict[str, Any] = {"machine": machine(), "setup": asdict(setup), "steps": [], "compile": []}
-    for method in METHODS.values():
+    for method in LAYERWISE.values():
         progress.log(f"{method.title}: steps")
         result["steps"] += step_times(method, setup)
         if setup.slow:

@@ -54,6 +54,8 @@ class Driver(ABC):
 
     def __init__(self, method: Method, problem: Problem, start: Mapping[str, np.ndarray], dtype: str) -> None:
         self.method, self.problem, self.dtype = method, problem, self.own_dtype(dtype)
+        # One preconditioner of all parameters knows no layers.
+        self.scanned = frozenset[str]() if method.recipe().whole else problem.scanned
         self.before: Arrays = {}
         self.begin({name: self.array(x) for name, x in start.items()})
 
@@ -124,7 +126,7 @@ class NumpyOracle(Driver):
         return "float64"
 
     def begin(self, params: dict[str, Any]) -> None:
-        self.run = Reference(self.method, params, self.problem.scanned)
+        self.run = Reference(self.method, params, self.scanned)
 
     def advance(self, gradients: dict[str, Any], pairs: dict[str, tuple[Any, Any]] | None) -> None:
         self.run.step(gradients, pairs)
@@ -194,7 +196,7 @@ class TorchEager(Driver):
         self.torch = import_module("torch")
         self.tensors = {name: self.torch.nn.Parameter(p) for name, p in params.items()}
         made = {f.name: getattr(self.method, f.name) for f in fields(self.method)}
-        layers = tuple(sorted(self.problem.scanned))
+        layers = tuple(sorted(self.scanned))
         self.optimizer = torch_class(self.method.name)(
             self.tensors.items(), **made, **self.flags, scanned_layers=layers or False
         )
@@ -289,7 +291,7 @@ class JaxJit(Driver):
     def begin(self, params: dict[str, Any]) -> None:
         self.jax, self.optax = import_module("jax"), import_module("optax")
         made = {f.name: getattr(self.method, f.name) for f in fields(self.method) if f.name != "lr"}
-        layers = {name: name in self.problem.scanned for name in params}
+        layers = {name: name in self.scanned for name in params}
         self.transform = jax_alias(self.method.name)(self.method.lr, **made, scanned_layers=layers)
         self.tree, self.inner = params, self.transform.init(params)
         differentiated = self.jax.value_and_grad(self.problem.loss)
