@@ -101,6 +101,10 @@ class Driver(ABC):
         """State leaves as float64; empty before the first step."""
 
     @abstractmethod
+    def skipped(self) -> tuple[int, int]:
+        """Steps that were skipped because a gradient was not finite, in all and in a row."""
+
+    @abstractmethod
     def load(self, snapshot: Snapshot) -> None:
         """Continue from another's snapshot, taken after at least one step of both."""
 
@@ -140,6 +144,9 @@ class NumpyOracle(Driver):
         for name, state in self.run.states.items():
             flat |= flat_state(name, state, self.run.count, since, self.framework.numpy)
         return flat
+
+    def skipped(self) -> tuple[int, int]:
+        return self.run.skipped, self.run.skipped_in_a_row
 
     def load(self, snapshot: Snapshot) -> None:
         for name, old in self.run.states.items():
@@ -243,6 +250,10 @@ class TorchEager(Driver):
                     lambda x: self.framework.numpy(x).copy(),
                 )
         return flat
+
+    def skipped(self) -> tuple[int, int]:
+        (group,) = self.optimizer.param_groups
+        return group["skipped"], group["skipped_in_a_row"]
 
     def load(self, snapshot: Snapshot) -> None:
         to_state = import_module("psgd_torch_backend._state").to_state
@@ -350,6 +361,10 @@ class JaxJit(Driver):
             flat |= flat_state(name, state, int(own.count), own.since, self.framework.numpy)
         return flat if int(own.count) else {}
 
+    def skipped(self) -> tuple[int, int]:
+        total, row = self._own().skipped
+        return int(total), int(row)
+
     def load(self, snapshot: Snapshot) -> None:
         own, states = self._states()
         jnp = import_module("jax.numpy")
@@ -371,7 +386,7 @@ class JaxJit(Driver):
             q, ell = gathered([filled[name] for name in sorted(filled)]).factors
         else:
             q, ell = ({name: getattr(s.factors, kind) for name, s in filled.items()} for kind in Factors._fields)
-        new = type(own)(count, since, momentum, q, ell)
+        new = own._replace(count=count, since=since, momentum=momentum, Q=q, L=ell)
         self.inner = tuple(new if part is own else part for part in self.inner)
 
 

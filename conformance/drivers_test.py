@@ -220,3 +220,28 @@ def test_products_with_the_hessian_agree(problem):
         assert np.array_equal(v, ours[name][0])
         assert np.max(np.abs(h - ours[name][1])) <= 1e-12 * largest, name
         assert all(not np.array_equal(v, w) for other, (w, _) in theirs.items() if other != name and w.shape == v.shape)
+
+
+# ---- gradients that are not finite ----------------------------------------------------------
+@ALL_METHODS
+def test_all_skip_the_same_steps(method):
+    """NaN and infinities, in a gradient or in a pair, at the first step and later: nothing moves, all count alike."""
+    newton = METHODS[method]().recipe().newton
+    runs = {name: made(name, method) for name in ("torch", "jax", "numpy")}
+    counts = [(1, 1), (1, 0), (2, 1), (3, 2), (3, 0), (4, 1) if newton else (3, 0), (4 if newton else 3, 0)]
+    for step, expected in enumerate(counts):
+        seen = gradients(step)
+        v = gradients(step + 100)
+        pairs = {name: (v[name], seen[name].copy()) for name in seen} if newton else None
+        spoilt = seen if step in (0, 2, 3) else {k: h for k, (_, h) in pairs.items()} if newton and step == 5 else None
+        if spoilt is not None:
+            spoilt["W"].reshape(-1)[step] = np.nan if step % 2 else -np.inf
+        before = {name: run.snapshot() for name, run in runs.items()}
+        after = {name: run.step(seen, pairs) for name, run in runs.items()}
+        for name, run in runs.items():
+            assert run.skipped() == expected, (name, step)
+            if spoilt is not None:
+                assert all(np.array_equal(x, before[name].params[k]) for k, x in after[name].params.items())
+                assert all(np.array_equal(x, after[name].state.get(k, x)) for k, x in before[name].state.items())
+            assert_same(after[name].params, after["numpy"].params)
+            assert_same(after[name].state, after["numpy"].state, 1e-11)

@@ -108,7 +108,7 @@ class Reference:
     def __init__(self, method: Method, params: Mapping[str, Array], scanned: Collection[str] = ()) -> None:
         self.method, self.params, self.scanned = method, dict(params), frozenset(scanned)
         self.states: dict[str, pipeline.State] = {}
-        self.count = self.since = 0
+        self.count = self.since = self.skipped = self.skipped_in_a_row = 0
 
     def _parts(self, name: str, x: Array) -> list[Array]:
         return [x[k, ...] for k in range(x.shape[0])] if name in self.scanned else [x]
@@ -135,7 +135,15 @@ class Reference:
         self.states = {name: self._whole(name, [next(states) for _ in own]) for name, own in parts.items()}
 
     def step(self, gradients: Mapping[str, Array], pairs: Mapping[str, tuple[Array, Array]] | None = None) -> None:
-        """One step of all parameters. pairs: (v, H v) of each, for methods that fit to them, where this step does."""
+        """One step of all parameters. pairs: (v, H v) of each, for methods that fit to them, where this step does.
+
+        A step whose gradients or pairs are not finite is counted, and not taken.
+        """
+        seen = [*gradients.values(), *(x for pair in (pairs or {}).values() for x in pair)]
+        if not bool(pipeline.all_finite([x for x in seen if prod(x.shape)])):
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            return
+        self.skipped_in_a_row = 0
         if not self.states:
             self._start(gradients, pairs)
         self.count, self.since = self.count + 1, self.since + 1

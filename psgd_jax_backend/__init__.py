@@ -3,7 +3,7 @@
 from psgd.methods import METHODS
 from psgd.schedule import precond_update_prob_schedule
 from psgd_jax_backend.hessian import hessian_helper
-from psgd_jax_backend.transform import PSGDState, alias, scale_by_psgd, scaling, summary
+from psgd_jax_backend.transform import PSGDState, alias, check_skips, scale_by_psgd, scaling, summary
 
 globals().update({name: alias(method, __name__) for name, method in METHODS.items()})
 globals().update({method.also: alias(method, __name__, method.also) for method in METHODS.values() if method.also})
@@ -11,6 +11,7 @@ globals().update({f"scale_by_{name}": scaling(method, __name__) for name, method
 
 __all__ = [
     "PSGDState",
+    "check_skips",
     "hessian_helper",
     "precond_update_prob_schedule",
     "scale_by_psgd",

@@ -28,6 +28,8 @@ def procrustes(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_procrustes(
     *,
@@ -44,6 +46,8 @@ def scale_by_procrustes(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def quad(
     learning_rate: ScalarOrSchedule = 0.001,
@@ -63,6 +67,8 @@ def quad(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_quad(
     *,
@@ -79,6 +85,8 @@ def scale_by_quad(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def kron_whiten(
     learning_rate: ScalarOrSchedule = 0.001,
@@ -102,6 +110,8 @@ def kron_whiten(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_kron_whiten(
     *,
@@ -122,6 +132,8 @@ def scale_by_kron_whiten(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def kron_newton(
     learning_rate: ScalarOrSchedule = 0.01,
@@ -144,6 +156,8 @@ def kron_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_kron_newton(
     *,
@@ -163,6 +177,8 @@ def scale_by_kron_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def lra_whiten(
     learning_rate: ScalarOrSchedule = 0.001,
@@ -184,6 +200,8 @@ def lra_whiten(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_lra_whiten(
     *,
@@ -202,6 +220,8 @@ def scale_by_lra_whiten(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def lra_newton(
     learning_rate: ScalarOrSchedule = 0.01,
@@ -222,6 +242,8 @@ def lra_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_lra_newton(
     *,
@@ -239,6 +261,8 @@ def scale_by_lra_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def dense_newton(
     learning_rate: ScalarOrSchedule = 0.01,
@@ -259,6 +283,8 @@ def dense_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_dense_newton(
     *,
@@ -276,6 +302,8 @@ def scale_by_dense_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def kwns4(
     learning_rate: ScalarOrSchedule = 0.0002,
@@ -301,6 +329,8 @@ def kwns4(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_kwns4(
     *,
@@ -323,6 +353,8 @@ def scale_by_kwns4(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def kron(
     learning_rate: ScalarOrSchedule = 0.001,
@@ -346,6 +378,8 @@ def kron(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_kron(
     *,
@@ -366,6 +400,8 @@ def scale_by_kron(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def affine(
     learning_rate: ScalarOrSchedule = 0.01,
@@ -388,6 +424,8 @@ def affine(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_affine(
     *,
@@ -407,6 +445,8 @@ def scale_by_affine(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def xmat(
     learning_rate: ScalarOrSchedule = 0.01,
@@ -427,6 +467,8 @@ def xmat(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_xmat(
     *,
@@ -444,6 +486,8 @@ def scale_by_xmat(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def low_rank_approximation(
     learning_rate: ScalarOrSchedule = 0.01,
@@ -465,6 +509,8 @@ def low_rank_approximation(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def lra(
     learning_rate: ScalarOrSchedule = 0.01,
@@ -486,6 +532,8 @@ def lra(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_low_rank_approximation(
     *,
@@ -504,4 +552,6 @@ def scale_by_low_rank_approximation(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    nonfinite: str = 'skip',
+    max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...

@@ -271,7 +271,7 @@ def _only_if(go: Leaf | None, arrays: list[Leaf]) -> list[Leaf]:
     return arrays if go is None else [jnp.where(go, x, 0) for x in arrays]
 
 
-def _kept(go: Leaf | None, new: Leaf, old: Leaf | None) -> Leaf:
+def _kept(go: Leaf | None, new: Leaf, old: Any) -> Leaf:
     """What is new, or what was where a step is skipped."""
     return new if go is None else jnp.where(go, new, old)
 
@@ -533,6 +533,20 @@ def _step_stack(
     return [(u[k], State(momenta[k], new[k])) for k in range(n)]
 
 
+def _whole_skips(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """A chain in which nothing moves where its PSGD method skips a step: no weight decay either."""
+
+    def update(updates: Tree, state: Tree, params: Tree = None, **extra_args: Any) -> tuple[Tree, Tree]:
+        updates, new = tx.update(updates, state, params, **extra_args)
+        (own,) = states(new)
+        if own.skipped is not None:
+            go = own.skipped[1] == 0
+            updates = jax.tree.map(lambda u: jnp.where(go, u, jnp.zeros_like(u)), updates)
+        return updates, new
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 # ---- named faces ------------------------------------------------------------------------
 def _parameters(settings: Sequence[Field[Any]]) -> list[Parameter]:
     return [Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in settings]
@@ -592,7 +606,7 @@ def alias(method: type[Method], module: str, name: str = "") -> Callable[..., op
             optax.identity() if off else optax.add_decayed_weights(decay, mask),
         )
         parts = (scaled, decayed) if made.recipe().decoupled else (decayed, scaled)
-        return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+        return _whole_skips(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
 
     rate = Parameter(
         "learning_rate",

@@ -30,6 +30,8 @@ class Procrustes(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
+        nonfinite: str = 'skip',
+        max_skips: int = 10,
     ) -> None: ...
 
 class QUAD(PSGD):
@@ -53,6 +55,8 @@ class QUAD(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
+        nonfinite: str = 'skip',
+        max_skips: int = 10,
     ) -> None: ...
 
 class KronWhiten(PSGD):
@@ -80,6 +84,8 @@ class KronWhiten(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
+        nonfinite: str = 'skip',
+        max_skips: int = 10,
     ) -> None: ...
 
 class KronNewton(PSGD):
@@ -106,6 +112,8 @@ class KronNewton(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
+        nonfinite: str = 'skip',
+        max_skips: int = 10,
     ) -> None: ...
 
 class LRAWhiten(PSGD):
@@ -131,6 +139,8 @@ class LRAWhiten(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
+        nonfinite: str = 'skip',
+        max_skips: int = 10,
     ) -> None: ...
 
 class LRANewton(PSGD):
@@ -155,6 +165,8 @@ class LRANewton(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
+        nonfinite: str = 'skip',
+        max_skips: int = 10,
     ) -> None: ...
 
 class DenseNewton(PSGD):
@@ -179,6 +191,8 @@ class DenseNewton(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
+        nonfinite: str = 'skip',
+        max_skips: int = 10,
     ) -> None: ...
 
 class KWNS4(PSGD):
@@ -208,6 +222,8 @@ class KWNS4(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
+        nonfinite: str = 'skip',
+        max_skips: int = 10,
     ) -> None: ...
 
 class Kron(PSGD):
@@ -235,6 +251,8 @@ class Kron(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
+        nonfinite: str = 'skip',
+        max_skips: int = 10,
     ) -> None: ...
 
 class Affine(PSGD):
@@ -261,6 +279,8 @@ class Affine(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
+        nonfinite: str = 'skip',
+        max_skips: int = 10,
     ) -> None: ...
 
 class XMat(PSGD):
@@ -285,6 +305,8 @@ class XMat(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
+        nonfinite: str = 'skip',
+        max_skips: int = 10,
     ) -> None: ...
 
 class LowRankApproximation(PSGD):
@@ -310,4 +332,6 @@ class LowRankApproximation(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
+        nonfinite: str = 'skip',
+        max_skips: int = 10,
     ) -> None: ...

@@ -11,7 +11,7 @@ from torch import Tensor
 from psgd import pipeline
 from psgd.pipeline import leaves, rebuilt
 from psgd_torch_backend._state import Stack, new_counters, parted, to_entry, to_state, unscaled, write
-from psgd_torch_backend._step import Held, Job, Steps, as_tensors, gradient_of, on_device
+from psgd_torch_backend._step import Held, Job, Steps, as_tensors, begin_momentum, gradient_of, on_device
 
 
 class Each:
@@ -27,6 +27,7 @@ class Each:
         for p in job.params:
             if "Q" not in job.state[p]:
                 job.state[p].update({**new_counters(tempo), **to_entry(_fresh(job, p))})
+            begin_momentum(job, p)
         if job.method.start_scale() is None:
             _scale(job)
         plans: dict[Any, pipeline.Plan] = {}
@@ -42,12 +43,14 @@ class Each:
         return waiting
 
     @staticmethod
-    def checked(job: Job, p: Tensor) -> str:
+    def shapes(job: Job, p: Tensor) -> list[tuple[int, ...]]:
+        """The shapes of a parameter's factors."""
+        return _shapes(job.recipe, *parted(p, id(p) in job.layered))
+
+    def checked(self, job: Job, p: Tensor) -> str:
         """What is wrong with a parameter's state, if anything."""
         factors = job.state[p].get("Q") if job.state.get(p) else None
-        if factors is None or [q.shape for q in factors.values()] == _shapes(
-            job.recipe, *parted(p, id(p) in job.layered)
-        ):
+        if factors is None or [q.shape for q in factors.values()] == self.shapes(job, p):
             return ""
         return f"shape {tuple(p.shape)}, its state belongs to another; delete optimizer.state[p]"
 

@@ -84,15 +84,6 @@ def parted(p: torch.Tensor, scanned: bool) -> tuple[tuple[int, ...], tuple[int, 
     return tuple(p.shape[:split]), tuple(p.shape[split:])
 
 
-def placed(value: Any, device: torch.device, name: str = "") -> Any:
-    """A copy of a nested state on a device; counters stay on the host."""
-    if isinstance(value, dict):
-        return {k: placed(v, device, k) for k, v in value.items()}
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone() if name in COUNTERS else value.detach().to(device, copy=True)
-    return value
-
-
 def gathered(entries: Sequence[Entry]) -> State:
     """The state of one preconditioner for several parameters, from the rows that each of them keeps."""
     states = [to_state(entry) for entry in entries]

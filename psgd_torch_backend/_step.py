@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -67,6 +68,16 @@ class Held(NamedTuple):
     directions: list[Tensor]
 
 
+def begin_momentum(job: Job, p: Tensor) -> None:
+    """Where momentum was switched on after the first step of a parameter, it begins as its gradient."""
+    entry = job.state[p]
+    if job.recipe.momentum and "momentum" not in entry:
+        momentum = pipeline.init_momentum(job.recipe, p.detach())
+        if momentum is not None and p.grad is not None:
+            momentum.copy_(p.grad)
+        job.state[p] = {"momentum": momentum, **entry}
+
+
 def take(waiting: Sequence[Held]) -> None:
     """Take the steps that were held, those of bounded length together."""
     directions = [u for held in waiting for u in held.directions if u.numel()]
@@ -78,6 +89,16 @@ def take(waiting: Sequence[Held]) -> None:
         for p, u in zip(held.targets, held.directions, strict=True):
             u = u if factor is None else u * factor.to(u.device, real_dtype(u))
             p.add_(pipeline.displacement(p, u, held.group["lr"], held.group["weight_decay"]))
+
+
+@contextmanager
+def in_full(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Products in the precision of their factors, also where the caller has switched `torch.autocast` on."""
+    with ExitStack() as stack:
+        for device in {x.device.type for x in tensors}:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def finite(tensors: Sequence[Tensor]) -> bool:

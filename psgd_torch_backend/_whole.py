@@ -12,7 +12,7 @@ from torch import Tensor
 from psgd import noise, pipeline
 from psgd.arrays import Factors
 from psgd_torch_backend._state import gathered, new_counters, scatter, to_entry, unscaled
-from psgd_torch_backend._step import Held, Job, Steps, as_tensors, on_device
+from psgd_torch_backend._step import Held, Job, Steps, as_tensors, begin_momentum, on_device
 
 LATE = (
     "its first gradient after the first step; one preconditioner is for all parameters, so all must have one from the "
@@ -34,6 +34,8 @@ class Whole:
             return []
         if not job.state.get(members[0]):
             _start(job, members)
+        for p in members:
+            begin_momentum(job, p)
         entries = [job.state[p] for p in members]
         plan, state = job.plan(), gathered(entries)
         g = _joined([torch.zeros_like(p) if p.grad is None else p.grad for p in members])
@@ -61,6 +63,12 @@ class Whole:
         parts = [x.reshape(p.shape) for x, p in zip(u.split([p.numel() for p in members]), members, strict=True)]
         moved = [(p.detach(), x) for p, x in zip(members, parts, strict=True) if p.grad is not None]
         return [Held(group, job.tempo.trust if recipe.trusted else None, *map(list, zip(*moved, strict=True)))]
+
+    @staticmethod
+    def shapes(job: Job, p: Tensor) -> list[tuple[int, ...]]:
+        """The shapes of a parameter's rows of the factors."""
+        n = sum(x.numel() for x in job.group["params"])
+        return [(p.numel(), *q[1:]) for q in job.recipe.preconditioner.shapes((n,))]
 
     @staticmethod
     def checked(job: Job, p: Tensor) -> str:

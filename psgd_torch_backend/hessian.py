@@ -14,7 +14,7 @@ from psgd._xp import namespace
 
 MISUSED = (
     "the closure must return the loss, one number that can still be differentiated, or a sequence that begins with it; "
-    "leave backward() to the optimizer"
+    "leave backward() to the optimizer (in Lightning: automatic_optimization = False)"
 )
 Closure = Callable[[], Any]  # -> the loss, or a sequence that begins with it
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +14,11 @@ from psgd import pipeline
 from psgd._xp import dtype_name
 from psgd.methods import Method, documented
 from psgd.summary import Parameter, Summary, counters, rows, summary
+from psgd_torch_backend import _loading as loading
 from psgd_torch_backend import hessian
 from psgd_torch_backend._each import Each
-from psgd_torch_backend._state import COUNTER_BYTES, placed
-from psgd_torch_backend._step import Group, Job, finite, take
+from psgd_torch_backend._state import COUNTER_BYTES
+from psgd_torch_backend._step import Group, Job, finite, in_full, take
 from psgd_torch_backend._whole import Whole
 from psgd_torch_backend.hessian import Pairs
 
@@ -185,8 +185,9 @@ class PSGD(torch.optim.Optimizer):
         jobs = [self._job(group, pairs) for group in self.param_groups]
         for job in jobs:
             self._check_gradients(job)
-        admitted = [job for job in self._admitted(jobs) if job.params]
-        take([held for job in admitted for held in (self._whole if job.recipe.whole else self._each)(job)])
+        with in_full(p for job in jobs for p in job.params):
+            admitted = [job for job in self._admitted(jobs) if job.params]
+            take([held for job in admitted for held in (self._whole if job.recipe.whole else self._each)(job)])
         return loss
 
     def _admitted(self, jobs: list[Job]) -> list[Job]:
@@ -309,28 +310,41 @@ class PSGD(torch.optim.Optimizer):
     # ---- saving and copying ------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """State and groups as plain data. Functions given as hyperparameters stay behind: give them again to load."""
-        state = super().state_dict()
-        groups = [{k: v for k, v in group.items() if not callable(v)} for group in state["param_groups"]]
-        return {**state, "param_groups": groups}
+
+        def strip(_: Any, state: dict[str, Any]) -> None:
+            state["param_groups"] = [
+                {k: v for k, v in group.items() if not callable(v)} for group in state["param_groups"]
+            ]
+
+        # Before the hooks that may want to write it down.
+        handle = self.register_state_dict_post_hook(strip, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave. Tensors keep their saved dtype, on the device of their parameter.
 
         Hyperparameters that were not saved, as functions of the step are not, stay this optimizer's own.
+
+        Raises: ValueError, naming the first mismatch, where the state is that of other parameters or another optimizer;
+        everything then stays as it was.
         """
         loaded: dict[str, Any] = {}
-        before = [{k: v for k, v in group.items() if k in self.defaults} for group in self.param_groups]
+        before = [{k: v for k, v in group.items() if k in self.defaults or k in SKIPS} for group in self.param_groups]
 
         def capture(_: Any, final: dict[str, Any]) -> None:
+            if loading.alike(self.param_groups, final):
+                self._check_loaded(final)
             loaded.update(final)
 
         def place(_: Any) -> None:
+            for group, own in zip(self.param_groups, before, strict=True):
+                group.update({k: v for k, v in own.items() if k not in group})
             # torch has cast all state to the parameters' dtype; the factors have their own.
-            saved = chain.from_iterable(group["params"] for group in loaded["param_groups"])
-            own = chain.from_iterable(group["params"] for group in self.param_groups)
-            for index, p in zip(saved, own, strict=True):
-                if index in loaded["state"]:
-                    self.state[p] = placed(loaded["state"][index], p.device)
+            for p, entry in loading.matched(self.param_groups, loaded):
+                self.state[p] = loading.placed(entry, p.device)
 
         # After the hooks that may still change what is loaded, and before those that want to see it.
         handles = (
@@ -342,12 +356,32 @@ class PSGD(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-        for group, own in zip(self.param_groups, before, strict=True):
-            group.update({k: v for k, v in own.items() if k not in group})
         self._forget()
+
+    def _check_loaded(self, saved: dict[str, Any]) -> None:
+        """Is saved state that of these parameters, by this method?"""
+        cls = type(self).__name__
+        for group, theirs in zip(self.param_groups, saved["param_groups"], strict=True):
+            own = {k: v for k, v in theirs.items() if k in self.defaults}
+            strange = [k for k in theirs if k not in NOT_HYPERPARAMETERS and k not in self.defaults]
+            if strange and len(own) < len(self.defaults) - len(ADAPTER_DEFAULTS):
+                raise ValueError(
+                    f"{cls}: the state dict is of another optimizer, its groups have {strange[0]!r}; nothing was loaded"
+                )
+            group = {**group, **self._complete({**{k: group[k] for k in self.defaults}, **own})}
+            job = self._job(group)
+            shapes = (self._whole if job.recipe.whole else self._each).shapes
+            for (name, p), index in zip(job.named, theirs["params"], strict=True):
+                entry = saved["state"].get(index)
+                wrong = loading.complaint(job, p, entry, shapes(job, p)) if entry else ""
+                if wrong:
+                    raise ValueError(f"{cls}: {name} {wrong}; nothing was loaded")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in {**ADAPTER_DEFAULTS, **dict.fromkeys(SKIPS, 0)}.items():
+                group.setdefault(name, value)
         self._forget()
 
     def _forget(self) -> None:
