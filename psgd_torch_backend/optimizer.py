@@ -34,7 +34,18 @@ ADAPTER_DEFAULTS: dict[str, Any] = {
 SKIPS = ("skipped", "skipped_in_a_row")
 # What a group may hold beside hyperparameters: its parameters, and what torch's own schedulers keep there.
 NOT_HYPERPARAMETERS = frozenset(
-    ["params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", *SKIPS]
+    [
+        "params",
+        "param_names",
+        "initial_lr",
+        "max_lr",
+        "min_lr",
+        "base_momentum",
+        "max_momentum",
+        "swa_lr",
+        "differentiable",
+        *SKIPS,
+    ]
 )
 KNOWN_SETTINGS = 64  # how many combinations of hyperparameters are remembered
 
@@ -72,6 +83,11 @@ class PSGD(torch.optim.Optimizer):
         self._check_layer_names()
 
     @classmethod
+    def _names(cls) -> set[str]:
+        """The names of all hyperparameters."""
+        return {f.name for f in fields(cls.method)} | set(ADAPTER_DEFAULTS)
+
+    @classmethod
     def _complete(cls, given: Group) -> Group:
         """Given hyperparameters, checked, with the defaults of the others."""
         flags = {name: given.get(name, default) for name, default in ADAPTER_DEFAULTS.items()}
@@ -97,7 +113,7 @@ class PSGD(torch.optim.Optimizer):
         """Add a group, with its own hyperparameters where it has them, also between steps."""
         if isinstance(param_group, dict):
             own = {k: v for k, v in param_group.items() if k not in NOT_HYPERPARAMETERS}
-            shared = {k: v for k, v in self.defaults.items() if k not in own}
+            shared = {k: v for k, v in self.defaults.items() if k in self._names() and k not in own}
             counts = dict.fromkeys(SKIPS, 0)
             param_group = counts | param_group | self._complete(own | shared)
         super().add_param_group(param_group)
@@ -332,7 +348,8 @@ class PSGD(torch.optim.Optimizer):
         everything then stays as it was.
         """
         loaded: dict[str, Any] = {}
-        before = [{k: v for k, v in group.items() if k in self.defaults or k in SKIPS} for group in self.param_groups]
+        known = self._names().union(SKIPS)
+        before = [{k: v for k, v in group.items() if k in known} for group in self.param_groups]
 
         def capture(_: Any, final: dict[str, Any]) -> None:
             if loading.alike(self.param_groups, final):
@@ -360,15 +377,15 @@ class PSGD(torch.optim.Optimizer):
 
     def _check_loaded(self, saved: dict[str, Any]) -> None:
         """Is saved state that of these parameters, by this method?"""
-        cls = type(self).__name__
+        cls, names = type(self).__name__, self._names()
         for group, theirs in zip(self.param_groups, saved["param_groups"], strict=True):
-            own = {k: v for k, v in theirs.items() if k in self.defaults}
-            strange = [k for k in theirs if k not in NOT_HYPERPARAMETERS and k not in self.defaults]
-            if strange and len(own) < len(self.defaults) - len(ADAPTER_DEFAULTS):
+            own = {k: v for k, v in theirs.items() if k in names}
+            strange = [k for k in theirs if k not in NOT_HYPERPARAMETERS and k not in names]
+            if strange and len(own) < len(names) - len(ADAPTER_DEFAULTS):
                 raise ValueError(
                     f"{cls}: the state dict is of another optimizer, its groups have {strange[0]!r}; nothing was loaded"
                 )
-            group = {**group, **self._complete({**{k: group[k] for k in self.defaults}, **own})}
+            group = {**group, **self._complete({**{k: group[k] for k in names}, **own})}
             job = self._job(group)
             shapes = (self._whole if job.recipe.whole else self._each).shapes
             for (name, p), index in zip(job.named, theirs["params"], strict=True):
