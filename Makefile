@@ -3,12 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.stamp
+# Beside which benchmarks.peers puts ours. quad-torch 0.3.0 is its last release that steps: 0.4.0 and 0.4.5 raise.
+PEERS := kron-torch==0.3.3 quad-torch==0.3.0 heavyball==3.2.1 pytorch-optimizer==4.1.0
 
 # One numerical thread per test worker; more only fight for the same cores.
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-.PHONY: help venv demo test lint format golden stubs wheel
+.PHONY: help venv demo test lint format golden stubs wheel peers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,3 +45,10 @@ stubs: $(STAMP) ## write the type stubs of the backends from the registry of met
 
 wheel: $(STAMP) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
+
+.venv-peers/.stamp: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install -q -c constraints.txt -e '.[all]' $(PEERS)
+	touch $@
+
+peers: .venv-peers/.stamp ## make .venv-peers, where benchmarks.peers finds other optimizers

@@ -26,13 +26,8 @@ class Pair(NamedTuple):
 
 
 def relative(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
-    """x + (amount + eps |x|) e: never below rounding [psgd_torch]."""
+    """x + (amount + eps |x|) e [psgd_torch]: never below rounding, without which unseen directions grow without end."""
     return x + (amount + eps(x) * namespace(x).abs(x)) * e
-
-
-def absolute(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
-    """x + amount e [quad_torch]."""
-    return x + amount * e
 
 
 def proportional(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:

@@ -90,7 +90,8 @@ def complaint(f: Field[Any], value: Any) -> str | None:
     if kind == "name":
         return None if value in names() else f"must be one of {', '.join(map(repr, names()))}"
     if kind == "pair":
-        numbers = isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, Real) for v in value)
+        numbers = isinstance(value, tuple) and len(value) == 2
+        numbers = numbers and all(isinstance(v, Real) and not isinstance(v, bool) for v in value)
         ok = numbers and 0 < float(value[0]) <= float(value[1])
         return None if ok else "must be a pair of numbers, 0 < first <= second"
     if value is None and f.default is None:
@@ -249,7 +250,6 @@ class QuadTorch(Method):
             layout=merge,
             momentum=is_positive(self.momentum),
             whiten="momentum",
-            damping=criterion.absolute,
             balance_last=False,
             start=StartScale(power=2),
             clip=Clip(rms=1.1),

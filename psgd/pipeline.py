@@ -287,7 +287,7 @@ def working(recipe: Recipe, g: Array) -> Array:
     xp = namespace(g)
     if recipe.dtype is not None:
         return cast(g, dtype_of(xp, recipe.dtype))
-    if recipe.lifted and dtype_name(g.dtype) in HALF:
+    if dtype_name(g.dtype) in (HALF if recipe.lifted else ("float16",)):
         g = cast(g, lifted_dtype(g))
     kept = g.dtype if recipe.factor_dtype is None else dtype_of(xp, recipe.factor_dtype)
     return cast(g, xp.result_type(g.dtype, kept))
@@ -420,7 +420,7 @@ def averaged(memory: Memory, g: Array, m: Array | None) -> tuple[Array | None, A
 
 def displacement(p: Array, u: Array, lr: Number, weight_decay: Number) -> Array:
     """-lr (u + weight_decay p): what a step adds to a parameter, in the parameter's dtype."""
-    u = namespace(p).astype(u, p.dtype)
+    xp = namespace(p)
     if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
-        u = u + number(weight_decay, p) * p
-    return -number(lr, p) * u
+        u = u + number(weight_decay, u) * xp.astype(p, xp.result_type(p.dtype, u.dtype))
+    return xp.astype(-number(lr, u) * u, p.dtype)

@@ -28,19 +28,27 @@ def alike(groups: list[Group], saved: Mapping[str, Any]) -> bool:
 
 def complaint(job: Job, p: Tensor, entry: Any, shapes: list[tuple[int, ...]]) -> str:
     """What keeps a saved state from being that of a parameter, if anything. shapes: of its factors."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("Q"), dict) or "step" not in entry:
+    if not isinstance(entry, dict) or not isinstance(entry.get("Q"), dict):
         return f"has no factors Q in the state dict, which is of another optimizer; it has {', '.join(map(str, entry))}"
+    for name in COUNTERS if job.tempo.counts else COUNTERS[:1]:
+        count = entry.get(name)
+        if isinstance(count, bool) or not isinstance(count, (int, float, Tensor)) or not count >= 0:
+            return f"has no count {name!r} in the state dict, or one that is none: {count!r}"
+    arrays = {"momentum": entry.get("momentum")}
+    arrays |= {f"{kind} {i}": x for kind in ("Q", "L") for i, x in entry.get(kind, {}).items()}
+    for name, x in arrays.items():
+        if x is not None and not (isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())):
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            return f"has a {name} in the state dict that is no tensor of floating-point numbers, but {kind}"
     found = [tuple(q.shape) for q in entry["Q"].values()]
     if found != shapes:
         return f"of shape {tuple(p.shape)} needs factors of shapes {shapes}, in the state dict they have {found}"
     momentum = entry.get("momentum")
     if momentum is not None and momentum.shape != p.shape:
         return f"has shape {tuple(p.shape)}, its momentum in the state dict {tuple(momentum.shape)}"
-    if job.tempo.counts and "since" not in entry:
-        return 'has no count "since" in the state dict, which is of another method'
-    arrays = [momentum, *entry["Q"].values(), *entry.get("L", {}).values()]
-    if not all(bool(x.isfinite().all()) for x in arrays if x is not None):
-        return "has a state that is not finite in the state dict; go back to an earlier one"
+    for name, x in arrays.items():
+        if x is not None and not x.is_meta and not bool(x.isfinite().all()):
+            return f"has a {name} in the state dict that is not finite; go back to an earlier one"
     return ""
 
 

@@ -23,14 +23,17 @@ COUNTER_BYTES = 8  # int64, on the host
 
 def new_counters(tempo: Tempo) -> Entry:
     """The counters of a parameter before its first step."""
-    return {name: torch.zeros((), dtype=torch.int64) for name in (COUNTERS if tempo.counts else COUNTERS[:1])}
+    return {
+        name: torch.zeros((), dtype=torch.int64, device="cpu") for name in (COUNTERS if tempo.counts else COUNTERS[:1])
+    }
 
 
 def age(entries: Sequence[Entry]) -> tuple[int, int | None]:
-    """Steps of parameters so far, and those after their last fit, by the first of them."""
+    """Steps of parameters so far, and those after their last fit, by the oldest of them."""
     if not entries:
         return 0, 0
-    return int(entries[0]["step"]), int(entries[0]["since"]) if "since" in entries[0] else None
+    oldest = max(entries, key=lambda entry: int(entry["step"]))
+    return int(oldest["step"]), int(oldest["since"]) if "since" in oldest else None
 
 
 def unscaled(entry: Entry, pairs: Pairs | None) -> bool:
@@ -50,7 +53,8 @@ def to_entry(state: State) -> Entry:
 
 def to_state(entry: Entry) -> State:
     """The inverse of `to_entry`."""
-    factors = {name: tuple(entry[name][str(i)] for i in range(len(entry[name]))) for name in Factors._fields}
+    kept = {name: entry.get(name, {}) for name in Factors._fields}  # some writers drop what is empty
+    factors = {name: tuple(own[str(i)] for i in range(len(own))) for name, own in kept.items()}
     return State(entry.get("momentum"), Factors(**factors))
 
 

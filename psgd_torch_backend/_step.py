@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -91,19 +94,30 @@ def take(waiting: Sequence[Held]) -> None:
             p.add_(pipeline.displacement(p, u, held.group["lr"], held.group["weight_decay"]))
 
 
+def sharded(p: Tensor) -> bool:
+    """Is this a part of a tensor, the rest of which is elsewhere? Asked without importing what need not be there."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(p, module.DTensor)
+
+
 @contextmanager
 def in_full(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Products in the precision of their factors, also where the caller has switched `torch.autocast` on."""
+    """Products in the precision of their factors, and state of ordinary tensors, where the caller has switched
+    `torch.autocast` or `torch.inference_mode` on.
+    """
     with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
         for device in {x.device.type for x in tensors}:
-            if torch.is_autocast_enabled(device):
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
 def finite(tensors: Sequence[Tensor]) -> bool:
     """Is every entry of every tensor finite? One small pass over each, and one wait for the device."""
-    if not tensors:
+    if not tensors or tensors[0].is_meta:  # where there are no numbers
         return True
     sums = [x.sum(dtype=torch.float32 if x.element_size() < 4 else None) for x in tensors]
     near = [(s.abs() if s.is_complex() else s).to(tensors[0].device, torch.float32) for s in sums]
@@ -167,13 +181,25 @@ def make_step(recipe: Recipe, *, stacked: bool, compiled: Sequence[int] | None =
         change, *new = (torch.vmap(one) if stacked else one)(p, g, *(pair or ()), *leaves(state))
         return change, rebuilt(state, new)
 
-    if compiled is None:
+    if compiled is None or not compiler_works():
         return step
     # Each layout compiles once; without its own count, dynamo gives up after eight shapes of one function.
     wanted = {"recompile_limit": 64, "isolate_recompiles": True}
     known = inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {name: value for name, value in wanted.items() if name in known}
     return torch.compile(step, fullgraph=True, dynamic=False, **options)
+
+
+@cache
+def compiler_works() -> bool:
+    """Can torch compile anything here? If not, warns, once."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(1))
+    except Exception as error:  # whatever a backend, or the compiler that it calls, may raise
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(f"compile=True: torch.compile does not work here, so steps are eager ({reason})", stacklevel=2)
+        return False
+    return True
 
 
 class Steps:
@@ -206,13 +232,13 @@ def as_tensors(plan: Plan, *numbers: Any) -> tuple[Any, ...]:
     """The plan and further numbers as 0-d tensors, so that a new value is no reason to compile again."""
 
     def tensor(x: Any) -> Tensor:
-        return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
+        return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
 
     blend = plan.momentum.blend
     momentum = Memory(tensor(plan.momentum.past), None if blend is None else (tensor(blend[0]), tensor(blend[1])))
     plan = plan._replace(
-        balance=torch.tensor(plan.balance),
-        side=torch.tensor(plan.side),
+        balance=torch.tensor(plan.balance, device="cpu"),
+        side=torch.tensor(plan.side, device="cpu"),
         momentum=momentum,
         rate=tensor(plan.rate),
         memory=tensor(plan.memory),

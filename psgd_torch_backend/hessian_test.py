@@ -142,6 +142,7 @@ def test_complex_newton_descends():
     assert losses[-1] < 1e-2 * losses[0]
 
 
+@pytest.mark.contract("torch: closure")
 def test_the_closure_of_newton_is_called_as_often_as_said():
     """Once, or twice where the step fits by differences; with gradients on; what it returns first comes back."""
     for exact, probability, wanted in ((True, 1.0, [1, 1, 1]), (False, 1.0, [2, 2, 2]), (False, 1e-9, [2, 1, 1])):
@@ -181,6 +182,7 @@ NOT_LOSSES = {
 }
 
 
+@pytest.mark.contract("torch: closure")
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("returned", NOT_LOSSES)
 def test_a_closure_without_a_loss_is_refused(returned: str, exact: bool):
@@ -190,6 +192,7 @@ def test_a_closure_without_a_loss_is_refused(returned: str, exact: bool):
     refused(optimizer, params, RuntimeError, "must return the loss", lambda: NOT_LOSSES[returned](params[0]))
 
 
+@pytest.mark.contract("torch: closure")
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_closure_that_calls_backward_is_refused(exact: bool):
     params = parameters((4, 3))
@@ -203,6 +206,7 @@ def test_a_closure_that_calls_backward_is_refused(exact: bool):
     refused(optimizer, params, RuntimeError, r"leave backward\(\) to the optimizer", closure)
 
 
+@pytest.mark.contract("torch: closure")
 def test_a_closure_that_fails_at_either_call_changes_nothing(newton_class: type[PSGD]):
     params = parameters((4, 3), (5,))
     optimizer = newton_class(params, exact_hessian_vector_product=False)
@@ -227,6 +231,7 @@ def test_newton_asks_for_a_closure(newton_class: type[PSGD]):
     refused(optimizer, params, RuntimeError, r"call step\(closure\)")
 
 
+@pytest.mark.contract("step: no gradients")
 def test_newton_lets_be_what_the_loss_does_not_use():
     used, idle = parameters((4, 3), (4, 3))
     optimizer = KronNewton([used, idle], weight_decay=0.1)
@@ -235,6 +240,7 @@ def test_newton_lets_be_what_the_loss_does_not_use():
     assert idle.grad is None and not optimizer.state.get(idle) and equal([idle], parameters((4, 3), (4, 3))[1:])
 
 
+@pytest.mark.contract("torch: late parameters")
 def test_a_parameter_may_be_frozen_between_steps(newton_class: type[PSGD]):
     params = parameters((4, 3), (4, 3))
     optimizer = newton_class(params)
@@ -281,6 +287,7 @@ BAD_PAIRS = [
 ]
 
 
+@pytest.mark.contract("step: mismatches")
 @pytest.mark.parametrize(("given", "text"), BAD_PAIRS)
 @pytest.mark.parametrize("made", [KronNewton, KronWhiten, LRAWhiten, XMat])
 def test_wrong_pairs_are_refused(made: type[PSGD], given: dict[str, Any], text: str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from psgd_torch_backend import _loading as loading
 from psgd_torch_backend import hessian
 from psgd_torch_backend._each import Each
 from psgd_torch_backend._state import COUNTER_BYTES
-from psgd_torch_backend._step import Group, Job, finite, in_full, take
+from psgd_torch_backend._step import Group, Job, finite, in_full, sharded, take
 from psgd_torch_backend._whole import Whole
 from psgd_torch_backend.hessian import Pairs
 
@@ -31,6 +32,7 @@ ADAPTER_DEFAULTS: dict[str, Any] = {
     "nonfinite": "skip",
     "max_skips": pipeline.MAX_SKIPS,
 }
+COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 SKIPS = ("skipped", "skipped_in_a_row")
 # What a group may hold beside hyperparameters: its parameters, and what torch's own schedulers keep there.
 NOT_HYPERPARAMETERS = frozenset(
@@ -58,7 +60,8 @@ class PSGD(torch.optim.Optimizer):
         maximize: ascend instead of descend.
         stack: step parameters of equal shape together (`torch.vmap`); the numbers are the same, many small
             layers are faster.
-        compile: compile the step with `torch.compile`, once for each layout of parameters.
+        compile: compile the step with `torch.compile`, once for each layout of parameters; where no compiler works it
+            stays eager, with one warning. `torch.compile(optimizer.step)` changes nothing: it is not traced.
         scanned_layers: parameters that hold one layer for each entry of their first axis: the names of some, as a
             tuple, or True for all (of a group). Each layer is preconditioned by itself, as if it were a parameter.
         stack_batch_size: step at most so many layers in one call, for less memory at a time; None is all of a shape.
@@ -102,12 +105,10 @@ class PSGD(torch.optim.Optimizer):
         if not (isinstance(layers, bool) or (isinstance(layers, tuple) and all(isinstance(x, str) for x in layers))):
             raise ValueError(f"{cls.__name__}: scanned_layers={layers!r} must be True, False or a tuple of names")
         pipeline.checked_policy(cls.__name__, flags["nonfinite"], flags["max_skips"])
-        for name in ("lr", "weight_decay"):
-            value = given.get(name)
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise ValueError(f"{cls.__name__}: Tensor {name} must be 1-element, not of shape {tuple(value.shape)}")
-        method = cls.method.of(**{k: v for k, v in given.items() if k not in ADAPTER_DEFAULTS})
-        return {f.name: _plain(getattr(method, f.name)) for f in fields(method)} | flags
+        own = {k: _number(cls.__name__, k, v) for k, v in given.items() if k not in ADAPTER_DEFAULTS}
+        method = cls.method.of(**own)
+        tensors = {name: given[name] for name in ("lr", "weight_decay") if isinstance(given.get(name), Tensor)}
+        return {f.name: _plain(getattr(method, f.name)) for f in fields(method)} | tensors | flags
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, with its own hyperparameters where it has them, also between steps."""
@@ -163,6 +164,17 @@ class PSGD(torch.optim.Optimizer):
             raise TypeError(f"{cls} does not support complex parameters; {name} is {p.dtype}: use view_as_real of it")
         if not (p.is_floating_point() or p.is_complex()):
             raise TypeError(f"{cls} needs floating-point parameters; {name} is {p.dtype}: leave it out")
+        if p.dtype not in COMPUTED:
+            raise TypeError(f"{cls} cannot compute in {p.dtype}, which {name} is in; keep it in a wider dtype")
+        if sharded(p):
+            raise TypeError(
+                f"{cls} does not support sharded parameters, and {name} is a DTensor; use DistributedDataParallel, or "
+                "ZeroRedundancyOptimizer for methods with a preconditioner for each parameter"
+            )
+        if any(step == 0 and n > 1 for step, n in zip(p.stride(), p.shape, strict=True)):
+            raise TypeError(
+                f"{cls}: {name} is expanded, so that its numbers share memory; give a copy of it, contiguous"
+            )
 
     # ---- stepping ----------------------------------------------------------------------
     @torch.no_grad()
@@ -186,6 +198,11 @@ class PSGD(torch.optim.Optimizer):
                 parameters or by their names; and whether to fit at this step.
         """
         given = {"Hvp": Hvp, "vector": vector, "update_preconditioner": update_preconditioner}
+        # What can be compiled of a step `compile=True` compiles; the rest decides on the host.
+        run = torch.compiler.disable(self._step) if torch.compiler.is_compiling() else self._step
+        return run(closure, given)
+
+    def _step(self, closure: Callable[[], Any] | None, given: dict[str, Any]) -> Any:
         pairs = Pairs.given(type(self).__name__, self._all_named(), **given)
         loss = None
         if closure is not None and self._newton() and pairs is None:
@@ -193,6 +210,8 @@ class PSGD(torch.optim.Optimizer):
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        elif self._newton() and pairs is None and all(group["lr"] == 0 for group in self.param_groups):
+            pairs = Pairs(False, {})  # to have the state, as torch.distributed.checkpoint does before it loads
         elif self._newton() and pairs is None:
             raise RuntimeError(
                 f"{type(self).__name__} fits Hessian-vector products; call step(closure) with a closure that returns "
@@ -280,6 +299,7 @@ class PSGD(torch.optim.Optimizer):
         """Can each parameter that has a gradient be stepped?"""
         cls, check = type(self).__name__, (self._whole if job.recipe.whole else self._each).checked
         for name, p in job.named:
+            self._check_parameter(name, p)
             g = p.grad
             if g is None:
                 continue
@@ -329,7 +349,8 @@ class PSGD(torch.optim.Optimizer):
 
         def strip(_: Any, state: dict[str, Any]) -> None:
             state["param_groups"] = [
-                {k: v for k, v in group.items() if not callable(v)} for group in state["param_groups"]
+                {"method": self.method.name, **{k: v for k, v in group.items() if not callable(v)}}
+                for group in state["param_groups"]
             ]
 
         # Before the hooks that may want to write it down.
@@ -348,17 +369,15 @@ class PSGD(torch.optim.Optimizer):
         everything then stays as it was.
         """
         loaded: dict[str, Any] = {}
-        known = self._names().union(SKIPS)
-        before = [{k: v for k, v in group.items() if k in known} for group in self.param_groups]
 
-        def capture(_: Any, final: dict[str, Any]) -> None:
+        def capture(_: Any, final: dict[str, Any]) -> dict[str, Any]:
             if loading.alike(self.param_groups, final):
+                final = {**final, "param_groups": self._groups_to_load(final)}
                 self._check_loaded(final)
             loaded.update(final)
+            return final
 
         def place(_: Any) -> None:
-            for group, own in zip(self.param_groups, before, strict=True):
-                group.update({k: v for k, v in own.items() if k not in group})
             # torch has cast all state to the parameters' dtype; the factors have their own.
             for p, entry in loading.matched(self.param_groups, loaded):
                 self.state[p] = loading.placed(entry, p.device)
@@ -375,18 +394,27 @@ class PSGD(torch.optim.Optimizer):
                 handle.remove()
         self._forget()
 
+    def _groups_to_load(self, saved: dict[str, Any]) -> list[Group]:
+        """Saved groups, completed by what was not saved; refused if they are of another optimizer."""
+        cls, names = type(self).__name__, self._names()
+        own_fields, groups = names - set(ADAPTER_DEFAULTS), []
+        for own, theirs in zip(self.param_groups, saved["param_groups"], strict=True):
+            method = theirs.get("method", self.method.name)
+            strange = [k for k in theirs if k not in names and k not in NOT_HYPERPARAMETERS and k != "method"]
+            if method != self.method.name or (strange and not own_fields <= theirs.keys()):
+                what = f"is of {method}" if method != self.method.name else f"has {strange[0]!r} in its groups"
+                raise ValueError(f"{cls}: the state dict is of another optimizer, it {what}; nothing was loaded")
+            kept = {k: v for k, v in own.items() if k in names or k in SKIPS}
+            # Some writers make lists of tuples.
+            given = {k: tuple(v) if k in names and isinstance(v, list) else v for k, v in theirs.items()}
+            groups.append({k: v for k, v in {**kept, **given}.items() if k != "method"})
+        return groups
+
     def _check_loaded(self, saved: dict[str, Any]) -> None:
         """Is saved state that of these parameters, by this method?"""
-        cls, names = type(self).__name__, self._names()
+        cls = type(self).__name__
         for group, theirs in zip(self.param_groups, saved["param_groups"], strict=True):
-            own = {k: v for k, v in theirs.items() if k in names}
-            strange = [k for k in theirs if k not in NOT_HYPERPARAMETERS and k not in names]
-            if strange and len(own) < len(names) - len(ADAPTER_DEFAULTS):
-                raise ValueError(
-                    f"{cls}: the state dict is of another optimizer, its groups have {strange[0]!r}; nothing was loaded"
-                )
-            group = {**group, **self._complete({**{k: group[k] for k in names}, **own})}
-            job = self._job(group)
+            job = self._job({**group, **self._complete({k: theirs[k] for k in self._names()})})
             shapes = (self._whole if job.recipe.whole else self._each).shapes
             for (name, p), index in zip(job.named, theirs["params"], strict=True):
                 entry = saved["state"].get(index)
@@ -405,6 +433,15 @@ class PSGD(torch.optim.Optimizer):
         """Drop what can be made again: stacks, settings, compiled steps."""
         self._each, self._whole = Each(), Whole()
         self._known: dict[tuple[Any, ...], tuple[Method, pipeline.Recipe, pipeline.Tempo]] = {}
+
+
+def _number(owner: str, name: str, value: Any) -> Any:
+    """The number in a tensor or in an array of NumPy; any other hyperparameter as it is."""
+    if not hasattr(value, "item"):
+        return value
+    if prod(value.shape) != 1:
+        raise ValueError(f"{owner}: {type(value).__name__} {name} must be 1-element, not of shape {tuple(value.shape)}")
+    return value.item()
 
 
 def _plain(value: Any) -> Any:

@@ -255,6 +255,7 @@ def test_zero_gradients_change_nothing(optimizer_class: type[PSGD]):
     assert all(p.isfinite().all() for p in run(optimizer, params, range(3)))
 
 
+@pytest.mark.contract("step: zero gradients")
 def test_a_dead_parameter_without_noise_stays_finite(optimizer_class: type[PSGD]):
     without = {
         "damping": 0.0,
@@ -284,8 +285,8 @@ def test_maximize_climbs(optimizer_class: type[PSGD]):
     assert equal(down, up)
 
 
-@pytest.mark.contract("torch: groups")
 # ---- groups ---------------------------------------------------------------------------------
+@pytest.mark.contract("torch: groups")
 def test_groups_are_optimizers_of_their_own(optimizer_class: type[PSGD]):
     own = [{"lr": 0.1, "weight_decay": 0.2}, {"lr": 0.01, beta(optimizer_class): 0.5, "seed": 3, "maximize": True}]
     together, apart = parameters((4, 3), (5,)), parameters((4, 3), (5,))
@@ -334,13 +335,14 @@ def test_without_any_gradient_nothing_happens(optimizer_class: type[PSGD]):
     assert not optimizer.state and equal(params, parameters(*SHAPES))
 
 
+@pytest.mark.contract("torch: kinds of parameters")
 def test_named_parameters_appear_in_errors():
     with pytest.raises(TypeError, match=r"embedding is torch\.int64"):
         Procrustes([("embedding", nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False))])
 
 
-@pytest.mark.contract("torch: closure")
 # ---- closures -------------------------------------------------------------------------------
+@pytest.mark.contract("torch: closure")
 def test_a_closure_is_called_once_with_gradients_on():
     (p,) = parameters((3,))
     optimizer, calls = Procrustes([p]), []
@@ -493,6 +495,7 @@ def test_a_wrong_gradient_stops_the_step_before_it_starts(optimizer_class: type[
     assert_untouched(optimizer, params, before)
 
 
+@pytest.mark.contract("input: numbers")
 def test_a_value_spoilt_later_is_refused_at_the_step():
     params = parameters((3, 3))
     optimizer = Procrustes(params)
@@ -719,6 +722,7 @@ def test_every_shape_steps(
         assert not p.numel() or not torch.equal(p, start)
 
 
+@pytest.mark.contract("step: shapes")
 def test_whole_models_of_every_shape_step(whole_class: type[PSGD]):
     for shapes in (STRANGE[:-2], [()], [(1,), ()], [(7, 1)], [(0,), (2,)]):
         params = parameters(*shapes)
@@ -771,8 +775,8 @@ def test_complex_parameters_where_the_method_takes_them():
     assert all(p.abs().max() < 0.3 for p in params)
 
 
-@pytest.mark.contract("torch: distributed data")
 # ---- nothing global -------------------------------------------------------------------------
+@pytest.mark.contract("torch: distributed data")
 def test_parallel_copies_follow_one_trajectory_without_global_noise(optimizer_class: type[PSGD]):
     first, second = parameters(*SHAPES), parameters(*SHAPES)
     ours, theirs = optimizer_class(first), optimizer_class(second)
@@ -833,6 +837,7 @@ def test_a_whole_model_is_in_the_order_of_names(whole_class: type[PSGD]):
     assert not torch.allclose(renamed[1], forth[1], rtol=1e-4)
 
 
+@pytest.mark.contract("step: no gradients")
 def test_a_parameter_of_a_whole_model_without_gradient_stays(whole_class: type[PSGD]):
     """Its gradient counts as zero, and it grows older with the others."""
     idle, zero = parameters(*SHAPES), parameters(*SHAPES)
@@ -850,6 +855,7 @@ def test_a_parameter_of_a_whole_model_without_gradient_stays(whole_class: type[P
     assert equal(idle[:2] + idle[3:], zero[:2] + zero[3:]) and int(ours.state[idle[2]]["step"]) == 3
 
 
+@pytest.mark.contract("torch: late parameters")
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_late_parameter_of_a_whole_model_is_refused(whole_class: type[PSGD], groups: int):
     params = parameters((4, 3), (4, 3), (2,))
@@ -862,6 +868,7 @@ def test_a_late_parameter_of_a_whole_model_is_refused(whole_class: type[PSGD], g
     assert_untouched(optimizer, params, before)
 
 
+@pytest.mark.contract("torch: late parameters")
 def test_groups_of_whole_models_have_preconditioners_of_their_own(whole_class: type[PSGD]):
     """A parameter may come late in a group of its own."""
     first, late = parameters((4, 3), (5, 3))
@@ -882,6 +889,7 @@ def test_a_compiled_whole_model_walks_the_same_way():
     close(compiled, run(CLASSES["lra_newton"](eager, **options), eager, range(5)), ulps=64)
 
 
+@pytest.mark.contract("step: shapes")
 def test_a_low_rank_needs_more_numbers():
     params = parameters((5,))
     optimizer = CLASSES["lra_whiten"](params)
@@ -965,6 +973,7 @@ def test_some_parameters_of_a_group_stack_layers():
     assert [tuple(ours.state[p]["Q"]["0"].shape) for p in by_name] == [(5, 4, 4), (5, 5), (5,)]
 
 
+@pytest.mark.contract("step: shapes")
 @pytest.mark.parametrize("shape", [(0, 4, 3), (0,), (5, 0, 3), (5, 0)], ids=str)
 def test_no_layers_and_empty_layers_are_let_be(tensor_class: type[PSGD], shape: tuple[int, ...]):
     empty, full = parameters(shape, (2, 3))
