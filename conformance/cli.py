@@ -383,8 +383,8 @@ def tell_golden(out: Console, results: Results, waiting: Mapping[str, Mapping[st
 
 
 # ---- planning -------------------------------------------------------------------------------
-# Bytes of an adapter's counter of steps, and whether it keeps one for each parameter.
-COUNTERS = {"torch": (8, True), "jax": (4, False)}
+# Bytes of an adapter's counter of steps, whether it keeps one for each parameter, and bytes of its count of skips.
+COUNTERS = {"torch": (8, True, 0), "jax": (4, False, 8)}
 DTYPES = [name for name in BYTES if name.startswith(("float", "bfloat", "complex"))]
 
 
@@ -426,14 +426,15 @@ def plan(
     known("framework", framework, COUNTERS)
     writable(json_file)
     made = METHODS[method].of(**settings(method, given or []))
-    size, each = COUNTERS[framework]
+    size, each, skips = COUNTERS[framework]
     parameters = read_shapes(shapes)
     refuse_complex(made, parameters, dtype)
     known_shapes = [
         Parameter(name, tuple(x["shape"]), x.get("dtype", dtype), x.get("scanned", False))
         for name, x in parameters.items()
     ]
-    whole = summary([(made, r) for r in rows(made, known_shapes)], counters(made, known_shapes, size, each=each))
+    counted = counters(made, known_shapes, size, each=each) + skips
+    whole = summary([(made, r) for r in rows(made, known_shapes)], counted)
     console().print(str(whole), markup=False, highlight=False, soft_wrap=True)
     totals = {name: getattr(whole, name) for name in ("bytes", "state", "apply", "fit", "counters")}
     write_json(json_file, totals | {"rows": [asdict(r) for r in whole.rows]})

@@ -59,7 +59,7 @@ ORDER = [
 ]
 # Where the names of methods and geometries belong: their own pages, and the replay of recorded runs, which maps the
 # names that other programs gave to their recordings.
-NAMING = {"psgd/methods.py", "psgd/geometry.py", "conformance/golden.py"}
+NAMING = {"benchmarks/peers.py", "psgd/methods.py", "psgd/geometry.py", "conformance/golden.py"}
 # The attribute of a node of the tree that is a name or a string in the code.
 SAYING = {
     ast.Constant: "value",
@@ -205,13 +205,14 @@ def dotted(node: ast.AST) -> list[str]:
 
 
 def test_frameworks_are_used_by_their_public_names():
-    """Also in tests, where only the switches of torch.compile are excepted."""
+    """Also in tests, where only the switches of torch.compile, and what looks on at operations, are excepted."""
+    excepted = (["torch", "_dynamo"], ["torch", "utils", "_python_dispatch"])
     roots, private = {"torch", "jax", "jnp", "optax", "numpy", "np", "array_api_compat"}, re.compile(r"_(?!_)")
     for path in sources(*PACKAGES, tests=True):
         tree, is_test = parsed(path), path.name.endswith("_test.py")
         chains = [(dotted(node), node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
         for parts, node in [*chains, *((name.split("."), node) for name, node in imports(tree))]:
-            if parts and parts[0] in roots and not (is_test and parts[:2] == ["torch", "_dynamo"]):
+            if parts and parts[0] in roots and not (is_test and (parts[:2] in excepted or parts[:3] in excepted)):
                 assert not any(private.match(part) for part in parts), f"{where(path, node)}: {'.'.join(parts)}"
 
 

@@ -82,8 +82,8 @@ def test_a_model_of_eight_billion_is_what_both_frameworks_say(planned, method):
 
 
 def test_counters_are_those_of_the_adapters():
-    assert cli.COUNTERS["torch"] == (optimizer.COUNTER_BYTES, True)
-    assert cli.COUNTERS["jax"] == (transform.COUNTER_BYTES, False)
+    assert cli.COUNTERS["torch"] == (optimizer.COUNTER_BYTES, True, 0)
+    assert cli.COUNTERS["jax"] == (transform.COUNTER_BYTES, False, transform.SKIPS_BYTES)
     assert cli.COUNTERS.keys() == {"torch", "jax"}
 
 

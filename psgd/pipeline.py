@@ -421,6 +421,7 @@ def averaged(memory: Memory, g: Array, m: Array | None) -> tuple[Array | None, A
 def displacement(p: Array, u: Array, lr: Number, weight_decay: Number) -> Array:
     """-lr (u + weight_decay p): what a step adds to a parameter, in the parameter's dtype."""
     xp = namespace(p)
+    u = cast(u, xp.result_type(u.dtype, p.dtype))  # a large u may leave the range of p, where lr u does not
     if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
-        u = u + number(weight_decay, u) * xp.astype(p, xp.result_type(p.dtype, u.dtype))
-    return xp.astype(-number(lr, u) * u, p.dtype)
+        u = u + number(weight_decay, u) * cast(p, u.dtype)
+    return cast(-number(lr, u) * u, p.dtype)

@@ -73,6 +73,9 @@ def test_a_skipped_step_is_as_if_it_had_not_been(name: str):
     assert same(ours, theirs) and same(skipping._replace(skipped=0), clean._replace(skipped=0))
     assert skipping.skipped.tolist() == [3, 0] and clean.skipped.tolist() == [0, 0]
     check_skips(state, 1)
+    tx = getattr(psgd_jax_backend, name)()
+    assert psgd_jax_backend.summary(tx, PARAMS).skipped == psgd_jax_backend.summary(tx, PARAMS, (clean,)).skipped == 0
+    assert "3 steps skipped" in str(psgd_jax_backend.summary(tx, PARAMS, (skipping,)))
 
 
 def test_a_schedule_of_the_rate_goes_on():

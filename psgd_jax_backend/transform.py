@@ -189,7 +189,7 @@ def scale_by_psgd(
         for (path, leaf), scanned in zip(jax.tree_util.tree_leaves_with_path(params), flags, strict=True):
             _check_leaf(method, path, leaf, scanned)
         for told in _listeners.get():
-            told(method, params, flags)
+            told(method, params, flags, SKIPS_BYTES if guard.nonfinite == "skip" else 0)
         scale = method.start_scale()
 
         def one(p: Leaf) -> State:
@@ -323,16 +323,20 @@ def _flattened(tree: Tree) -> tuple[list[Any], Any]:
 
 # ---- looking ----------------------------------------------------------------------------
 # Who wants to hear what is initialised with which method, in this context; see `summary`.
-_listeners: ContextVar[tuple[Callable[[Method, Tree, list[bool]], None], ...]] = ContextVar("listeners", default=())
+_listeners: ContextVar[tuple[Callable[[Method, Tree, list[bool], int], None], ...]] = ContextVar(
+    "listeners", default=()
+)
 COUNTER_BYTES = 4  # int32
+SKIPS_BYTES = 8  # two of them
 
 
-def summary(tx: optax.GradientTransformation, params: Tree) -> Summary:
+def summary(tx: optax.GradientTransformation, params: Tree, state: Tree = None) -> Summary:
     """What a transformation keeps of each parameter and what its update costs; `print` it, or read its rows.
 
     Args:
         tx: any transformation with a PSGD method in it, in chains, masks and partitions too.
         params: the parameters, or their shapes as `jax.eval_shape` gives them. Nothing is allocated.
+        state: the transformation's, to see how many steps were skipped; waits for it.
 
     Returns: a `psgd.summary.Summary`; of other transformations in `tx` it knows nothing.
 
@@ -341,7 +345,7 @@ def summary(tx: optax.GradientTransformation, params: Tree) -> Summary:
     lines: list[tuple[Method, Row]] = []
     counted = 0
 
-    def told(method: Method, params: Tree, flags: list[bool]) -> None:
+    def told(method: Method, params: Tree, flags: list[bool], more: int) -> None:
         nonlocal counted
         parameters = [
             costs.Parameter(
@@ -353,16 +357,18 @@ def summary(tx: optax.GradientTransformation, params: Tree) -> Summary:
             for (path, x), scanned in zip(jax.tree_util.tree_leaves_with_path(params), flags, strict=True)
         ]
         lines.extend((method, row) for row in costs.rows(method, parameters))
-        counted += costs.counters(method, parameters, COUNTER_BYTES, each=False)
+        counted += costs.counters(method, parameters, COUNTER_BYTES, each=False) + more
 
     token = _listeners.set((*_listeners.get(), told))
     try:
-        jax.eval_shape(tx.init, params)
+        # A function of its own, or JAX would remember what it told last time.
+        jax.eval_shape(lambda x: tx.init(x), params)
     finally:
         _listeners.reset(token)
     if not lines and not counted:
         raise ValueError("the transformation holds no PSGD method; give one made by psgd_jax_backend, or a chain of it")
-    return costs.summary(lines, counted)
+    skipped = max((int(own.skipped[0]) for own in states(state) if own.skipped is not None), default=0)
+    return costs.summary(lines, counted, skipped)
 
 
 # ---- checks -----------------------------------------------------------------------------

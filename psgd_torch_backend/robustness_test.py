@@ -928,7 +928,6 @@ def switches() -> dict[str, object]:
         "einsum": (torch.backends.opt_einsum.enabled, torch.backends.opt_einsum.strategy),
         "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
         "denormals": bool(torch.full((1,), 2.0**-140) > 0),
-        "printing": str(vars(torch._tensor_str.PRINT_OPTS)),
         "warnings": list(warnings.filters),
         "numpy's errors": np.geterr(),
     }
