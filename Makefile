@@ -10,7 +10,7 @@ PEERS := kron-torch==0.3.3 quad-torch==0.3.0 heavyball==3.2.1 pytorch-optimizer=
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-.PHONY: help venv demo test lint format golden stubs wheel peers
+.PHONY: help venv demo test lint format golden stubs soak wheel peers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,9 @@ golden: $(STAMP) ## replay the recorded runs of the published packages
 
 stubs: $(STAMP) ## write the type stubs of the backends from the registry of methods
 	$(BIN)/python -m conformance.stubs
+
+soak: $(STAMP) ## walk every method for very long and see that nothing drifts
+	$(BIN)/python -m conformance.soak
 
 wheel: $(STAMP) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

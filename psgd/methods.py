@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, replace
 from math import inf
 from numbers import Real
+from textwrap import indent
 from typing import Any, ClassVar
 
 from psgd import criterion, lra, xmat
@@ -185,13 +186,13 @@ def method(name: str, title: str, source: str) -> Callable[[type[Method]], type[
     return register
 
 
-def documented(method: type[Method]) -> str:
-    """A docstring of a method: its summary, each hyperparameter with default and range, and its source."""
+def documented(method: type[Method], example: str) -> str:
+    """A docstring of a method: its summary, each hyperparameter with default and range, its source, and an example."""
     lines = [method.summary, "", "Args:"]
     for f in fields(method):
         within = f" in {f.metadata['within']}" if f.metadata["within"] else ""
         lines.append(f"    {f.name}: {f.metadata['doc']}{within} (default {f.default!r}).")
-    return "\n".join([*lines, "", f"Source: {method.source}."])
+    return "\n".join([*lines, "", f"Source: {method.source}.", "", "Example:", indent(example, "    ")])
 
 
 def is_positive(value: Any) -> bool:

@@ -624,11 +624,33 @@ def alias(method: type[Method], module: str, name: str = "") -> Callable[..., op
     return _dressed(optimizer, name or method.name, method, module, [rate, *_parameters(settings), mask])
 
 
+EXAMPLE = """\
+>>> import jax, jax.numpy as jnp, optax
+>>> from psgd_jax_backend import {name}
+>>> params, x = {{"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}}, jnp.ones((8, 4))
+>>> loss = lambda p: jnp.mean((x @ p["w"] + p["b"] - 1) ** 2)
+>>> tx = {name}()
+>>> state = tx.init(params)
+>>> for step in range(3):
+{gradients}
+...     updates, state = tx.update(grads, state, params{pair})
+...     params = optax.apply_updates(params, updates)"""
+GRADIENTS = {
+    False: "...     grads = jax.grad(loss)(params)",
+    True: """\
+...     from psgd_jax_backend import hessian_helper
+...     _, grads, hvp, v, flag = hessian_helper(jax.random.key(step), loss, params)
+...     pair = {"Hvp": hvp, "vector": v, "update_preconditioner": flag}""",
+}
+
+
 def _dressed(
     function: Callable[..., Any], name: str, method: type[Method], module: str, parameters: list[Parameter]
 ) -> Callable[..., Any]:
     """A function with the name, signature and documentation that its method's record says."""
     function.__name__ = function.__qualname__ = name
-    function.__module__, function.__doc__ = module, documented(method)
+    newton = method().recipe().newton
+    example = EXAMPLE.format(name=name, gradients=GRADIENTS[newton], pair=", **pair" if newton else "")
+    function.__module__, function.__doc__ = module, documented(method, example)
     function.__signature__ = Signature([*parameters, *ADAPTER])  # type: ignore[attr-defined]
     return function

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
@@ -433,6 +434,13 @@ def test_order_of_leaves_does_not_matter():
     leaves = [normal((4, 3)), normal((5,)), normal((4, 3), 1)]
     (forth, _), (back, _) = (run(compiled(quad), x, range(3)) for x in (leaves, leaves[::-1]))
     close(forth, back[::-1])
+
+
+@pytest.mark.parametrize("name", [*METHODS, "scale_by_kron", "lra"])
+def test_the_example_of_the_documentation_runs(name: str):
+    example = doctest.DocTestParser().get_doctest(getattr(psgd_jax_backend, name).__doc__, {}, name, None, 0)
+    assert len(example.examples) >= 5
+    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 # ---- one preconditioner of all parameters ---------------------------------------------------

@@ -449,6 +449,26 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, tuple) else value
 
 
+EXAMPLE = """\
+>>> import torch
+>>> from psgd_torch_backend import {name}
+>>> model, x = torch.nn.Linear(4, 3), torch.ones(8, 4)
+>>> optimizer = {name}(model.named_parameters(), lr=0.01)
+{steps}
+>>> print(optimizer.summary())  # doctest: +SKIP"""
+STEPS = {
+    False: """\
+>>> for _ in range(3):
+...     optimizer.zero_grad()
+...     loss = (model(x) - 1).square().mean()
+...     loss.backward()
+...     optimizer.step()""",
+    True: """\
+>>> for _ in range(3):
+...     loss = optimizer.step(lambda: (model(x) - 1).square().mean())""",
+}
+
+
 def face(method: type[Method], module: str) -> type[PSGD]:
     """The optimizer class of a method: its name, signature and documentation come from the method's record."""
     settings = {f.name: f for f in fields(method)}
@@ -460,7 +480,7 @@ def face(method: type[Method], module: str) -> type[PSGD]:
     ]
     body = {
         "method": method,
-        "__doc__": documented(method),
+        "__doc__": documented(method, EXAMPLE.format(name=method.title, steps=STEPS[method().recipe().newton])),
         "__module__": module,
         "__signature__": inspect.Signature([*first, *keyword]),
     }

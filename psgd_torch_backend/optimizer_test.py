@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import inspect
 import io
 import pickle
@@ -284,6 +285,12 @@ def test_maximize_climbs(optimizer_class: type[PSGD]):
     step(optimizer_class(down))
     step(optimizer_class(up, maximize=True))
     assert equal(down, up)
+
+
+def test_the_example_of_the_documentation_runs(optimizer_class: type[PSGD]):
+    example = doctest.DocTestParser().get_doctest(optimizer_class.__doc__, {}, optimizer_class.__name__, None, 0)
+    assert len(example.examples) >= 5
+    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 # ---- groups ---------------------------------------------------------------------------------
