@@ -289,7 +289,7 @@ class TorchCompiled(TorchEager):
 @cache
 def jax_alias(name: str) -> Any:
     """The optax face of a registered method."""
-    return import_module("psgd_jax_backend.transform").alias(METHODS[name], __name__)
+    return import_module("psgd_jax_backend.faces").alias(METHODS[name], __name__)
 
 
 class JaxJit(Driver):

@@ -25,7 +25,7 @@ from psgd.kron import Kronecker
 from psgd.methods import Method, method, setting
 from psgd.pipeline import Recipe, Tempo
 from psgd.schedule import from_first
-from psgd_jax_backend.transform import alias
+from psgd_jax_backend.faces import alias
 from psgd_torch_backend.optimizer import face
 
 ROOT = Path(__file__).resolve().parent.parent

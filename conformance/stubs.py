@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from psgd.methods import METHODS, Method
-from psgd_jax_backend.transform import ADAPTER
+from psgd_jax_backend.faces import ADAPTER
 from psgd_torch_backend.optimizer import ADAPTER_DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,8 +27,9 @@ JAX = """from typing import Any
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from psgd.schedule import precond_update_prob_schedule as precond_update_prob_schedule
+from psgd_jax_backend._state import PSGDState as PSGDState
+from psgd_jax_backend._state import check_skips as check_skips
 from psgd_jax_backend.hessian import hessian_helper as hessian_helper
-from psgd_jax_backend.transform import PSGDState as PSGDState
 from psgd_jax_backend.transform import scale_by_psgd as scale_by_psgd
 from psgd_jax_backend.transform import summary as summary
 """

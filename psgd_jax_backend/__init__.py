@@ -2,8 +2,10 @@
 
 from psgd.methods import METHODS
 from psgd.schedule import precond_update_prob_schedule
+from psgd_jax_backend._state import PSGDState, check_skips
+from psgd_jax_backend.faces import alias, scaling
 from psgd_jax_backend.hessian import hessian_helper
-from psgd_jax_backend.transform import PSGDState, alias, check_skips, scale_by_psgd, scaling, summary
+from psgd_jax_backend.transform import scale_by_psgd, summary
 
 globals().update({name: alias(method, __name__) for name, method in METHODS.items()})
 globals().update({method.also: alias(method, __name__, method.also) for method in METHODS.values() if method.also})

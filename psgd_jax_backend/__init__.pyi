@@ -5,8 +5,9 @@ from typing import Any
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from psgd.schedule import precond_update_prob_schedule as precond_update_prob_schedule
+from psgd_jax_backend._state import PSGDState as PSGDState
+from psgd_jax_backend._state import check_skips as check_skips
 from psgd_jax_backend.hessian import hessian_helper as hessian_helper
-from psgd_jax_backend.transform import PSGDState as PSGDState
 from psgd_jax_backend.transform import scale_by_psgd as scale_by_psgd
 from psgd_jax_backend.transform import summary as summary
 

@@ -1,12 +1,10 @@
-"""The one generic optax transformation. Its named faces, one for each registered method, are made in `__init__`."""
+"""The one generic optax transformation; its named faces, one for each registered method, are in `faces`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import Field, fields
 from functools import partial
-from inspect import Parameter, Signature
 from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
@@ -19,94 +17,10 @@ from psgd import noise, pipeline
 from psgd import summary as costs
 from psgd._xp import real_dtype
 from psgd.arrays import Factors
-from psgd.methods import Method, documented
+from psgd.methods import Method
 from psgd.pipeline import Plan, Recipe, State
 from psgd.summary import Row, Summary
-
-Leaf = jax.Array
-Tree = Any
-
-
-class PSGDState(NamedTuple):
-    """count: steps done. since: steps done after the last fit, or None where the method does not ask. skipped: steps
-    that were skipped, in all and in a row, (2,), or None where none are. momentum: a tree as the parameters', or None.
-    Q, L: such a tree with a tuple of arrays, one for each factor, in place of every leaf; one such tuple for a
-    preconditioner of all parameters.
-    """
-
-    count: Leaf  # type: ignore[assignment]  # a tuple's method; optax's own states have the name too
-    since: Leaf | None
-    skipped: Leaf | None
-    momentum: Tree
-    Q: Tree
-    L: Tree
-
-
-class Guard(NamedTuple):
-    """What to do about gradients that are not finite; see `scale_by_psgd`."""
-
-    nonfinite: str = "skip"
-    max_skips: int = pipeline.MAX_SKIPS
-
-    def counters(self) -> Leaf | None:
-        """Before the first step."""
-        return jnp.zeros(2, jnp.int32) if self.nonfinite == "skip" else None
-
-    def finite(self, method: Method, paths: Sequence[Any], arrays: Sequence[Leaf]) -> Leaf | None:
-        """Is every entry finite, or None where nobody looks? Says so where the policy is to raise."""
-        there = [x for x in arrays if x.size]
-        if self.nonfinite == "propagate" or not there:
-            return None
-        flags = jnp.stack([jnp.isfinite(x).all() for x in there])
-        if self.nonfinite == "skip":
-            return flags.all()
-        names = [
-            jax.tree_util.keystr(path) or "the parameter" for path, x in zip(paths, arrays, strict=False) if x.size
-        ]
-
-        def tell(flags: Any) -> None:
-            bad = next((name for name, ok in zip(names, flags, strict=False) if not ok), "a Hessian-vector product")
-            if not flags.all():
-                raise FloatingPointError(
-                    f"{method.name}: the gradient of {bad} holds a NaN or an infinity; see how the loss came to it, or "
-                    'give nonfinite="skip" to leave such steps out'
-                )
-
-        if isinstance(flags, jax.core.Tracer):
-            jax.debug.callback(tell, flags)
-        else:
-            tell(flags)
-        return None
-
-    def counted(self, state: PSGDState, go: Leaf | None) -> Leaf | None:
-        """The counters after a step; too many in a row are an error where that can be seen."""
-        if state.skipped is None or go is None:
-            return state.skipped
-        total, row = state.skipped
-        skipped = jnp.stack([jnp.where(go, total, optax.safe_increment(total)), jnp.where(go, 0, row + 1)])
-        if not isinstance(skipped, jax.core.Tracer):
-            check_skips(state._replace(skipped=skipped), self.max_skips)
-        return skipped
-
-
-def check_skips(state: Tree, max_skips: int = pipeline.MAX_SKIPS) -> None:
-    """Raise FloatingPointError if an optimizer has skipped `max_skips` steps in a row; waits for its state.
-
-    Inside `jax.jit` nothing can be raised, so call this outside, every so many steps. `state`: of any transformation
-    with PSGD methods in it.
-    """
-    worst = max((int(own.skipped[1]) for own in states(state) if own.skipped is not None), default=0)
-    if worst >= max_skips:
-        raise FloatingPointError(
-            f"{worst} steps in a row had a gradient that is not finite; lower the learning rate, or go back to a "
-            "checkpoint"
-        )
-
-
-def states(state: Tree) -> list[PSGDState]:
-    """The states of PSGD methods in the state of a transformation."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PSGDState))
-    return [x for x in leaves if isinstance(x, PSGDState)]
+from psgd_jax_backend._state import Guard, Leaf, PSGDState, Tree, states
 
 
 class Mapping(NamedTuple):
@@ -537,120 +451,3 @@ def _step_stack(
     u = mapping.over(partial(pipeline.directed, recipe), _stacked(new if recipe.fit_first else old), smooth)
     momenta = [None] * n if momentum is None else list(momentum)
     return [(u[k], State(momenta[k], new[k])) for k in range(n)]
-
-
-def _whole_skips(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-    """A chain in which nothing moves where its PSGD method skips a step: no weight decay either."""
-
-    def update(updates: Tree, state: Tree, params: Tree = None, **extra_args: Any) -> tuple[Tree, Tree]:
-        updates, new = tx.update(updates, state, params, **extra_args)
-        (own,) = states(new)
-        if own.skipped is not None:
-            go = own.skipped[1] == 0
-            updates = jax.tree.map(lambda u: jnp.where(go, u, jnp.zeros_like(u)), updates)
-        return updates, new
-
-    return optax.GradientTransformationExtraArgs(tx.init, update)
-
-
-# ---- named faces ------------------------------------------------------------------------
-def _parameters(settings: Sequence[Field[Any]]) -> list[Parameter]:
-    return [Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in settings]
-
-
-def _known(method: type[Method], names: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments, all of them in the signature."""
-    for name in given:
-        if name not in names:
-            raise ValueError(f"{method.name}: unknown hyperparameter {name!r}; it has {', '.join(names)}")
-    return given
-
-
-# Arguments of every function that say how the work is mapped and guarded, not what it computes.
-ADAPTER_DEFAULTS = Mapping._field_defaults | Guard._field_defaults
-ADAPTER = [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in ADAPTER_DEFAULTS.items()]
-
-
-def _split(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of the method, arguments of the adapter."""
-    return (
-        {k: v for k, v in given.items() if k not in ADAPTER_DEFAULTS},
-        {k: v for k, v in given.items() if k in ADAPTER_DEFAULTS},
-    )
-
-
-def scaling(method: type[Method], module: str) -> Callable[..., optax.GradientTransformationExtraArgs]:
-    """`scale_by_<name>`: the method without learning rate and weight decay."""
-    settings = [f for f in fields(method) if f.name not in ("lr", "weight_decay")]
-    names = [f.name for f in settings]
-
-    def scale_by(**given: Any) -> optax.GradientTransformationExtraArgs:
-        hyperparameters, mapping = _split(given)
-        return scale_by_psgd(method.of(**_known(method, names, hyperparameters)), **mapping)
-
-    return _dressed(scale_by, f"scale_by_{method.name}", method, module, _parameters(settings))
-
-
-def alias(method: type[Method], module: str, name: str = "") -> Callable[..., optax.GradientTransformationExtraArgs]:
-    """`<name>`: the whole optimizer: direction, decoupled weight decay, learning rate (a number or a schedule)."""
-    settings = [f for f in fields(method) if f.name != "lr"]
-    default = {f.name: f.default for f in fields(method)}
-    names = ["learning_rate", *(f.name for f in settings)]
-
-    def optimizer(
-        learning_rate: optax.ScalarOrSchedule = default["lr"], **given: Any
-    ) -> optax.GradientTransformationExtraArgs:
-        hyperparameters, mapping = _split(given)
-        mask = hyperparameters.pop(method.mask_name, None)
-        made = method.of(**_known(method, names, hyperparameters))
-        if not callable(learning_rate):
-            method.of(lr=learning_rate)  # only to check it
-        decay = made.weight_decay
-        off = isinstance(decay, (int, float)) and decay == 0
-        scaled, decayed = (
-            scale_by_psgd(made, **mapping),
-            optax.identity() if off else optax.add_decayed_weights(decay, mask),
-        )
-        parts = (scaled, decayed) if made.recipe().decoupled else (decayed, scaled)
-        return _whole_skips(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
-
-    rate = Parameter(
-        "learning_rate",
-        Parameter.POSITIONAL_OR_KEYWORD,
-        default=default["lr"],
-        annotation=optax.ScalarOrSchedule,
-    )
-    mask = Parameter(method.mask_name, Parameter.KEYWORD_ONLY, default=None)
-    return _dressed(optimizer, name or method.name, method, module, [rate, *_parameters(settings), mask])
-
-
-EXAMPLE = """\
->>> import jax, jax.numpy as jnp, optax
->>> from psgd_jax_backend import {name}
->>> params, x = {{"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}}, jnp.ones((8, 4))
->>> loss = lambda p: jnp.mean((x @ p["w"] + p["b"] - 1) ** 2)
->>> tx = {name}()
->>> state = tx.init(params)
->>> for step in range(3):
-{gradients}
-...     updates, state = tx.update(grads, state, params{pair})
-...     params = optax.apply_updates(params, updates)"""
-GRADIENTS = {
-    False: "...     grads = jax.grad(loss)(params)",
-    True: """\
-...     from psgd_jax_backend import hessian_helper
-...     _, grads, hvp, v, flag = hessian_helper(jax.random.key(step), loss, params)
-...     pair = {"Hvp": hvp, "vector": v, "update_preconditioner": flag}""",
-}
-
-
-def _dressed(
-    function: Callable[..., Any], name: str, method: type[Method], module: str, parameters: list[Parameter]
-) -> Callable[..., Any]:
-    """A function with the name, signature and documentation that its method's record says."""
-    function.__name__ = function.__qualname__ = name
-    newton = method().recipe().newton
-    example = EXAMPLE.format(name=name, gradients=GRADIENTS[newton], pair=", **pair" if newton else "")
-    function.__module__, function.__doc__ = module, documented(method, example)
-    function.__signature__ = Signature([*parameters, *ADAPTER])  # type: ignore[attr-defined]
-    return function

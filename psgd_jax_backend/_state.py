@@ -1,0 +1,98 @@
+"""The state of an optimizer in JAX's terms, and what becomes of it where gradients are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from psgd import pipeline
+from psgd.methods import Method
+
+Leaf = jax.Array
+Tree = Any
+
+
+class PSGDState(NamedTuple):
+    """count: steps done. since: steps done after the last fit, or None where the method does not ask. skipped: steps
+    that were skipped, in all and in a row, (2,), or None where none are. momentum: a tree as the parameters', or None.
+    Q, L: such a tree with a tuple of arrays, one for each factor, in place of every leaf; one such tuple for a
+    preconditioner of all parameters.
+    """
+
+    count: Leaf  # type: ignore[assignment]  # a tuple's method; optax's own states have the name too
+    since: Leaf | None
+    skipped: Leaf | None
+    momentum: Tree
+    Q: Tree
+    L: Tree
+
+
+class Guard(NamedTuple):
+    """What to do about gradients that are not finite; see `scale_by_psgd`."""
+
+    nonfinite: str = "skip"
+    max_skips: int = pipeline.MAX_SKIPS
+
+    def counters(self) -> Leaf | None:
+        """Before the first step."""
+        return jnp.zeros(2, jnp.int32) if self.nonfinite == "skip" else None
+
+    def finite(self, method: Method, paths: Sequence[Any], arrays: Sequence[Leaf]) -> Leaf | None:
+        """Is every entry finite, or None where nobody looks? Says so where the policy is to raise."""
+        there = [x for x in arrays if x.size]
+        if self.nonfinite == "propagate" or not there:
+            return None
+        flags = jnp.stack([jnp.isfinite(x).all() for x in there])
+        if self.nonfinite == "skip":
+            return flags.all()
+        names = [
+            jax.tree_util.keystr(path) or "the parameter" for path, x in zip(paths, arrays, strict=False) if x.size
+        ]
+
+        def tell(flags: Any) -> None:
+            bad = next((name for name, ok in zip(names, flags, strict=False) if not ok), "a Hessian-vector product")
+            if not flags.all():
+                raise FloatingPointError(
+                    f"{method.name}: the gradient of {bad} holds a NaN or an infinity; see how the loss came to it, or "
+                    'give nonfinite="skip" to leave such steps out'
+                )
+
+        if isinstance(flags, jax.core.Tracer):
+            jax.debug.callback(tell, flags)
+        else:
+            tell(flags)
+        return None
+
+    def counted(self, state: PSGDState, go: Leaf | None) -> Leaf | None:
+        """The counters after a step; too many in a row are an error where that can be seen."""
+        if state.skipped is None or go is None:
+            return state.skipped
+        total, row = state.skipped
+        skipped = jnp.stack([jnp.where(go, total, optax.safe_increment(total)), jnp.where(go, 0, row + 1)])
+        if not isinstance(skipped, jax.core.Tracer):
+            check_skips(state._replace(skipped=skipped), self.max_skips)
+        return skipped
+
+
+def check_skips(state: Tree, max_skips: int = pipeline.MAX_SKIPS) -> None:
+    """Raise FloatingPointError if an optimizer has skipped `max_skips` steps in a row; waits for its state.
+
+    Inside `jax.jit` nothing can be raised, so call this outside, every so many steps. `state`: of any transformation
+    with PSGD methods in it.
+    """
+    worst = max((int(own.skipped[1]) for own in states(state) if own.skipped is not None), default=0)
+    if worst >= max_skips:
+        raise FloatingPointError(
+            f"{worst} steps in a row had a gradient that is not finite; lower the learning rate, or go back to a "
+            "checkpoint"
+        )
+
+
+def states(state: Tree) -> list[PSGDState]:
+    """The states of PSGD methods in the state of a transformation."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PSGDState))
+    return [x for x in leaves if isinstance(x, PSGDState)]
