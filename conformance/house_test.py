@@ -206,7 +206,7 @@ def dotted(node: ast.AST) -> list[str]:
 
 def test_frameworks_are_used_by_their_public_names():
     """Also in tests, where only the switches of torch.compile, and what looks on at operations, are excepted."""
-    excepted = (["torch", "_dynamo"], ["torch", "utils", "_python_dispatch"])
+    excepted = (["torch", "_dynamo"], ["torch", "utils", "_python_dispatch"], ["torch", "utils", "_pytree"])
     roots, private = {"torch", "jax", "jnp", "optax", "numpy", "np", "array_api_compat"}, re.compile(r"_(?!_)")
     for path in sources(*PACKAGES, tests=True):
         tree, is_test = parsed(path), path.name.endswith("_test.py")

@@ -42,11 +42,6 @@ def select(flag: bool | Scalar, a: Array, b: Array) -> Array:
 
 
 # ---- how U and V are kept alike: U V^T is unchanged, or nearly ---------------------------
-def as_they_are(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """U, V."""
-    return u, v
-
-
 def aligned(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     r"""U and V of equal size, their Gram matrices a little more alike [psgd_torch].
 
@@ -67,6 +62,16 @@ def aligned(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     wide, narrow = u / rho, v * rho
     wide, narrow = wide - matmul(wide, e - e2), narrow + matmul(narrow, e + e2)
     return xp.where(there, wide, u), xp.where(there, narrow, v)
+
+
+def aligned_if_long(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """U and V as they are [psgd_jax], but `aligned` where the square of either's norm is above 4.
+
+    A fit alone lets the columns of both become parallel and grow; after some 30,000 fits I + V^T U has no inverse.
+    """
+    xp = namespace(u)
+    long = xp.maximum(xp.sum(u * u), xp.sum(v * v)) > 4
+    return tuple(xp.where(long, new, old) for new, old in zip(aligned(u, v), (u, v), strict=True))
 
 
 # ---- what a step is normalised by --------------------------------------------------------

@@ -11,17 +11,24 @@ import numpy as np
 import pytest
 
 from conformance.frameworks import FRAMEWORKS, Framework, double_precision
-from psgd import lra, noise
+from psgd import lra, noise, pipeline
 from psgd._xp import dtype_name, namespace
 from psgd.arrays import Factors
 from psgd.criterion import Pair
 from psgd.lra import LRA
-from psgd.noise import Counter
+from psgd.methods import METHODS
+from psgd.noise import Counter, key
+
+
+def as_they_are(u, v):
+    """What is in U and V is the test's own."""
+    return u, v
+
 
 KINDS = {
     "running": LRA(3),
-    "2nd": LRA(3, lra.BY_TERMS, lra.as_they_are, lra.spread_by_rank),
-    "1st": LRA(3, lra.BY_RESIDUAL, lra.as_they_are, lra.spread_by_rank),
+    "2nd": LRA(3, lra.BY_TERMS, as_they_are, lra.spread_by_rank),
+    "1st": LRA(3, lra.BY_RESIDUAL, as_they_are, lra.spread_by_rank),
 }
 N = 8
 
@@ -160,7 +167,7 @@ def _bool(framework: Framework) -> str:
 @pytest.mark.parametrize("side", [True, False])
 def test_the_side_that_does_not_move_stays_exactly(order: str, side: bool, decided):
     with jax.enable_x64(True):
-        kind = replace(KINDS[order], keep=lra.as_they_are)
+        kind = replace(KINDS[order], keep=as_they_are)
         factors = within(FRAMEWORKS["jax"], some(kind))
         new = kind.fit(factors, within(FRAMEWORKS["jax"], pair()), 0.2, 0.9, None, decided(side))
         for moving, a, b in ((side, 0, 0), (not side, 1, 1)):
@@ -298,3 +305,29 @@ def test_fits_reduce_the_criterion(order: str):
         rate = 0.5 / (1 + t / 100)
         factors = kind.balanced(kind.fit(factors, Pair(hessian @ v, v), rate, 0.9, None, t % 2 == 0), t % 100 == 0)
     assert over[0] > 1 and 0 <= over[-1] < 0.1
+
+
+# ---- for long -----------------------------------------------------------------------------------
+def test_short_columns_stay_and_long_ones_are_aligned(framework: Framework):
+    random = np.random.default_rng(0)
+    for scale, changed in ((0.1, False), (1.0, True)):
+        u, v = (framework.array(scale * random.standard_normal((6, 3)), "float64") for _ in range(2))
+        new = lra.aligned_if_long(u, v)
+        wanted = lra.aligned(u, v) if changed else (u, v)
+        for a, b in zip(new, wanted, strict=True):
+            assert np.array_equal(framework.numpy(a), framework.numpy(b))
+        assert changed != np.array_equal(framework.numpy(new[0]), framework.numpy(u))
+
+
+def test_columns_do_not_grow_for_ever():
+    """What the fit does to U and V by itself, here by parallel columns that it has let grow long, is undone in time."""
+    method = METHODS["low_rank_approximation"].of(uvd_rank_of_approximation=2, b1=0.0)
+    g = np.random.default_rng(1).standard_normal((3000, 24))
+    state = pipeline.init(method.recipe(), g[0], 1.0, Counter(key(np, 0, 0)))
+    u, v, d = state.factors.Q
+    rows = np.random.default_rng(2).standard_normal((24, 1)) * [1.0, 1.1]
+    state = state._replace(factors=state.factors._replace(Q=(rows + 0.01 * u, rows + 0.01 * v, d)))
+    for step, x in enumerate(g, 1):
+        plan = pipeline.host_plan(method.tempo(), step)
+        _, state = pipeline.step(method.recipe(), plan._replace(key=np.full(1, plan.key, np.int32)), x, state)
+    assert max(np.linalg.norm(q) for q in state.factors.Q[:2]) < 3

@@ -670,7 +670,7 @@ class LraJax(PsgdJax):
     def recipe(self) -> Recipe:
         normaliser = lra.BY_RESIDUAL if self.step_normalizer_order == "1st" else lra.BY_TERMS
         return Recipe(
-            preconditioner=LRA(self.uvd_rank_of_approximation, normaliser, lra.as_they_are, lra.spread_by_rank),
+            preconditioner=LRA(self.uvd_rank_of_approximation, normaliser, lra.aligned_if_long, lra.spread_by_rank),
             whole=True,
             damping=criterion.undamped,
             balance_last=False,

@@ -248,7 +248,7 @@ def test_rules_of_lra():
             METHODS["low_rank_approximation"](**given).recipe(),
             METHODS["low_rank_approximation"]().tempo(),
         )
-        assert recipe.preconditioner == LRA(4, normaliser, lra.as_they_are, lra.spread_by_rank)
+        assert recipe.preconditioner == LRA(4, normaliser, lra.aligned_if_long, lra.spread_by_rank)
         assert recipe.start == StartScale(2) and recipe.damping is criterion.undamped and not recipe.balance_last
         assert balances(timing, 0.0, 0.00999, 0.01) == [True, True, False]
     for name in ("lra_whiten", "lra_newton", "low_rank_approximation"):
@@ -496,7 +496,7 @@ def test_recipes_are_static(name: str):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_describes_itself(name: str):
     made = METHODS[name]
-    text = documented(made)
+    text = documented(made, ">>> 1 + 1")
     assert issubclass(made, Method) and made.name == name and made.title.isidentifier()
     assert made.summary.endswith(".") and text.startswith(made.summary) and made.source in text
     for f in fields(made):
