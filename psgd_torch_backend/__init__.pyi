@@ -30,7 +30,7 @@ class Procrustes(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
-        nonfinite: str = 'skip',
+        nonfinite: str = "skip",
         max_skips: int = 10,
     ) -> None: ...
 
@@ -55,7 +55,7 @@ class QUAD(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
-        nonfinite: str = 'skip',
+        nonfinite: str = "skip",
         max_skips: int = 10,
     ) -> None: ...
 
@@ -84,7 +84,7 @@ class KronWhiten(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
-        nonfinite: str = 'skip',
+        nonfinite: str = "skip",
         max_skips: int = 10,
     ) -> None: ...
 
@@ -112,7 +112,7 @@ class KronNewton(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
-        nonfinite: str = 'skip',
+        nonfinite: str = "skip",
         max_skips: int = 10,
     ) -> None: ...
 
@@ -139,7 +139,7 @@ class LRAWhiten(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
-        nonfinite: str = 'skip',
+        nonfinite: str = "skip",
         max_skips: int = 10,
     ) -> None: ...
 
@@ -165,7 +165,7 @@ class LRANewton(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
-        nonfinite: str = 'skip',
+        nonfinite: str = "skip",
         max_skips: int = 10,
     ) -> None: ...
 
@@ -191,7 +191,7 @@ class DenseNewton(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
-        nonfinite: str = 'skip',
+        nonfinite: str = "skip",
         max_skips: int = 10,
     ) -> None: ...
 
@@ -222,7 +222,7 @@ class KWNS4(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
-        nonfinite: str = 'skip',
+        nonfinite: str = "skip",
         max_skips: int = 10,
     ) -> None: ...
 
@@ -251,7 +251,7 @@ class Kron(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
-        nonfinite: str = 'skip',
+        nonfinite: str = "skip",
         max_skips: int = 10,
     ) -> None: ...
 
@@ -279,7 +279,7 @@ class Affine(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
-        nonfinite: str = 'skip',
+        nonfinite: str = "skip",
         max_skips: int = 10,
     ) -> None: ...
 
@@ -305,7 +305,7 @@ class XMat(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
-        nonfinite: str = 'skip',
+        nonfinite: str = "skip",
         max_skips: int = 10,
     ) -> None: ...
 
@@ -332,6 +332,6 @@ class LowRankApproximation(PSGD):
         compile: bool = False,
         scanned_layers: bool = False,
         stack_batch_size: Any = None,
-        nonfinite: str = 'skip',
+        nonfinite: str = "skip",
         max_skips: int = 10,
     ) -> None: ...

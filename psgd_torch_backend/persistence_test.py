@@ -872,3 +872,36 @@ def test_parameters_of_a_whole_model_are_replaced_together(made: type[PSGD]):
 
 if __name__ == "__main__":
     resume_all(Path(sys.argv[1]))
+
+
+# ---- parameters that are spread over processes ------------------------------------------------
+SHARDED = """
+import sys
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from psgd_torch_backend import KronNewton, Procrustes
+
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+part = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), init_device_mesh("cpu", (1,)), [Shard(0)]))
+swapped = Procrustes([torch.nn.Parameter(torch.ones(4, 3))])
+swapped.param_groups[0]["params"][0] = part
+for use in (lambda: Procrustes([part]), lambda: KronNewton([("w", part)]), swapped.step):
+    try:
+        use()
+        print("taken")
+    except TypeError as error:
+        print(error)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.contract("torch: distributed data")
+def test_sharded_parameters_are_refused(tmp_path: Path):
+    """When they are given, and when they have taken the place of others."""
+    command = [sys.executable, "-c", SHARDED, str(tmp_path / "rendezvous")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    wanted = [("Procrustes", "parameter 0"), ("KronNewton", "w"), ("Procrustes", "parameter 0")]
+    said = [f"{made} does not support sharded parameters, and {name} is a DTensor; use " for made, name in wanted]
+    assert all(map(str.startswith, done.stdout.splitlines(), said)), done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 3
