@@ -29,7 +29,7 @@ def procrustes(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_procrustes(
@@ -47,7 +47,7 @@ def scale_by_procrustes(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def quad(
@@ -68,7 +68,7 @@ def quad(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_quad(
@@ -86,7 +86,7 @@ def scale_by_quad(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def kron_whiten(
@@ -111,7 +111,7 @@ def kron_whiten(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_kron_whiten(
@@ -133,7 +133,7 @@ def scale_by_kron_whiten(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def kron_newton(
@@ -157,7 +157,7 @@ def kron_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_kron_newton(
@@ -178,7 +178,7 @@ def scale_by_kron_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def lra_whiten(
@@ -201,7 +201,7 @@ def lra_whiten(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_lra_whiten(
@@ -221,7 +221,7 @@ def scale_by_lra_whiten(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def lra_newton(
@@ -243,7 +243,7 @@ def lra_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_lra_newton(
@@ -262,7 +262,7 @@ def scale_by_lra_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def dense_newton(
@@ -284,7 +284,7 @@ def dense_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_dense_newton(
@@ -303,7 +303,7 @@ def scale_by_dense_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def kwns4(
@@ -330,7 +330,7 @@ def kwns4(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_kwns4(
@@ -354,7 +354,7 @@ def scale_by_kwns4(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def kron(
@@ -379,7 +379,7 @@ def kron(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_kron(
@@ -401,7 +401,7 @@ def scale_by_kron(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def affine(
@@ -425,7 +425,7 @@ def affine(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_affine(
@@ -446,7 +446,7 @@ def scale_by_affine(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def xmat(
@@ -468,7 +468,7 @@ def xmat(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_xmat(
@@ -487,7 +487,7 @@ def scale_by_xmat(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def low_rank_approximation(
@@ -510,7 +510,7 @@ def low_rank_approximation(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def lra(
@@ -533,7 +533,7 @@ def lra(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
 def scale_by_low_rank_approximation(
@@ -553,6 +553,6 @@ def scale_by_low_rank_approximation(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
-    nonfinite: str = 'skip',
+    nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
