@@ -46,6 +46,11 @@ def arguments(method: type[Method], *left_out: str) -> str:
     return "".join(argument(f) for f in fields(method) if f.name not in left_out)
 
 
+def shown(default: Any) -> str:
+    """A default as the formatter writes it."""
+    return repr(default).replace("'", '"')
+
+
 def type_of(default: Any) -> str:
     """The annotation of an adapter's argument, by its default."""
     return "Any" if default is None else type(default).__name__
@@ -58,7 +63,7 @@ def default(method: type[Method], name: str) -> Any:
 def torch_face(method: type[Method]) -> str:
     """The class of a method."""
     own = "".join(f"    {line}" for line in arguments(method, "lr").splitlines(keepends=True))
-    flags = "".join(f"        {flag}: {type_of(on)} = {on!r},\n" for flag, on in ADAPTER_DEFAULTS.items())
+    flags = "".join(f"        {flag}: {type_of(on)} = {shown(on)},\n" for flag, on in ADAPTER_DEFAULTS.items())
     return (
         f"\nclass {method.title}(PSGD):\n    def __init__(\n        self,\n        params: Iterable[Any],\n"
         f"        lr: float | Tensor = {default(method, 'lr')},\n        *,\n{own}{flags}    ) -> None: ...\n"
@@ -69,7 +74,7 @@ def jax_face(method: type[Method]) -> str:
     """The two functions of a method."""
     result = ") -> GradientTransformationExtraArgs: ...\n"
     rate = f"    learning_rate: ScalarOrSchedule = {default(method, 'lr')},\n    *,\n"
-    mapping = "".join(f"    {p.name}: {type_of(p.default)} = {p.default!r},\n" for p in ADAPTER)
+    mapping = "".join(f"    {p.name}: {type_of(p.default)} = {shown(p.default)},\n" for p in ADAPTER)
     mask = f"    {method.mask_name}: Any = None,\n"
     names = [method.name, method.also] if method.also else [method.name]
     whole = "".join(f"def {name}(\n{rate}{arguments(method, 'lr')}{mask}{mapping}{result}" for name in names)
