@@ -10,8 +10,6 @@ Hessians are fitted from pairs (v, h) that are drawn once and shown to every geo
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,7 +28,7 @@ from rich.console import Console
 
 import psgd_jax_backend
 import psgd_torch_backend
-from benchmarks.step import Cells, machine, markdown_table, rich_table
+from benchmarks.step import Cells, machine, tables_and_picture
 from conformance.plots import HUES, STYLE, colour, power_of_ten, quiet
 from psgd import criterion, noise, pipeline
 from psgd._xp import identity, namespace
@@ -437,23 +435,13 @@ def picture(result: dict[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and draw."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments", description="Valleys and Hessians.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the fits here, as a PNG")
     parser.add_argument("--markdown", action="store_true", help="print the tables as docs/benchmarks.md has them")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    given = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    result = measure(QUICK if given.quick else Setup(), Console(stderr=True))
-    console.print(", ".join(f"{name} {value}" for name, value in result["machine"].items()), highlight=False)
-    for title, cells in tables(result).items():
-        if given.markdown:
-            print("\n" + markdown_table(title, cells))
-        else:
-            console.print(rich_table(title, cells))
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
-    if given.picture:
-        picture(result, given.picture)
+
+    def measured(console: Console, *, quick: bool) -> dict[str, Any]:
+        return measure(QUICK if quick else Setup(), console)
+
+    tables_and_picture(parser, measured, tables, picture, 110, arguments)
 
 
 if __name__ == "__main__":

@@ -197,6 +197,32 @@ def one_table(
         given.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def tables_and_picture(
+    parser: argparse.ArgumentParser,
+    measured: Callable[..., dict[str, Any]],
+    tables: Callable[[dict[str, Any]], Mapping[str, Cells]],
+    picture: Callable[[dict[str, Any], Path], None],
+    width: int,
+    arguments: Sequence[str] | None,
+) -> None:
+    """Be the command of a program that measures several tables and draws a picture; its own words are in `parser`."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    given = parser.parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else width)
+    result = measured(Console(stderr=True), quick=given.quick)
+    console.print(", ".join(f"{name} {value}" for name, value in result["machine"].items()), highlight=False)
+    for title, cells in tables(result).items():
+        if given.markdown:
+            print("\n" + markdown_table(title, cells))
+        else:
+            console.print(rich_table(title, cells))
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    if given.picture:
+        picture(result, given.picture)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description="What a step costs.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")

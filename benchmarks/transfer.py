@@ -11,9 +11,7 @@ from the method's default and from AdamW's best, until the final validation loss
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
@@ -29,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import psgd_torch_backend
-from benchmarks.step import Cells, machine, markdown_table, rich_table
+from benchmarks.step import Cells, machine, tables_and_picture
 from conformance.plots import DASHES, STYLE, colour, quiet
 from psgd.kron import Kronecker
 from psgd.methods import METHODS, Method
@@ -475,25 +473,15 @@ def picture(result: Mapping[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and draw."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transfer", description="Rates that carry over.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw losses by rate here, as a PNG")
     parser.add_argument(
         "--markdown", action="store_true", help="print the tables as docs/from-adamw-in-pytorch.md has them"
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    given = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    result = measure(QUICK if given.quick else Setup(), Console(stderr=True))
-    console.print(", ".join(f"{name} {value}" for name, value in result["machine"].items()), highlight=False)
-    for title, cells in tables(result).items():
-        if given.markdown:
-            print("\n" + markdown_table(title, cells))
-        else:
-            console.print(rich_table(title, cells))
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
-    if given.picture:
-        picture(result, given.picture)
+
+    def measured(console: Console, *, quick: bool) -> dict[str, Any]:
+        return measure(QUICK if quick else Setup(), console)
+
+    tables_and_picture(parser, measured, tables, picture, 150, arguments)
 
 
 if __name__ == "__main__":

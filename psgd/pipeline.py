@@ -214,6 +214,14 @@ def checked_policy(owner: str, nonfinite: Any, max_skips: Any) -> None:
         raise ValueError(f"{owner}: max_skips={max_skips!r} must be a whole number above 0")
 
 
+def not_finite(owner: str, name: str) -> str:
+    """What is said where the policy is to raise."""
+    return (
+        f"{owner}: the gradient of {name} holds a NaN or an infinity; see how the loss came to it, or give "
+        'nonfinite="skip" to leave such steps out'
+    )
+
+
 def all_finite(arrays: Sequence[Array]) -> Array:
     """Is every entry of every array finite? 0-d; of at least one array."""
     xp = namespace(arrays[0])

@@ -56,10 +56,7 @@ class Guard(NamedTuple):
         def tell(flags: Any) -> None:
             bad = next((name for name, ok in zip(names, flags, strict=False) if not ok), "a Hessian-vector product")
             if not flags.all():
-                raise FloatingPointError(
-                    f"{method.name}: the gradient of {bad} holds a NaN or an infinity; see how the loss came to it, or "
-                    'give nonfinite="skip" to leave such steps out'
-                )
+                raise FloatingPointError(pipeline.not_finite(method.name, bad))
 
         if isinstance(flags, jax.core.Tracer):
             jax.debug.callback(tell, flags)

@@ -26,6 +26,7 @@ from psgd_torch_backend.optimizer_test import (
     Bars,
     assert_untouched,
     beta,
+    descend,
     equal,
     flat_all,
     newton,
@@ -221,7 +222,7 @@ def test_averaging_of_weights_leaves_training_alone(optimizer_class: type[PSGD])
         optimizer = optimizer_class(model.parameters(), lr=0.05)
         scheduler = swa.SWALR(optimizer, swa_lr=0.01, anneal_epochs=2)
         for t in range(4):
-            descend(optimizer, model, lambda model=model, t=t: model.loss(t))
+            descend(optimizer, lambda model=model, t=t: model.loss(t))
             scheduler.step()
             if model is models[0]:
                 averaged.update_parameters(model)
@@ -234,16 +235,6 @@ def test_averaging_of_weights_leaves_training_alone(optimizer_class: type[PSGD])
 
 
 # ---- mixed precision ------------------------------------------------------------------------
-def descend(optimizer: PSGD, model: nn.Module, loss: Callable[[], Tensor]) -> None:
-    """One step, in the way of the method."""
-    if newton(type(optimizer)):
-        optimizer.step(loss)
-        return
-    optimizer.zero_grad()
-    loss().backward()
-    optimizer.step()
-
-
 @pytest.mark.contract("torch: mixed precision")
 @over(EACH_KIND)
 def test_autocast_trains(optimizer_class: type[PSGD]):
@@ -256,7 +247,7 @@ def test_autocast_trains(optimizer_class: type[PSGD]):
             return model.loss(t)
 
     for t in range(1, 41):
-        descend(optimizer, model, lambda t=t: loss(t))
+        descend(optimizer, lambda t=t: loss(t))
     assert model.loss(0).item() < 0.75 * start and set(seen) == {torch.bfloat16}
     kinds = {x.dtype for x in flat_all(optimizer.state_dict()).values()} | {p.dtype for p in model.parameters()}
     assert kinds == {torch.float32, torch.int64}

@@ -236,10 +236,7 @@ class PSGD(torch.optim.Optimizer):
         bad = [(job, name) for job in looking for name in job.not_finite()]
         strict = [name for job, name in bad if job.group["nonfinite"] == "raise"]
         if strict:
-            raise FloatingPointError(
-                f"{cls}: the gradient of {strict[0]} holds a NaN or an infinity; see how the loss came to it, or give "
-                'nonfinite="skip" to leave such steps out'
-            )
+            raise FloatingPointError(pipeline.not_finite(cls, strict[0]))
         skipping = [job for job in looking if job.group["nonfinite"] == "skip"]
         for job in skipping:
             for name in SKIPS:
