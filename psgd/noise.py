@@ -67,16 +67,17 @@ def role_number(role: str) -> int:
     return signed(number)
 
 
-def words(step_key: Array, role: int, n: int) -> Array:
-    """The n int32 words of a role, given by its number."""
-    return mix(mix(make(step_key, "arange", n) * GOLDEN + (step_key ^ role)))
+def words(step_key: Array, role: int, n: int, first: int = 0) -> Array:
+    """The n int32 words of a role, given by its number, from the one with index `first`."""
+    return mix(mix(make(step_key, "arange", first, first + n) * GOLDEN + (step_key ^ role)))
 
 
-def normal(step_key: Array, role: int, n: int, dtype: Any) -> Array:
-    """The n nearly normal numbers of a role, shape (n,), in a real dtype."""
+def normal(step_key: Array, role: int, n: int, dtype: Any, first: int = 0) -> Array:
+    """The n nearly normal numbers of a role, shape (n,), in a real dtype, from the one with index `first`."""
     xp = namespace(step_key)
-    w = words(step_key, role, n)
-    total = (w & 255) + (shifted(w, 8) & 255) + (shifted(w, 16) & 255) + shifted(w, 24)
+    w = words(step_key, role, n, first)
+    pairs = (w & 0x00FF00FF) + ((w >> 8) & 0x00FF00FF)  # bytes 0 and 1, bytes 2 and 3, each sum in 16 bits
+    total = (pairs & 0xFFFF) + (pairs >> 16)
     wide = xp.float64 if dtype == xp.float64 else xp.float32  # half precisions cannot hold the sum
     return xp.astype((xp.astype(total, wide) - BYTE_SUM_MEAN) * (1 / BYTE_SUM_DEVIATION), dtype)
 

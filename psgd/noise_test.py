@@ -146,6 +146,14 @@ def test_element_depends_on_its_index_alone():
 
 
 # ---- as random as assumed ---------------------------------------------------------------
+@pytest.mark.parametrize("first", [0, 1, 39])
+def test_a_draw_may_be_taken_in_parts(framework: Framework, first: int):
+    key, role = key_in(framework), noise.role_number("damping")
+    whole = noise.normal(key, role, 40, dtype_of(namespace(key), "float32"))
+    part = noise.normal(key, role, 40 - first, dtype_of(namespace(key), "float32"), first)
+    assert np.array_equal(framework.numpy(part), framework.numpy(whole)[first:])
+
+
 def test_words_are_a_bijection_of_the_counter():
     words = noise.words(noise.key(np, 0, 1), 0, 2**20)
     assert np.unique(words).size == words.size

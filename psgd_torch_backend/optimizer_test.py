@@ -21,6 +21,7 @@ from psgd._xp import namespace
 from psgd.methods import METHODS
 from psgd.schedule import precond_update_prob_schedule
 from psgd_torch_backend import PSGD, Affine, Kron, KronWhiten, Procrustes
+from psgd_torch_backend._step import BLOCK, Draws
 from psgd_torch_backend.optimizer import SKIPS
 
 CLASSES = {name: getattr(psgd_torch_backend, made.title) for name, made in METHODS.items()}
@@ -965,6 +966,13 @@ def both_ways(optimizer_class: type[PSGD], batch: int | None = None, layers: tup
 @pytest.mark.parametrize(("batch", "maximize"), [(None, False), (1, True), (2, False), (5, True)])
 def test_layers_step_as_parameters_do(tensor_class: type[PSGD], batch: int | None, maximize: bool):
     close(*both_ways(tensor_class, batch, lr=0.01, maximize=maximize))
+
+
+def test_noise_in_blocks_is_that_of_the_core():
+    key = noise.key(namespace(torch.zeros(1)), 3, torch.tensor(5))
+    like = torch.zeros(1, dtype=torch.float64)
+    shape = (2, BLOCK + 1)
+    assert torch.equal(*(draws(key).normal("damping", shape, like) for draws in (Draws, noise.Counter)))
 
 
 def test_compiled_layers_step_as_parameters_do():
