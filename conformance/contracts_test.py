@@ -67,10 +67,12 @@ def test_a_mark_that_is_no_contract_is_refused(tmp_path):
     assert done.returncode and "shows 'step: nothing', which is no contract" in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("whose", ["jax", "state"])
 @pytest.mark.parametrize(("failed", "lost", "code"), [(0, False, 0), (1, False, 1), (0, True, 1)])
-def test_the_command_shows_a_table(monkeypatch, tmp_path, failed, lost, code):
+def test_the_command_shows_a_table(monkeypatch, tmp_path, failed, lost, code, whose):
     """It ends with 1 where a test fails, or where a contract has none."""
-    asked = [name for name in CONTRACTS if name.startswith("state")]
+    asked = [name for name in CONTRACTS if name.startswith(f"{whose}: ")]
+    assert len(asked) > 1
 
     def run(names):
         assert names == asked
@@ -78,7 +80,7 @@ def test_the_command_shows_a_table(monkeypatch, tmp_path, failed, lost, code):
 
     monkeypatch.setattr(contracts, "run", run)
     file = tmp_path / "contracts.json"
-    result = CliRunner().invoke(app, ["contracts", "--whose", "state", "--json", str(file)])
+    result = CliRunner().invoke(app, ["contracts", "--whose", whose, "--json", str(file)])
     assert result.exit_code == code
     assert all(name in result.stdout for name in asked) and "b_test.py::test_0" in result.stdout
     assert ("no test" in result.stdout) == lost

@@ -50,7 +50,8 @@ from psgd import (
 )
 from psgd._xp import namespace
 from psgd.methods import METHODS
-from psgd_jax_backend import faces, transform
+from psgd_jax_backend import _stacks, faces, transform
+from psgd_jax_backend.transform import Scaling
 from psgd_torch_backend import _each, _state, _whole
 
 FOLDER = Path(__file__).with_name("golden")
@@ -208,22 +209,16 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "jax: noise of another step",
-        transform._step_all,
-        "pipeline.step(recipe, plan, g",
-        "pipeline.step(recipe, plan._replace(key=plan.key - 1), g",
+        _stacks.Stepper._one,
+        "self.plan, g",
+        "self.plan._replace(key=self.plan.key - 1), g",
         LOCKED,
     ),
-    Fault("jax: step not counted", transform.scale_by_psgd, "safe_increment(state.count)", "safe_increment(0)", LOCKED),
-    Fault("jax: result of another leaf", transform._unstacked, "x[k]", "x[-1 - k]", LOCKED),
+    Fault("jax: step not counted", Scaling._step, "safe_increment(state.count)", "safe_increment(0)", LOCKED),
+    Fault("jax: result of another leaf", _stacks.Stepper._leaves, "x[k]", "x[-1 - k]", LOCKED),
     Fault("jax: probe and product swapped", transform._pair, "in (vector, hvp)", "in (hvp, vector)", LOCKED),
-    Fault("jax: never counts on", transform.scale_by_psgd, "optax.safe_increment(state.since)", "state.since", LOCKED),
-    Fault(
-        "jax: a stack ascends",
-        transform._step_all,
-        "mapping.over(one, *members[0])",
-        "mapping.over(one, -members[0][0], *members[0][1:])",
-        LOCKED,
-    ),
+    Fault("jax: never counts on", Scaling._step, "optax.safe_increment(state.since)", "state.since", LOCKED),
+    Fault("jax: a stack ascends", _stacks.Stepper._layers, "apart(g), State", "apart(-g), State", LOCKED),
     Fault(
         "jax: a scale for each",
         transform._started,
@@ -231,7 +226,7 @@ FAULTS: tuple[Fault, ...] = (
         "(gradients[i]) for i in there[:1] * len(there)], damping",
         LOCKED,
     ),
-    Fault("jax: scaled at every step", transform._started, "jnp.where(first, ", "jnp.where(True, ", LOCKED),
+    Fault("jax: scaled at every step", Scaling._step, "jax.lax.cond(first if", "jax.lax.cond(True if", LOCKED),
     Fault("jax: ascends", faces.alias, "scale_by_learning_rate(learning_rate)", "scale(learning_rate)", LOCKED),
 )
 

@@ -22,16 +22,26 @@ from psgd.schedule import precond_update_prob_schedule as precond_update_prob_sc
 from psgd_torch_backend.hessian import hessian_helper as hessian_helper
 from psgd_torch_backend.optimizer import PSGD as PSGD
 """
-JAX = """from typing import Any
+JAX = """from collections.abc import Callable
+from typing import Any, ParamSpec, Protocol
 
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from psgd.schedule import precond_update_prob_schedule as precond_update_prob_schedule
+from psgd_jax_backend._sharding import state_sharding as state_sharding
 from psgd_jax_backend._state import PSGDState as PSGDState
 from psgd_jax_backend._state import check_skips as check_skips
 from psgd_jax_backend.hessian import hessian_helper as hessian_helper
 from psgd_jax_backend.transform import scale_by_psgd as scale_by_psgd
 from psgd_jax_backend.transform import summary as summary
+
+_P = ParamSpec("_P")
+
+class _Face(Protocol[_P]):
+    static_args: tuple[str, ...]
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> GradientTransformationExtraArgs: ...
+
+def _face(function: Callable[_P, GradientTransformationExtraArgs]) -> _Face[_P]: ...
 """
 
 
@@ -77,8 +87,8 @@ def jax_face(method: type[Method]) -> str:
     mapping = "".join(f"    {p.name}: {type_of(p.default)} = {shown(p.default)},\n" for p in ADAPTER)
     mask = f"    {method.mask_name}: Any = None,\n"
     names = [method.name, method.also] if method.also else [method.name]
-    whole = "".join(f"def {name}(\n{rate}{arguments(method, 'lr')}{mask}{mapping}{result}" for name in names)
-    part = f"def scale_by_{method.name}(\n    *,\n{arguments(method, 'lr', 'weight_decay')}{mapping}{result}"
+    whole = "".join(f"@_face\ndef {name}(\n{rate}{arguments(method, 'lr')}{mask}{mapping}{result}" for name in names)
+    part = f"@_face\ndef scale_by_{method.name}(\n    *,\n{arguments(method, 'lr', 'weight_decay')}{mapping}{result}"
     return whole + part
 
 
@@ -88,7 +98,7 @@ def stub(head: str, face: Callable[[type[Method]], str]) -> str:
 
 STUBS: dict[str, Callable[[], str]] = {
     "psgd_torch_backend/__init__.pyi": lambda: stub(TORCH, torch_face),
-    "psgd_jax_backend/__init__.pyi": lambda: stub(JAX + "\n", jax_face),
+    "psgd_jax_backend/__init__.pyi": lambda: stub(JAX, jax_face),
 }
 
 

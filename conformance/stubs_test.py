@@ -16,6 +16,7 @@ def test_a_type_checker_sees_names_and_hyperparameters(tmp_path):
         "import torch, psgd_jax_backend, psgd_torch_backend\n"
         "o = psgd_torch_backend.Procrustes([torch.ones(2)], lr=0.1, momentum=0.9, dtype=torch.bfloat16)\n"
         "t = psgd_jax_backend.procrustes(0.1, weight_decay=0.0)\n"
+        "names: tuple[str, ...] = psgd_jax_backend.scale_by_procrustes.static_args\n"
         "psgd_torch_backend.Procrustes([], momentun=0.9)\n"
         "psgd_jax_backend.procrustes(learning_rat=0.9)\n"
     )
@@ -29,4 +30,4 @@ def test_a_type_checker_sees_names_and_hyperparameters(tmp_path):
     ]
     done = subprocess.run([*command, str(tmp_path / "use.py")], capture_output=True, text=True, cwd=ROOT)
     errors = done.stdout.splitlines()
-    assert [line.split(":")[1] for line in errors if "error" in line] == ["4", "5"], done.stdout + done.stderr
+    assert [line.split(":")[1] for line in errors if "error" in line] == ["5", "6"], done.stdout + done.stderr

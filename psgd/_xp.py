@@ -131,7 +131,7 @@ def identity(like: Array, n: int) -> Array:
     """The (n, n) identity, by comparing counters: torch.compile warns at `eye`."""
     xp = namespace(like)
     i = make(like, "arange", n, dtype=xp.int32)
-    return xp.astype(i[:, None] == i, like.dtype)
+    return xp.astype(i[:, None] == i[None, :], like.dtype)
 
 
 # ---- products ----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ def along(q: Factor, x: Tensor, axis: int) -> Tensor:
     """q applied to axis `axis` of x: the mode product q x_i x."""
     xp, shape = namespace(q), tuple(x.shape)
     if q.ndim < 2:
-        return xp.reshape(q, q.shape + (1,) * (x.ndim - axis - 1)) * x if x.ndim else q * x
+        return xp.reshape(q, (1,) * axis + q.shape + (1,) * (x.ndim - axis - 1)) * x if x.ndim else q * x
     if axis == x.ndim - 1:
         return matmul(x, q.mT)
     before = shape[:axis]

@@ -165,7 +165,7 @@ class LRA:
         return Factors((u, v, make(like, "ones", (n,))), tuple(zeros) if self.normaliser.running else ())
 
     def _begun(self, x: Tensor) -> Tensor:
-        if not self.rank:
+        if not prod(x.shape):
             return x
         return x * self.spread(*x.shape) if self.spread else x * (sqrt(0.1) / norm(x))
 
@@ -250,7 +250,7 @@ class LRA:
         x, wx = pair
         left = select(side, x, x + times(v, wx))
         right = select(side, dot(m, wx), wx)
-        return left[:, None] * right
+        return left[:, None] * right[None, :]
 
     @staticmethod
     def _moved(

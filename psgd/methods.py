@@ -50,14 +50,18 @@ def setting(
     names: Any = None,
     *,
     scheduled: bool = False,
+    structural: bool = False,
 ) -> Any:
     """A hyperparameter: its default, its sentence and what it may be.
 
     within: an interval such as "[0, 1)" for numbers. kind: "number", "whole", "flag", "name", "dtype" or "pair".
     names: for a name, the collection it must be in (None allows None); looked up at each use, so that it may grow.
     scheduled: it may also be a function of the step, or the four numbers of one that `Annealed` is.
+    structural: a number that shapes the program, such as a bound on sizes; it must be known before anything is traced.
+    What is no number shapes it anyway, and so do whole numbers and a default that is a function of the step.
     """
     metadata = {"doc": doc, "within": within, "kind": kind, "names": names, "scheduled": scheduled}
+    metadata["structural"] = structural or kind != "number" or callable(default)
     return field(default=default, metadata=metadata)
 
 
@@ -186,18 +190,25 @@ def method(name: str, title: str, source: str) -> Callable[[type[Method]], type[
     return register
 
 
-def documented(method: type[Method], example: str) -> str:
-    """A docstring of a method: its summary, each hyperparameter with default and range, its source, and an example."""
+def documented(method: type[Method], example: str, note: str = "") -> str:
+    """A docstring of a method: its summary, each hyperparameter with default and range, a note, source and example."""
     lines = [method.summary, "", "Args:"]
     for f in fields(method):
         within = f" in {f.metadata['within']}" if f.metadata["within"] else ""
         lines.append(f"    {f.name}: {f.metadata['doc']}{within} (default {f.default!r}).")
+    lines += ["", note] if note else []
     return "\n".join([*lines, "", f"Source: {method.source}.", "", "Example:", indent(example, "    ")])
 
 
 def is_positive(value: Any) -> bool:
     """Is a number positive, or unknown yet?"""
     return not isinstance(value, Real) or float(value) > 0
+
+
+def skewest() -> Any:
+    """The hyperparameter `preconditioner_max_skew` or `max_skew_dense`."""
+    doc = "an axis is dense if its length squared is at most this times the tensor's size"
+    return setting(1.0, doc, "[0, inf]", structural=True)
 
 
 def precise(default: str | None, what: str) -> Any:
@@ -228,9 +239,7 @@ class QuadTorch(Method):
     )
     momentum: float = setting(0.95, "weight of the past in the average of gradients", "[0, 1)")
     max_size_dense: float = setting(16384, "longest axis that gets a dense factor", "[1, inf]", "whole")
-    max_skew_dense: float = setting(
-        1.0, "an axis is dense if its length squared is at most this times the tensor's size", "[0, inf]"
-    )
+    max_skew_dense: float = skewest()
     preconditioner_lr: float = setting(
         0.7, "first step size of the factors; falls as 1/sqrt(1 + step/10000) to 0.3, its floor", "(0, inf)"
     )
@@ -298,11 +307,6 @@ def amplitudes() -> Any:
 def longest() -> Any:
     """The hyperparameter `preconditioner_max_size`."""
     return setting(inf, "longest axis that gets a dense factor", "[0, inf]", "whole")
-
-
-def skewest() -> Any:
-    """The hyperparameter `preconditioner_max_skew`."""
-    return setting(1.0, "an axis is dense if its length squared is at most this times the tensor's size", "[0, inf]")
 
 
 def exactness() -> Any:
@@ -625,7 +629,7 @@ class Affine(PsgdJax):
 
     max_size_triangular: float = setting(4096, "longest side that gets a dense factor", "[0, inf]", "whole")
     max_skew_triangular: float = setting(
-        128, "a side is dense if it is at most this many times as long as the other", "[0, inf]"
+        128, "a side is dense if it is at most this many times as long as the other", "[0, inf]", structural=True
     )
 
     def recipe(self) -> Recipe:

@@ -49,7 +49,8 @@ def trust(limit: Number, us: Sequence[Array]) -> Array:
     wide = max((s.dtype for s in sizes), key=lambda d: xp.finfo(d).bits)
     r = power_mean(xp.stack([cast(s, wide) for s in sizes]), 2) * sqrt(len(sizes))
     limit = number(limit, r)
-    return limit / xp.maximum(r, xp.zeros_like(r) + limit)
+    long, one = r > limit, xp.ones_like(r)  # the limit may be an array that is infinite
+    return xp.where(long, limit / xp.where(long, r, one), one)
 
 
 @dataclass(frozen=True)

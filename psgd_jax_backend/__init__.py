@@ -2,6 +2,7 @@
 
 from psgd.methods import METHODS
 from psgd.schedule import precond_update_prob_schedule
+from psgd_jax_backend._sharding import state_sharding
 from psgd_jax_backend._state import PSGDState, check_skips
 from psgd_jax_backend.faces import alias, scaling
 from psgd_jax_backend.hessian import hessian_helper
@@ -17,6 +18,7 @@ __all__ = [
     "hessian_helper",
     "precond_update_prob_schedule",
     "scale_by_psgd",
+    "state_sharding",
     "summary",
     *METHODS,
     *(method.also for method in METHODS.values() if method.also),

@@ -1,16 +1,26 @@
 """Made from `psgd.METHODS` by `make stubs`; not to be edited."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, Protocol
 
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from psgd.schedule import precond_update_prob_schedule as precond_update_prob_schedule
+from psgd_jax_backend._sharding import state_sharding as state_sharding
 from psgd_jax_backend._state import PSGDState as PSGDState
 from psgd_jax_backend._state import check_skips as check_skips
 from psgd_jax_backend.hessian import hessian_helper as hessian_helper
 from psgd_jax_backend.transform import scale_by_psgd as scale_by_psgd
 from psgd_jax_backend.transform import summary as summary
 
+_P = ParamSpec("_P")
+
+class _Face(Protocol[_P]):
+    static_args: tuple[str, ...]
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> GradientTransformationExtraArgs: ...
+
+def _face(function: Callable[_P, GradientTransformationExtraArgs]) -> _Face[_P]: ...
+@_face
 def procrustes(
     learning_rate: ScalarOrSchedule = 0.001,
     *,
@@ -29,9 +39,11 @@ def procrustes(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def scale_by_procrustes(
     *,
     seed: int = 0,
@@ -47,9 +59,11 @@ def scale_by_procrustes(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def quad(
     learning_rate: ScalarOrSchedule = 0.001,
     *,
@@ -68,9 +82,11 @@ def quad(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def scale_by_quad(
     *,
     seed: int = 0,
@@ -86,9 +102,11 @@ def scale_by_quad(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def kron_whiten(
     learning_rate: ScalarOrSchedule = 0.001,
     *,
@@ -111,9 +129,11 @@ def kron_whiten(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def scale_by_kron_whiten(
     *,
     seed: int = 0,
@@ -133,9 +153,11 @@ def scale_by_kron_whiten(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def kron_newton(
     learning_rate: ScalarOrSchedule = 0.01,
     *,
@@ -157,9 +179,11 @@ def kron_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def scale_by_kron_newton(
     *,
     seed: int = 0,
@@ -178,9 +202,11 @@ def scale_by_kron_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def lra_whiten(
     learning_rate: ScalarOrSchedule = 0.001,
     *,
@@ -201,9 +227,11 @@ def lra_whiten(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def scale_by_lra_whiten(
     *,
     seed: int = 0,
@@ -221,9 +249,11 @@ def scale_by_lra_whiten(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def lra_newton(
     learning_rate: ScalarOrSchedule = 0.01,
     *,
@@ -243,9 +273,11 @@ def lra_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def scale_by_lra_newton(
     *,
     seed: int = 0,
@@ -262,9 +294,11 @@ def scale_by_lra_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def dense_newton(
     learning_rate: ScalarOrSchedule = 0.01,
     *,
@@ -284,9 +318,11 @@ def dense_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def scale_by_dense_newton(
     *,
     seed: int = 0,
@@ -303,9 +339,11 @@ def scale_by_dense_newton(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def kwns4(
     learning_rate: ScalarOrSchedule = 0.0002,
     *,
@@ -330,9 +368,11 @@ def kwns4(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def scale_by_kwns4(
     *,
     seed: int = 0,
@@ -354,9 +394,11 @@ def scale_by_kwns4(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def kron(
     learning_rate: ScalarOrSchedule = 0.001,
     *,
@@ -379,9 +421,11 @@ def kron(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def scale_by_kron(
     *,
     seed: int = 0,
@@ -401,9 +445,11 @@ def scale_by_kron(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def affine(
     learning_rate: ScalarOrSchedule = 0.01,
     *,
@@ -425,9 +471,11 @@ def affine(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def scale_by_affine(
     *,
     seed: int | None = None,
@@ -446,9 +494,11 @@ def scale_by_affine(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def xmat(
     learning_rate: ScalarOrSchedule = 0.01,
     *,
@@ -468,9 +518,11 @@ def xmat(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def scale_by_xmat(
     *,
     seed: int | None = None,
@@ -487,9 +539,11 @@ def scale_by_xmat(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def low_rank_approximation(
     learning_rate: ScalarOrSchedule = 0.01,
     *,
@@ -510,9 +564,11 @@ def low_rank_approximation(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def lra(
     learning_rate: ScalarOrSchedule = 0.01,
     *,
@@ -533,9 +589,11 @@ def lra(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
+@_face
 def scale_by_low_rank_approximation(
     *,
     seed: int | None = None,
@@ -553,6 +611,7 @@ def scale_by_low_rank_approximation(
     scanned_layers: Any = None,
     lax_map_scanned_layers: bool = False,
     lax_map_batch_size: int = 8,
+    spread_over: Any = None,
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from itertools import count
 from math import prod
 from typing import Any, NamedTuple
 
@@ -15,12 +16,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental.shard_alike import shard_alike
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Tree = Any
 
 # Arrays of fewer numbers are kept whole on every device: what they would save is less than what they would cost.
 WORTH_SPREADING = 4096
+# JAX lowers equal operations of a program once, so that all arrays of one shape would be laid out alike. A number, which
+# nothing reads, keeps the pairs apart.
+PAIRS = count()
 
 
 class Spread(NamedTuple):
@@ -106,7 +111,12 @@ class Spread(NamedTuple):
         """An array laid out by a specification, or as another, wherever that may lie."""
         if _is_spec(like):
             return jax.lax.with_sharding_constraint(x, like)
-        return shard_alike(x, like)[0] if x.ndim else x
+        if not x.ndim:
+            return x
+        if not isinstance(like, jax.core.Tracer):  # outside of jit, arrays know where they lie
+            return jax.lax.with_sharding_constraint(x, like.sharding) if isinstance(like.sharding, NamedSharding) else x
+        with set_xla_metadata(pair=str(next(PAIRS))):
+            return shard_alike(x, like)[0]
 
     # ---- stacks --------------------------------------------------------------------------
     # Layers move one axis of the mesh at a time; in one move the compiler would gather all of them everywhere.
@@ -147,6 +157,12 @@ class Spread(NamedTuple):
             return many(*stacks)
         own = PartitionSpec(self.axes)
         return jax.shard_map(many, in_specs=own, out_specs=own)(*stacks)
+
+    def everywhere(self, one: Callable[..., Tree], *args: Any) -> Tree:
+        """A function of whole arrays, done by every device for itself: they are gathered once, and nothing is exchanged."""
+        if not self.axes:
+            return one(*args)
+        return jax.shard_map(one, in_specs=PartitionSpec(), out_specs=PartitionSpec())(*args)
 
     # ---- other state ---------------------------------------------------------------------
     def placed(self, tree: Tree, layers: bool) -> Tree:

@@ -94,7 +94,7 @@ class Stepper(NamedTuple):
         a much longer one, such as an embedding, stays split, and sums are exchanged instead."""
         whole, factors = self.spread.whole, state.factors
         if g.size <= LONG * sum(q.size for q in factors.Q):
-            return whole(self._one(*whole((g, state, pair))))
+            return self.spread.everywhere(self._one, g, state, pair)
         u, new = self._one(g, state._replace(factors=whole(factors)), pair)
         return u, new._replace(factors=whole(new.factors))
 

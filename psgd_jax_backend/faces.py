@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from psgd.methods import Method, documented
+from psgd_jax_backend._stacks import Layering
 from psgd_jax_backend._state import Guard, Tree, states
-from psgd_jax_backend.transform import Mapping, scale_by_psgd
+from psgd_jax_backend.transform import scale_by_psgd
 
 
 def _whole_skips(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
@@ -43,12 +44,24 @@ def _known(method: type[Method], names: Sequence[str], given: dict[str, Any]) ->
 
 
 # Arguments of every function that say how the work is mapped and guarded, not what it computes.
-ADAPTER_DEFAULTS = Mapping._field_defaults | Guard._field_defaults
+ADAPTER_DEFAULTS = Layering._field_defaults | Guard._field_defaults
 ADAPTER = [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in ADAPTER_DEFAULTS.items()]
 
 
-def _split(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of the method, arguments of the adapter."""
+def _static(method: type[Method]) -> tuple[str, ...]:
+    """Names of the arguments that shape the program, for `optax.inject_hyperparams(..., static_args=)`."""
+    structural = [f.name for f in fields(method) if f.metadata["structural"]]
+    return (*structural, method.mask_name, *ADAPTER_DEFAULTS)
+
+
+def _split(method: type[Method], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of the method, arguments of the adapter; those that shape the program are no arrays."""
+    for name in _static(method):
+        if isinstance(given.get(name), jax.Array):
+            raise ValueError(
+                f"{method.name}: {name} shapes the program, so it must be known before tracing and cannot be an array; "
+                f"with optax.inject_hyperparams give static_args={method.name}.static_args"
+            )
     return (
         {k: v for k, v in given.items() if k not in ADAPTER_DEFAULTS},
         {k: v for k, v in given.items() if k in ADAPTER_DEFAULTS},
@@ -61,7 +74,7 @@ def scaling(method: type[Method], module: str) -> Callable[..., optax.GradientTr
     names = [f.name for f in settings]
 
     def scale_by(**given: Any) -> optax.GradientTransformationExtraArgs:
-        hyperparameters, mapping = _split(given)
+        hyperparameters, mapping = _split(method, given)
         return scale_by_psgd(method.of(**_known(method, names, hyperparameters)), **mapping)
 
     return _dressed(scale_by, f"scale_by_{method.name}", method, module, _parameters(settings))
@@ -76,7 +89,7 @@ def alias(method: type[Method], module: str, name: str = "") -> Callable[..., op
     def optimizer(
         learning_rate: optax.ScalarOrSchedule = default["lr"], **given: Any
     ) -> optax.GradientTransformationExtraArgs:
-        hyperparameters, mapping = _split(given)
+        hyperparameters, mapping = _split(method, given)
         mask = hyperparameters.pop(method.mask_name, None)
         made = method.of(**_known(method, names, hyperparameters))
         if not callable(learning_rate):
@@ -119,6 +132,9 @@ GRADIENTS = {
 ...     pair = {"Hvp": hvp, "vector": v, "update_preconditioner": flag}""",
 }
 
+INJECTED = """\
+`{name}.static_args` tells `optax.inject_hyperparams` what shapes the program; it may change {moving}."""
+
 
 def _dressed(
     function: Callable[..., Any], name: str, method: type[Method], module: str, parameters: list[Parameter]
@@ -127,6 +143,12 @@ def _dressed(
     function.__name__ = function.__qualname__ = name
     newton = method().recipe().newton
     example = EXAMPLE.format(name=name, gradients=GRADIENTS[newton], pair=", **pair" if newton else "")
-    function.__module__, function.__doc__ = module, documented(method, example)
-    function.__signature__ = Signature([*parameters, *ADAPTER])  # type: ignore[attr-defined]
+    parameters = [*parameters, *ADAPTER]
+    names = [p.name for p in parameters]
+    static = tuple(x for x in _static(method) if x in names)
+    moving = ", ".join(x for x in names if x not in static)
+    function.__module__ = module
+    function.__doc__ = documented(method, example, INJECTED.format(name=name, moving=moving))
+    function.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    function.static_args = static  # type: ignore[attr-defined]
     return function

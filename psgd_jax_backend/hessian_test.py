@@ -186,6 +186,7 @@ def test_the_helper_updates_sometimes(probability: float, train_step: int | None
         assert 0.2 < np.mean(found) < 0.8 if share == 0.5 else set(found) == {bool(share)}
 
 
+@pytest.mark.contract("jax: keys")
 @pytest.mark.parametrize("seed", [0, 7, -1])
 def test_keys_of_both_kinds(seed: int):
     old, typed = (hessian_helper(make(seed), cubes, small()) for make in (jax.random.PRNGKey, jax.random.key))
@@ -301,6 +302,7 @@ def test_products_come_together(name: str, missing: str):
         optimizer.update(params, optimizer.init(params), params, **pair)
 
 
+@pytest.mark.contract("jax: state")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", METHODS)
 def test_state_keeps_its_type(name: str, dtype: str):
@@ -363,6 +365,7 @@ def test_the_automatic_scale_is_given_once(name: str, late: bool):
         assert low < ratio < high
 
 
+@pytest.mark.contract("jax: wrappers")
 @pytest.mark.parametrize("name", ["kron_newton", "lra_newton"])
 def test_masked_leaves_have_no_products(name: str):
     """What is left out has no place in the products either; the rest steps as if it were alone."""

@@ -133,6 +133,7 @@ def test_propagate_does_not_look():
     assert new.skipped is None and not jnp.isfinite(updates["b"]).any() and jnp.isfinite(updates["a"]).all()
 
 
+@pytest.mark.contract("jax: ensembles")
 def test_an_ensemble_skips_each_by_itself():
     tx = procrustes(0.1)
     many = jax.tree.map(lambda x: jnp.stack([x, x]), PARAMS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
 from itertools import accumulate
@@ -139,8 +139,10 @@ class Scaling(NamedTuple):
         del extra_args
         method, recipe = self.method, self.recipe
         leaves, treedef = _flattened(updates)
-        like = list(map(jnp.asarray, leaves if params is None else treedef.flatten_up_to(params)))
+        like = leaves if params is None else treedef.flatten_up_to(params)
         flags, paths = self.layering.flags(updates), jax.tree_util.tree_leaves_with_path(updates)
+        _check_parameters(method, paths, like)
+        like = list(map(jnp.asarray, like))
         gradients = list(map(jnp.asarray, leaves))
         for (path, g), scanned in zip(paths, flags, strict=True):
             _check_leaf(method, path, g, scanned)
@@ -155,7 +157,8 @@ class Scaling(NamedTuple):
             directions = [u.astype(p.dtype) for u, p in zip(_only_if(go, directions), like, strict=True)]
             return directions, new
 
-        directions, new = spread.run(work, lambda: (like, state), gradients, state, given)
+        with jax.numpy_dtype_promotion("standard"):  # counters, rates and decisions meet in the plan
+            directions, new = spread.run(work, lambda: (like, state), gradients, state, given)
         return treedef.unflatten(directions), new
 
     def _step(
@@ -321,6 +324,21 @@ def _check_leaf(method: Method, path: Any, leaf: Any, scanned: bool) -> None:
         raise TypeError(f"{method.name} needs floating-point parameters; {where} is {dtype}: use optax.masked")
 
 
+def _check_parameters(method: Method, paths: Any, like: list[Any]) -> None:
+    for (path, g), p in zip(paths, like, strict=True):
+        if p is None or getattr(p, "shape", ()) != jnp.shape(g):
+            raise ValueError(
+                f"{method.name}: expected a parameter of shape {jnp.shape(g)} at {jax.tree_util.keystr(path)}, as its "
+                f"gradient has, found {getattr(p, 'shape', p)}; give update the trees that init was given"
+            )
+
+
+def _is_of_others(gradients: list[Leaf], momenta: list[Any], factors: Factors, shapes: Iterable[Any]) -> bool:
+    """Does state belong to other parameters than gradients do, whose factors have some shapes?"""
+    moved = [m for m, g in zip(momenta, gradients, strict=True) if m is not None and getattr(m, "shape", 0) != g.shape]
+    return bool(moved) or [q.shape for q in factors.Q] != list(shapes)
+
+
 def _check_state(
     method: Method,
     recipe: Recipe,
@@ -330,19 +348,18 @@ def _check_state(
     momenta: list[Leaf | None],
     states: list[State],
 ) -> None:
+    shapes = recipe.preconditioner.shapes
     if recipe.whole:
         n = sum(g.size for g in gradients)
-        moved = [m for g, m in zip(gradients, momenta, strict=True) if m is not None and m.shape != g.shape]
-        if moved or tuple(q.shape for q in states[0].factors.Q) != recipe.preconditioner.shapes((n,)):
+        if _is_of_others(gradients, momenta, states[0].factors, shapes((n,))):
             raise ValueError(
                 f"{method.name}: the gradients have {n} numbers, the state belongs to others; give update the tree "
                 "that init was given"
             )
         return
-    for (path, _), g, state, scanned in zip(paths, gradients, states, flags, strict=True):
+    for (path, _), g, m, state, scanned in zip(paths, gradients, momenta, states, flags, strict=True):
         layers, shape = (g.shape[:1], g.shape[1:]) if scanned else ((), g.shape)
-        expected = recipe.preconditioner.shapes(recipe.layout(shape))
-        if tuple(q.shape for q in state.factors.Q) != tuple((*layers, *q) for q in expected):
+        if _is_of_others([g], [m], state.factors, ((*layers, *q) for q in shapes(recipe.layout(shape)))):
             raise ValueError(
                 f"{method.name}: the gradient of {jax.tree_util.keystr(path)} has shape {g.shape}, its state belongs "
                 "to another; give update the tree that init was given"
