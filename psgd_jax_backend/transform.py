@@ -141,13 +141,13 @@ class Scaling(NamedTuple):
         leaves, treedef = _flattened(updates)
         like = leaves if params is None else treedef.flatten_up_to(params)
         flags, paths = self.layering.flags(updates), jax.tree_util.tree_leaves_with_path(updates)
-        _check_parameters(method, paths, like)
-        like = list(map(jnp.asarray, like))
         gradients = list(map(jnp.asarray, leaves))
         for (path, g), scanned in zip(paths, flags, strict=True):
             _check_leaf(method, path, g, scanned)
         given = _pair(method, paths, treedef, Hvp, vector, update_preconditioner)
         _check_state(method, recipe, paths, flags, gradients, *_to_states(state, treedef, recipe))
+        _check_parameters(method, paths, like)
+        like = list(map(jnp.asarray, like))
         spread = Spread.of([*gradients, *like], self.layering.spread_over)
 
         def work(gradients: list[Leaf], state: PSGDState, given: Given | None) -> tuple[list[Leaf], PSGDState]:
