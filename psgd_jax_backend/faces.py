@@ -100,8 +100,10 @@ def alias(method: type[Method], module: str, name: str = "") -> Callable[..., op
             scale_by_psgd(made, **mapping),
             optax.identity() if off else optax.add_decayed_weights(decay, mask),
         )
-        parts = (scaled, decayed) if made.recipe().decoupled else (decayed, scaled)
-        return _whole_skips(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
+        decoupled = made.recipe().decoupled
+        parts = (scaled, decayed) if decoupled else (decayed, scaled)
+        whole = optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+        return _whole_skips(whole) if decoupled and not off else whole
 
     rate = Parameter(
         "learning_rate",

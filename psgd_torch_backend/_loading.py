@@ -57,5 +57,5 @@ def placed(value: Any, device: torch.device, name: str = "") -> Any:
     if isinstance(value, dict):
         return {k: placed(v, device, k) for k, v in value.items()}
     if name in COUNTERS:
-        return torch.tensor(int(value), dtype=torch.int64)
+        return torch.tensor(int(value), dtype=torch.int64, device="cpu")
     return value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
