@@ -10,7 +10,7 @@ PEERS := kron-torch==0.3.3 quad-torch==0.3.0 heavyball==3.2.1 pytorch-optimizer=
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-.PHONY: help venv demo test lint format golden stubs soak wheel peers
+.PHONY: help venv demo test lint format golden stubs soak mesh wheel peers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,9 @@ stubs: $(STAMP) ## write the type stubs of the backends from the registry of met
 
 soak: $(STAMP) ## walk every method for very long and see that nothing drifts
 	$(BIN)/python -m conformance.soak
+
+mesh: $(STAMP) ## walk every method on meshes of eight devices and count what is exchanged
+	$(BIN)/python -m conformance.mesh
 
 wheel: $(STAMP) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
