@@ -23,8 +23,8 @@ Tree = Any
 
 # Arrays of fewer numbers are kept whole on every device: what they would save is less than what they would cost.
 WORTH_SPREADING = 4096
-# JAX lowers equal operations of a program once, so that all arrays of one shape would be laid out alike. A number, which
-# nothing reads, keeps the pairs apart.
+# JAX lowers equal operations of a program once, so that all arrays of one shape would be laid out alike. A number,
+# which nothing reads, keeps the pairs apart.
 PAIRS = count()
 
 
@@ -159,7 +159,7 @@ class Spread(NamedTuple):
         return jax.shard_map(many, in_specs=own, out_specs=own)(*stacks)
 
     def everywhere(self, one: Callable[..., Tree], *args: Any) -> Tree:
-        """A function of whole arrays, done by every device for itself: they are gathered once, and nothing is exchanged."""
+        """A function of whole arrays, on every device: they are gathered once, and nothing else is exchanged."""
         if not self.axes:
             return one(*args)
         return jax.shard_map(one, in_specs=PartitionSpec(), out_specs=PartitionSpec())(*args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import fields, replace
 from functools import partial
 from itertools import accumulate
 from math import prod
@@ -96,12 +97,14 @@ class Scaling(NamedTuple):
             _check_leaf(method, path, leaf, scanned)
         for told in _listeners.get():
             told(method, params, flags, SKIPS_BYTES if guard.nonfinite == "skip" else 0)
-        scale, key = method.start_scale(), noise.key(jnp, self.tempo.seed, 0)
 
-        def one(p: Leaf) -> State:
-            return pipeline.init(recipe, p, scale, noise.Counter(key))
+        def begun(arrays: list[Leaf], numbers: dict[str, Any]) -> PSGDState:
+            own = self.with_numbers(numbers)
+            recipe, scale, key = own.recipe, own.method.start_scale(), noise.key(jnp, own.tempo.seed, 0)
 
-        def begun(arrays: list[Leaf]) -> PSGDState:
+            def one(p: Leaf) -> State:
+                return pipeline.init(recipe, p, scale, noise.Counter(key))
+
             momenta = [pipeline.init_momentum(recipe, x) for x in arrays]
             whole = [one(_joined(arrays))] if recipe.whole else None
             states = whole or [_over(one, scanned)(p) for p, scanned in zip(arrays, flags, strict=True)]
@@ -121,8 +124,11 @@ class Scaling(NamedTuple):
             return _to_trees(counters, arrays, lying, treedef, recipe)
 
         arrays = list(map(jnp.asarray, leaves))
+        args = arrays, self.numbers()
         spread = Spread.of(arrays, self.layering.spread_over)
-        return spread.run(begun, lambda: places(jax.eval_shape(begun, arrays), spread), arrays)
+        # Of shapes alone, for along Explicit axes arrays cannot be joined.
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+        return spread.run(begun, lambda: places(jax.eval_shape(begun, *shapes), spread), *args)
 
     def update(
         self,
@@ -150,16 +156,29 @@ class Scaling(NamedTuple):
         like = list(map(jnp.asarray, like))
         spread = Spread.of([*gradients, *like], self.layering.spread_over)
 
-        def work(gradients: list[Leaf], state: PSGDState, given: Given | None) -> tuple[list[Leaf], PSGDState]:
+        def work(
+            gradients: list[Leaf], state: PSGDState, given: Given | None, numbers: dict[str, Any]
+        ) -> tuple[list[Leaf], PSGDState]:
             fitted = [] if given is None else [jnp.where(given.update, x, 0) for x in (*given.vector, *given.Hvp)]
             go = self.guard.finite(method, [path for path, _ in paths], [*gradients, *fitted])
-            directions, new = self._step(spread, treedef, flags, go, gradients, state, given)
+            directions, new = self.with_numbers(numbers)._step(spread, treedef, flags, go, gradients, state, given)
             directions = [u.astype(p.dtype) for u, p in zip(_only_if(go, directions), like, strict=True)]
             return directions, new
 
         with jax.numpy_dtype_promotion("standard"):  # counters, rates and decisions meet in the plan
-            directions, new = spread.run(work, lambda: (like, state), gradients, state, given)
+            directions, new = spread.run(work, lambda: (like, state), gradients, state, given, self.numbers())
         return treedef.unflatten(directions), new
+
+    def numbers(self) -> dict[str, Any]:
+        """Hyperparameters that are arrays: arguments of the work, as all else that lies on a mesh."""
+        return {f.name: x for f in fields(self.method) if isinstance(x := getattr(self.method, f.name), jax.Array)}
+
+    def with_numbers(self, numbers: dict[str, Any]) -> Scaling:
+        """The same with other arrays as hyperparameters."""
+        if not numbers:
+            return self
+        method = replace(self.method, **numbers)
+        return self._replace(method=method, recipe=method.recipe(), tempo=method.tempo())
 
     def _step(
         self,
