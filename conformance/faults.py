@@ -226,7 +226,7 @@ FAULTS: tuple[Fault, ...] = (
         "(gradients[i]) for i in there[:1] * len(there)], damping",
         LOCKED,
     ),
-    Fault("jax: scaled at every step", Scaling._step, "jax.lax.cond(first if", "jax.lax.cond(True if", LOCKED),
+    Fault("jax: scaled at every step", Scaling._step, "first & go", "go", LOCKED),
     Fault("jax: ascends", faces.alias, "scale_by_learning_rate(learning_rate)", "scale(learning_rate)", LOCKED),
 )
 

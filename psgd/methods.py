@@ -50,18 +50,18 @@ def setting(
     names: Any = None,
     *,
     scheduled: bool = False,
-    structural: bool = False,
+    structural: bool | None = None,
 ) -> Any:
     """A hyperparameter: its default, its sentence and what it may be.
 
     within: an interval such as "[0, 1)" for numbers. kind: "number", "whole", "flag", "name", "dtype" or "pair".
     names: for a name, the collection it must be in (None allows None); looked up at each use, so that it may grow.
     scheduled: it may also be a function of the step, or the four numbers of one that `Annealed` is.
-    structural: a number that shapes the program, such as a bound on sizes; it must be known before anything is traced.
-    What is no number shapes it anyway, and so do whole numbers and a default that is a function of the step.
+    structural: it shapes the program, as a bound on sizes does, and must be known before anything is traced; so does,
+    unless told, what is no number, a whole number, and a default that is a function of the step.
     """
     metadata = {"doc": doc, "within": within, "kind": kind, "names": names, "scheduled": scheduled}
-    metadata["structural"] = structural or kind != "number" or callable(default)
+    metadata["structural"] = (kind != "number" or callable(default)) if structural is None else structural
     return field(default=default, metadata=metadata)
 
 
@@ -145,7 +145,7 @@ class Method:
     weight_decay: float = setting(
         0.0, "decoupled weight decay: p loses lr * weight_decay of itself each step", "[0, inf)"
     )
-    seed: int = setting(0, "seed of the noise; a structural integer", "[0, 4294967295]", "whole")
+    seed: int = setting(0, "seed of the noise", "[0, 4294967295]", "whole", structural=False)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -592,7 +592,9 @@ class PsgdJax(Method):
         kind="name",
         names=lambda: ("1st", "2nd"),
     )
-    seed: int | None = setting(None, "seed of the noise; None is 0", "[0, 4294967295]", "whole")  # type: ignore[assignment]
+    seed: int | None = setting(  # type: ignore[assignment]
+        None, "seed of the noise; None is 0", "[0, 4294967295]", "whole", structural=False
+    )
     mu_dtype: Any = setting(None, "dtype in which the momentum is kept; None is the parameter's", kind="dtype")
     precision: str | None = precise("tensorfloat32", "fit and apply the factors")
 

@@ -50,10 +50,10 @@ class Layering(NamedTuple):
 
 
 def choose(flag: Any, then: Callable[[Any], Any], otherwise: Callable[[Any], Any], operand: Any) -> Any:
-    """A decision of the plan: settled while tracing where it is a Python boolean."""
-    if isinstance(flag, bool):
-        return pipeline.branch(flag, then, otherwise, operand)
-    return jax.lax.cond(flag, then, otherwise, operand)
+    """A decision of the plan: settled here where it is known, outside of `jax.jit` or as a Python boolean."""
+    if isinstance(flag, jax.core.Tracer):
+        return jax.lax.cond(flag, then, otherwise, operand)
+    return pipeline.branch(bool(flag), then, otherwise, operand)
 
 
 class Stepper(NamedTuple):

@@ -23,7 +23,7 @@ from psgd.methods import Method
 from psgd.pipeline import Recipe, State, Tempo
 from psgd.summary import Row, Summary
 from psgd_jax_backend._sharding import Spread
-from psgd_jax_backend._stacks import Layering, Stepper
+from psgd_jax_backend._stacks import Layering, Stepper, choose
 from psgd_jax_backend._state import Guard, Leaf, PSGDState, Tree, states
 
 
@@ -208,7 +208,7 @@ class Scaling(NamedTuple):
         if self.method.start_scale() is None:
             first = state.count == 0 if since is None or pair is None else (since == count) & plan.fit
             started = partial(_started, recipe, tempo.damping, plan.fit, gradients, flags, pair)
-            states = jax.lax.cond(first if go is None else first & go, started, lambda states: states, states)
+            states = choose(first if go is None else first & go, started, lambda states: states, states)
         states = [
             s._replace(factors=spread.placed(s.factors, scanned)) for s, scanned in zip(states, flags, strict=True)
         ]
