@@ -55,7 +55,10 @@ def key(xp: ModuleType, seed: Any, step: Any) -> Array:
     """The (1,) int32 key of one step, on which all its draws depend. Both: Python integers or 0-d integer arrays."""
     # Shape (1,) and not (): NumPy warns when a scalar wraps and is silent when an array does.
     t = xp.reshape(xp.astype(xp.asarray(step), xp.int32), (1,))
-    s = xp.full((1,), signed(seed), dtype=xp.int32) if isinstance(seed, int) else xp.reshape(xp.astype(seed, xp.int32), (1,))
+    if isinstance(seed, int):
+        s = xp.full((1,), signed(seed), dtype=xp.int32)
+    else:
+        s = xp.reshape(xp.astype(seed, xp.int32), (1,))
     return mix(mix(s + GOLDEN) + t * GOLDEN)
 
 
