@@ -27,6 +27,7 @@ from rich.table import Table
 
 from benchmarks.compiling import compile_times
 from benchmarks.contenders import LAYERWISE, Contender, Layers, Run, contenders
+from conformance.terminal import markdown
 from psgd.methods import Method
 
 
@@ -157,19 +158,24 @@ def rich_table(title: str, cells: Cells) -> Table:
 
 def markdown_table(title: str, cells: Cells) -> str:
     """For a document."""
-    lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
-    return "\n".join([f"{title}:", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
+    return f"{title}:\n\n{markdown(cells)}\n"
 
 
-def show(result: Mapping[str, Any], console: Console, *, markdown: bool) -> None:
-    """The machine and the tables."""
+def tables(result: Mapping[str, Any]) -> dict[str, Cells]:
+    """What was measured, by title."""
     layers = result["setup"]["layers"]
-    titles = f"A step of {layers['count']} layers of {layers['size']} x {layers['size']}", "To the first compiled step"
+    title = f"A step of {layers['count']} layers of {layers['size']} x {layers['size']}"
+    told = {title: steps_cells(result), "To the first compiled step": compile_cells(result)}
+    return {title: cells for title, cells in told.items() if cells}
+
+
+def show(result: Mapping[str, Any], titled: Mapping[str, Cells], console: Console, *, as_markdown: bool) -> None:
+    """The machine and the tables."""
     console.print(", ".join(f"{name} {value}" for name, value in result["machine"].items()), highlight=False)
-    for title, cells in zip(titles, (steps_cells(result), compile_cells(result)), strict=True):
-        if cells and markdown:
+    for title, cells in titled.items():
+        if as_markdown:
             print("\n" + markdown_table(title, cells))
-        elif cells:
+        else:
             console.print(rich_table(title, cells))
 
 
@@ -211,12 +217,7 @@ def tables_and_picture(
     given = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else width)
     result = measured(Console(stderr=True), quick=given.quick)
-    console.print(", ".join(f"{name} {value}" for name, value in result["machine"].items()), highlight=False)
-    for title, cells in tables(result).items():
-        if given.markdown:
-            print("\n" + markdown_table(title, cells))
-        else:
-            console.print(rich_table(title, cells))
+    show(result, tables(result), console, as_markdown=given.markdown)
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
     if given.picture:
@@ -231,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 110)
     result = measure(QUICK if given.quick else Setup(), Console(stderr=True))
-    show(result, console, markdown=given.markdown)
+    show(result, tables(result), console, as_markdown=given.markdown)
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -34,7 +34,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import psgd_jax_backend
 from conformance.report import installed
-from conformance.terminal import console, sheet, writable, write_json
+from conformance.terminal import console, markdown, sheet, writable, write_json
 from psgd.methods import METHODS
 from psgd_jax_backend import state_sharding
 
@@ -430,12 +430,6 @@ def compile_cells(rows: Sequence[CompileRow]) -> Cells:
         [r.method, r.form, f"{r.shallow:.1f} s", f"{r.deep:.1f} s", f"{r.deep / r.shallow:.2f}", judged(r)]
         for r in rows
     ]
-
-
-def markdown(cells: Cells) -> str:
-    """For a document."""
-    head, *lines = cells
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
 
 
 # ---- the command ------------------------------------------------------------------------------

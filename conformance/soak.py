@@ -28,6 +28,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from conformance import terminal
 from conformance.drivers import Arrays, JaxEager, TorchEager
 from conformance.problems import Problem
 from conformance.report import installed
@@ -331,7 +332,7 @@ def table(found: Sequence[Row]) -> Table:
 def markdown(found: Sequence[Row]) -> str:
     """For a document."""
     told = [[*cells(row), "FAIL: " + "; ".join(row.complaints) if row.complaints else "pass"] for row in found]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [HEAD, ["---"] * len(HEAD), *told])
+    return terminal.markdown([HEAD, *told])
 
 
 LONG = WALKS[0].steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
@@ -117,6 +117,12 @@ def sheet(left: Collection[str], right: Collection[str] = ()) -> Table:
     for head in right:
         made.add_column(head, justify="right", overflow="fold")
     return made
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """A table for a document, from its head and its lines."""
+    head, *lines = cells
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
 
 
 def verdict(passed: bool) -> str:

@@ -15,6 +15,7 @@ from psgd.pipeline import Plan, Recipe, State
 from psgd_jax_backend._sharding import Spread
 from psgd_jax_backend._state import Leaf, Tree
 
+# A leaf so many times as large as its factors is not gathered.
 LONG = 8
 
 
@@ -90,8 +91,8 @@ class Stepper(NamedTuple):
         return [u for u, _ in done], [s for _, s in done]
 
     def _alone(self, g: Leaf, state: State, pair: Any) -> tuple[Leaf, State]:
-        """Of a leaf by itself: whole on every device if it is no larger than its factors, which every device needs;
-        a much longer one, such as an embedding, stays split, and sums are exchanged instead."""
+        """Of a leaf by itself: whole on every device, as its factors have to be; one that is much larger than they
+        are, such as an embedding, stays split, and sums are exchanged instead."""
         whole, factors = self.spread.whole, state.factors
         if g.size <= LONG * sum(q.size for q in factors.Q):
             return self.spread.everywhere(self._one, g, state, pair)
