@@ -178,17 +178,15 @@ def _solvable(x: Array) -> Any:
     return namespace(x).float32 if dtype_name(x.dtype) in HALF else x.dtype
 
 
-def solve_adjoint(q: Array, b: Array) -> Array:
-    """Solve q^H y = b for an upper-triangular (n, n) `q` and an (n, k) `b`; half precisions are solved in float32."""
-    xp, dtype = namespace(q), b.dtype
-    if dtype_name(dtype) in HALF:
-        q, b = xp.astype(q, xp.float32), xp.astype(b, xp.float32)
+def by_inverse(x: Array, q: Array) -> Array:
+    """x q^-1: solve y q = x for an upper-triangular (n, n) `q` and a (k, n) `x`; half precisions in float32."""
+    xp, dtype = namespace(q), x.dtype
+    q, x = cast(q, _solvable(q)), cast(x, _solvable(x))
     library = xp.__name__
-    if library.endswith("torch"):
-        y = xp.linalg.solve_triangular(adjoint(q), b, upper=False)
+    if library.endswith("torch"):  # from this side LAPACK needs no copies in another layout, which take twice its time
+        y = xp.linalg.solve_triangular(q, x, upper=True, left=False)
     elif library.startswith("jax"):
-        jsp = importlib.import_module("jax.scipy.linalg")
-        y = jsp.solve_triangular(adjoint(q), b, lower=True)
+        y = importlib.import_module("jax.scipy.linalg").solve_triangular(q.mT, x.mT, lower=True).mT
     else:
-        y = xp.linalg.solve(adjoint(q), b)
-    return xp.astype(y, dtype)
+        y = xp.linalg.solve(q.mT, x.mT).mT
+    return cast(y, dtype)

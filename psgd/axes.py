@@ -8,22 +8,47 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import prod
 
-from psgd._xp import adjoint, conj, matmul, namespace, real, solve_adjoint
+from psgd._xp import by_inverse, conj, matmul, namespace, real
 from psgd.arrays import Factor, Tensor
+from psgd.strips import (
+    adjoint_from_left,
+    adjoint_from_right,
+    gram_of_columns,
+    gram_of_rows,
+    upper_from_left,
+    upper_from_right,
+)
 
 Act = Callable[[Factor, Tensor, int], Tensor]
 
 
 def along(q: Factor, x: Tensor, axis: int) -> Tensor:
     """q applied to axis `axis` of x: the mode product q x_i x."""
+    return _along(q, x, axis, matmul, lambda q, x: matmul(x, q.mT))
+
+
+def along_upper(q: Factor, x: Tensor, axis: int) -> Tensor:
+    """`along`, where a dense q is upper triangular."""
+    return _along(q, x, axis, upper_from_left, upper_from_right)
+
+
+def along_adjoint_of_upper(q: Factor, x: Tensor, axis: int) -> Tensor:
+    """q^H applied to axis `axis` of x; a dense q is upper triangular."""
+    return _along(conj(q) if q.ndim < 2 else q, x, axis, adjoint_from_left, adjoint_from_right)
+
+
+def _along(
+    q: Factor, x: Tensor, axis: int, from_left: Callable[..., Tensor], from_right: Callable[..., Tensor]
+) -> Tensor:
+    """A diagonal q, or a product of a matrix q from the left, x being (..., n, k), or from the right, x (..., n)."""
     xp, shape = namespace(q), tuple(x.shape)
     if q.ndim < 2:
         return xp.reshape(q, (1,) * axis + q.shape + (1,) * (x.ndim - axis - 1)) * x if x.ndim else q * x
     if axis == x.ndim - 1:
-        return matmul(x, q.mT)
+        return from_right(q, x)
     before = shape[:axis]
     rows = (prod(before),) if prod(before) > 1 else ()
-    return xp.reshape(matmul(q, xp.reshape(x, (*rows, shape[axis], -1))), shape)
+    return xp.reshape(from_left(q, xp.reshape(x, (*rows, shape[axis], -1))), shape)
 
 
 def along_inverse_adjoint(q: Factor, x: Tensor, axis: int) -> Tensor:
@@ -31,9 +56,9 @@ def along_inverse_adjoint(q: Factor, x: Tensor, axis: int) -> Tensor:
     if q.ndim < 2:
         return along(1 / conj(q), x, axis)
     xp = namespace(q)
-    order = (axis, *(i for i in range(x.ndim) if i != axis))
-    front = xp.permute_dims(x, order)
-    solved = xp.reshape(solve_adjoint(q, xp.reshape(front, (q.shape[0], -1))), front.shape)
+    order = (*(i for i in range(x.ndim) if i != axis), axis)
+    last = xp.permute_dims(x, order)
+    solved = xp.reshape(by_inverse(xp.reshape(last, (-1, q.shape[0])), conj(q)), last.shape)
     return xp.permute_dims(solved, tuple(order.index(i) for i in range(x.ndim)))
 
 
@@ -52,13 +77,11 @@ def gram(x: Tensor, axis: int, *, diagonal: bool) -> Factor:
         rest = tuple(i for i in range(x.ndim) if i != axis)
         return xp.sum(squares, axis=rest) if rest else squares
     if axis == x.ndim - 1:
-        rows = xp.reshape(x, (-1, x.shape[axis]))
-        return matmul(rows.mT, conj(rows))
+        return gram_of_columns(xp.reshape(x, (-1, x.shape[axis])))
     front = xp.permute_dims(x, (axis, *(i for i in range(x.ndim) if i != axis))) if axis else x
-    rows = xp.reshape(front, (x.shape[axis], -1))
-    return matmul(rows, adjoint(rows))
+    return gram_of_rows(xp.reshape(front, (x.shape[axis], -1)))
 
 
 def outer(q: Factor) -> Factor:
     """q q^H."""
-    return real(q * conj(q)) if q.ndim < 2 else matmul(q, adjoint(q))
+    return real(q * conj(q)) if q.ndim < 2 else gram_of_rows(q)

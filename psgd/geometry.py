@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from psgd._xp import adjoint, conj, identity, matmul, namespace, real, solve_adjoint
+from psgd._xp import adjoint, by_inverse, conj, identity, matmul, namespace, real
 from psgd.arrays import Diagonal, Factor, Matrix, Scalar, Tensor
-from psgd.axes import along, along_all, along_inverse_adjoint, outer
+from psgd.axes import along, along_adjoint_of_upper, along_all, along_inverse_adjoint, along_upper, outer
 from psgd.rotate import polished, procrustes2, symmetrised
 from psgd.spectral import SkewNorm
+from psgd.strips import gram_of_triangle, triangle_by_triangle
 
 Factors = Sequence[Factor]
 
@@ -38,6 +39,21 @@ def p_of_q(qs: Factors, g: Tensor) -> Tensor:
     """P g, P = Q^H Q."""
     for axis, q in enumerate(qs):
         g = twice(adjoint(q), q, g, axis)
+    return g
+
+
+def upper(qs: Factors, g: Tensor) -> Tensor:
+    """Q g, of upper-triangular factors."""
+    return along_all(qs, g, along_upper)
+
+
+def p_of_upper_q(qs: Factors, g: Tensor) -> Tensor:
+    """P g, P = Q^H Q, of upper-triangular factors."""
+    for axis, q in enumerate(qs):
+        if q.ndim == 2 and q.shape[0] * q.shape[0] < prod(g.shape):
+            g = along(gram_of_triangle(q), g, axis)
+        else:
+            g = along_adjoint_of_upper(q, along_upper(q, g, axis), axis)
     return g
 
 
@@ -77,7 +93,7 @@ def lifted_isotropic(qs: Factors, axis: int) -> Factor:
 
 def inverse_gram(qs: Factors, axis: int) -> Factor:
     """E Gram(Q^-H v) = M_i prod of tr M_j over the other axes j, M = q^-H q^-1 of triangular factors."""
-    inverses = [1 / conj(q) if q.ndim < 2 else solve_adjoint(q, identity(q, q.shape[0])) for q in qs]
+    inverses = [1 / conj(q) if q.ndim < 2 else adjoint(by_inverse(identity(q, q.shape[0]), q)) for q in qs]
     mean = outer(inverses[axis])
     for i, x in enumerate(inverses):
         mean = mean if i == axis else mean * namespace(x).sum(real(x * conj(x)))
@@ -120,7 +136,7 @@ def right(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
 
 def triangular(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
     """q <- q - m triu(D) q: q stays upper triangular."""
-    return q - m * matmul(namespace(q).triu(d), q)
+    return q - m * triangle_by_triangle(d, q)
 
 
 def two_sided(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
@@ -181,7 +197,12 @@ class Geometry:
 
 GEOMETRIES: dict[str, Geometry] = {
     "EQ": Geometry(
-        move=triangular, measure=along_all, refer=inverse_adjoint, expected=inverse_gram, probed=mean_unknown
+        move=triangular,
+        precondition=p_of_upper_q,
+        measure=upper,
+        refer=inverse_adjoint,
+        expected=inverse_gram,
+        probed=mean_unknown,
     ),
     "QEP": Geometry(move=left, lift=along, expected=lifted_isotropic, balance_first=True),
     "QEQ": Geometry(move=right),

@@ -209,6 +209,11 @@ class Outlines:
         shape.insert(axis % (len(shape) + 1), len(xs))
         return Outline(shape, self.result_type(*xs), self)
 
+    def concat(self, xs: Sequence[Outline], *, axis: int = 0) -> Outline:
+        shape = list(xs[0].shape)
+        shape[axis] = sum(x.shape[axis] for x in xs)
+        return Outline(shape, self.result_type(*xs), self)
+
     def triu(self, x: Outline) -> Outline:
         return x
 
