@@ -79,6 +79,8 @@ class Recording:
             raise ValueError(f"recorded draw for {role} has shape {value.shape}, the step asks for {tuple(shape)}")
         return namespace(like).astype(self.player.array(value.reshape(shape)), like.dtype)
 
+    signs = normal
+
     def spent(self) -> None:
         if self.normals or self.coins:
             raise ValueError(f"{len(self.normals)} recorded draws and {len(self.coins)} coins were not asked for")
@@ -524,6 +526,8 @@ class _Layer:
 
     def normal(self, role: str, shape: Sequence[int], like: Any, skip: Any = None) -> Any:
         return self.row
+
+    signs = normal
 
 
 def _step_scanned(

@@ -62,11 +62,29 @@ def shrinkage(x: Array, *others: Array) -> Array:
     xp = namespace(x)
     if not prod(x.shape):
         return xp.ones_like(xp.sum(xp.abs(x)))
-    largest = xp.max(xp.abs(x))
+    top = largest(x)
     for other in others:
-        largest = xp.maximum(largest, xp.max(xp.abs(other)))
-    limit = float(xp.finfo(largest.dtype).max) ** 0.375
-    return limit / xp.clip(largest, min=limit)
+        top = xp.maximum(top, largest(other))
+    limit = float(xp.finfo(top.dtype).max) ** 0.375
+    return limit / xp.clip(top, min=limit)
+
+
+def largest(x: Array) -> Array:
+    """max|x|, 0-d."""
+    xp = namespace(x)
+    if is_complex(x) or not xp.__name__.endswith("torch"):
+        return xp.max(xp.abs(x))
+    return xp.maximum(xp.max(x), -xp.min(x))  # eager PyTorch would write |x| down
+
+
+def plus(y: Array, a: Any, x: Array, scale: float = 1.0) -> Array:
+    """y + scale a x, in one pass over memory where the framework has one; `a`: a number, or an array to broadcast."""
+    xp = namespace(y)
+    if not xp.__name__.endswith("torch"):
+        return y + scale * a * x if scale != 1 else y + a * x
+    if isinstance(a, (int, float)):
+        return y.add(x, alpha=scale * a)
+    return y.addcmul(cast(a, y.dtype), x, value=scale)
 
 
 def tiny(x: Array) -> float:

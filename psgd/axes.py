@@ -73,9 +73,8 @@ def gram(x: Tensor, axis: int, *, diagonal: bool) -> Factor:
     """x contracted with its conjugate over every axis but one: (n, n), or the diagonal of that, (n,) or 0-d."""
     xp = namespace(x)
     if diagonal:
-        squares = real(x * conj(x))
         rest = tuple(i for i in range(x.ndim) if i != axis)
-        return xp.sum(squares, axis=rest) if rest else squares
+        return xp.linalg.vector_norm(x, axis=rest) ** 2 if rest else real(x * conj(x))
     if axis == x.ndim - 1:
         return gram_of_columns(xp.reshape(x, (-1, x.shape[axis])))
     front = xp.permute_dims(x, (axis, *(i for i in range(x.ndim) if i != axis))) if axis else x

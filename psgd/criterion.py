@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from psgd._xp import eps, namespace, number
+from psgd._xp import eps, namespace, number, plus
 from psgd.arrays import Scalar, Tensor
 
 Damping = Callable[[Tensor, Tensor, Scalar | float], Tensor]
@@ -27,13 +27,14 @@ class Pair(NamedTuple):
 
 def relative(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
     """x + (amount + eps |x|) e [psgd_torch]: never below rounding, without which unseen directions grow without end."""
-    return x + (amount + eps(x) * namespace(x).abs(x)) * e
+    rounding = eps(x)
+    return plus(x, namespace(x).abs(x) + amount / rounding, e, rounding)
 
 
 def proportional(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
     """x + amount mean|x| e [psgd_jax kron]."""
     xp = namespace(x)
-    return x + amount * xp.mean(xp.abs(x)) * e
+    return plus(x, amount * xp.mean(xp.abs(x)), e)
 
 
 def undamped(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:

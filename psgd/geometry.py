@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from psgd._xp import adjoint, by_inverse, conj, identity, matmul, namespace, real
+from psgd._xp import adjoint, by_inverse, conj, identity, matmul, namespace, plus, real
 from psgd.arrays import Diagonal, Factor, Matrix, Scalar, Tensor
 from psgd.axes import along, along_adjoint_of_upper, along_all, along_inverse_adjoint, along_upper, outer
 from psgd.rotate import polished, procrustes2, symmetrised
@@ -126,17 +126,17 @@ def unlifted(q: Factor, x: Tensor, axis: int) -> Tensor:
 # How a dense factor moves.
 def left(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
     """q <- q - m D q."""
-    return q - m * matmul(d, q)
+    return plus(q, -m, matmul(d, q))
 
 
 def right(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
     """q <- q - m q D."""
-    return q - m * matmul(q, d)
+    return plus(q, -m, matmul(q, d))
 
 
 def triangular(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
     """q <- q - m triu(D) q: q stays upper triangular."""
-    return q - m * triangle_by_triangle(d, q)
+    return plus(q, -m, triangle_by_triangle(d, q))
 
 
 def two_sided(q: Matrix, d: Matrix, m: Scalar) -> Matrix:

@@ -5,12 +5,13 @@ depends neither on the order of parameters nor on sharding or rank, and a resume
 
 Element i of a draw is `mix(mix(i * GOLDEN + key))` in wrapping int32 arithmetic. The four bytes of the result are
 summed: an integer-exact, nearly normal variable with mean 0, variance 1 and kurtosis 2.7. One multiplication turns it
-into a float, so that rounding is the same everywhere too.
+into a float, so that rounding is the same everywhere too. Where nothing but mean and covariance matter, each bit of a
+word is a sign of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod, sqrt
 from types import ModuleType
 from typing import Any, Protocol
@@ -23,6 +24,9 @@ M1, M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # the "lowbias32" multipliers of C.
 BYTE_SUM_MEAN, BYTE_SUM_DEVIATION = 510.0, sqrt(4 * (256**2 - 1) / 12)
 
 
+Numbers = Callable[..., Array]  # (step_key, role, n, dtype, first) -> (n,)
+
+
 class Draws(Protocol):
     """Where a step takes its random numbers from: a counter, or a recording."""
 
@@ -31,6 +35,10 @@ class Draws(Protocol):
 
         Where the 0-d boolean `skip` is true the numbers are not used; a recording has none for that case.
         """
+        ...
+
+    def signs(self, role: str, shape: Sequence[int], like: Array) -> Array:
+        """1 or -1, as likely, of a shape, in the dtype of `like`; complex ones are (+-1 +- i) / sqrt(2)."""
         ...
 
 
@@ -85,6 +93,14 @@ def normal(step_key: Array, role: int, n: int, dtype: Any, first: int = 0) -> Ar
     return xp.astype((xp.astype(total, wide) - BYTE_SUM_MEAN) * (1 / BYTE_SUM_DEVIATION), dtype)
 
 
+def signs(step_key: Array, role: int, n: int, dtype: Any, first: int = 0) -> Array:
+    """The n signs of a role, shape (n,), in a real dtype, from the one with index `first`, a multiple of 32."""
+    xp, start = namespace(step_key), first // 32
+    w = words(step_key, role, -(-n // 32), start)
+    bits = (w[:, None] << make(step_key, "arange", 32)[None, :]) >> 31  # bit 31 - k of a word, as 0 or -1
+    return xp.astype(xp.reshape(bits | 1, (-1,))[:n], dtype)
+
+
 def uniform(step_key: Array, role: str) -> Array:
     """One number in [0, 1) with 24 bits, a 0-d float32 array: a coin."""
     xp = namespace(step_key)
@@ -98,14 +114,21 @@ class Counter:
     def __init__(self, step_key: Array) -> None:
         self.step_key = step_key
 
-    def numbers(self, role: str, n: int, dtype: Any) -> Array:
-        """The n real numbers of a role."""
-        return normal(self.step_key, role_number(role), n, dtype)
+    def numbers(self, draw: Numbers, role: str, n: int, dtype: Any) -> Array:
+        """The n real numbers of a role, `normal` or `signs`."""
+        return draw(self.step_key, role_number(role), n, dtype)
 
     def normal(self, role: str, shape: Sequence[int], like: Array, skip: Array | None = None) -> Array:
         """See `Draws.normal`. Element i of the draw is element i of the array in row-major order."""
+        return self._drawn(normal, role, shape, like)
+
+    def signs(self, role: str, shape: Sequence[int], like: Array) -> Array:
+        """See `Draws.signs`."""
+        return self._drawn(signs, role, shape, like)
+
+    def _drawn(self, draw: Numbers, role: str, shape: Sequence[int], like: Array) -> Array:
         xp, dtype, n = namespace(like), real_dtype(like), prod(shape)
-        z = self.numbers(role, n, dtype)
+        z = self.numbers(draw, role, n, dtype)
         if is_complex(like):
-            z = (z + 1j * self.numbers(role + "/imaginary", n, dtype)) * sqrt(0.5)
+            z = (z + 1j * self.numbers(draw, role + "/imaginary", n, dtype)) * sqrt(0.5)
         return xp.reshape(z, tuple(shape))

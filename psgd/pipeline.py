@@ -19,7 +19,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from psgd import criterion, noise
-from psgd._xp import HALF, cast, dtype_name, dtype_of, lifted_dtype, make, namespace, number, products, real_dtype
+from psgd._xp import (
+    HALF,
+    cast,
+    dtype_name,
+    dtype_of,
+    is_complex,
+    largest,
+    lifted_dtype,
+    make,
+    namespace,
+    number,
+    plus,
+    products,
+    real_dtype,
+)
 from psgd.arrays import Array, Factors
 from psgd.kron import Kronecker
 from psgd.lra import LRA
@@ -35,11 +49,12 @@ Choose = Callable[..., Any]  # (flag, then, otherwise, operand) -> then(operand)
 # ---- the axes of the grid --------------------------------------------------------------
 def power_mean(x: Array, power: int) -> Array:
     """(mean|x|^p)^(1/p), 0-d, at least float32; no power of a finite x overflows."""
-    xp = namespace(x)
-    wide = xp.astype(xp.abs(x), lifted_dtype(x))
-    top = xp.max(wide)
+    xp, dtype = namespace(x), lifted_dtype(x)
+    top = cast(largest(x), dtype)
     unit = xp.where(top > 0, top, xp.ones_like(top))
-    return unit * xp.mean((wide / unit) ** power) ** (1 / power)
+    if power == 2 and not is_complex(x):
+        return unit * xp.linalg.vector_norm(cast(x, dtype) / unit) / sqrt(prod(x.shape))
+    return unit * xp.mean((cast(xp.abs(x), dtype) / unit) ** power) ** (1 / power)
 
 
 def trust(limit: Number, us: Sequence[Array]) -> Array:
@@ -66,7 +81,8 @@ class Clip:
             rms = power_mean(u, 2)
             u = u * xp.astype(self.rms / xp.clip(rms, min=self.rms), real_dtype(u))
         if self.entry < inf:
-            u = u / xp.clip(xp.abs(u) / self.entry, min=1.0)
+            bounded = not is_complex(u)
+            u = xp.clip(u, -self.entry, self.entry) if bounded else u / xp.clip(xp.abs(u) / self.entry, min=1.0)
         return u
 
 
@@ -279,6 +295,8 @@ class Unasked:
         """Raise ValueError."""
         raise ValueError(f"the preconditioner begins with random {role}; give `init` the draws of step 0")
 
+    signs = normal
+
 
 def first_key(tempo: Tempo) -> int:
     """The key of step 0, for a preconditioner that begins at random, as Python's own number."""
@@ -393,7 +411,7 @@ def fitted(
         factors = kind.balanced(factors, plan.balance)
     probed = given is None and kind.probed(factors)
     silent = recipe.damping is criterion.undamped and not probed
-    e = seen if silent else draws.normal("damping", seen.shape, seen)
+    e = seen if silent else draws.signs("damping", seen.shape, seen)
     if given is None:
         pair = criterion.whitening(probed, seen, e, plan.damping, recipe.damping)
     else:
@@ -420,11 +438,11 @@ def averaged(memory: Memory, g: Array, m: Array | None) -> tuple[Array | None, A
     if m is None:
         return None, g
     past = number(memory.past, g)
-    m = past * m + (1 - past) * g
+    m = plus(past * m, 1 - past, g)
     if memory.blend is None:
         return m, m
     keep, fresh = (number(x, g) for x in memory.blend)
-    return m, keep * m + fresh * g
+    return m, plus(keep * m, fresh, g)
 
 
 def displacement(p: Array, u: Array, lr: Number, weight_decay: Number) -> Array:
@@ -432,5 +450,5 @@ def displacement(p: Array, u: Array, lr: Number, weight_decay: Number) -> Array:
     xp = namespace(p)
     u = cast(u, xp.result_type(u.dtype, p.dtype))  # a large u may leave the range of p, where lr u does not
     if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
-        u = u + number(weight_decay, u) * cast(p, u.dtype)
+        u = plus(u, number(weight_decay, u), cast(p, u.dtype))
     return cast(-number(lr, u) * u, p.dtype)

@@ -7,7 +7,7 @@ from functools import reduce
 from operator import and_
 from typing import Any
 
-from psgd._xp import adjoint, diagonal, lifted_dtype, matmul, namespace, number, real_dtype, tiny
+from psgd._xp import adjoint, diagonal, lifted_dtype, matmul, namespace, number, plus, real_dtype, tiny
 from psgd.arrays import Factor, Matrix, Scalar
 from psgd.spectral import SkewNorm
 
@@ -63,7 +63,7 @@ def procrustes2(q: Matrix, norm: SkewNorm, largest: float = 1 / 8) -> Matrix:
     t1, t2 = xp.clip(_trace(rq), min=0.0), _trace(rrq)
     a = xp.where(t2 < 0, xp.clip(t1 / xp.where(t2 < 0, -t2, xp.ones_like(t2)), max=largest), largest)
     a = number(a, q)
-    return q + a * (rq + (a / 2) * rrq)
+    return plus(q, a, plus(rq, a / 2, rrq))
 
 
 def procrustes3(q: Matrix, norm: SkewNorm, largest: float = 1 / 3, **sweep: Any) -> Matrix:
@@ -87,7 +87,7 @@ def procrustes3(q: Matrix, norm: SkewNorm, largest: float = 1 / 3, **sweep: Any)
     near = 2 * t1 / xp.where(falling, root - t2, one)
     far = (t2 + root) / xp.where(ok, -0.75 * t3, one)
     a = number(xp.where(ok, xp.clip(xp.where(falling, near, far), max=largest), 0 * one), q)
-    return q + a * (rq + (a / 2) * (rrq + (a / 4) * rrrq))
+    return plus(q, a, plus(rq, a / 2, plus(rrq, a / 4, rrrq)))
 
 
 def polished(q: Matrix, norm: SkewNorm, sweeps: int = 10, tolerance: float = 1e-3) -> Matrix:

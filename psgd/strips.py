@@ -11,7 +11,7 @@ from collections.abc import Callable
 from psgd._xp import adjoint, conj, matmul, namespace
 from psgd.arrays import Matrix, Tensor
 
-NARROWEST = 128  # narrower strips multiply more slowly than they save
+NARROWEST = 256  # narrower strips multiply more slowly than they save
 MOST = 4
 
 

@@ -136,36 +136,37 @@ def gradient_of(p: Tensor) -> Tensor:
 BLOCK = 1 << 15
 
 
-def _in_blocks(step_key: Tensor, role: int, n: int, dtype: torch.dtype) -> Tensor:
-    """`noise.normal`, block by block on a CPU."""
-    if n <= BLOCK or step_key.device.type != "cpu":
-        return noise.normal(step_key, role, n, dtype)
-    return torch.cat([noise.normal(step_key, role, min(BLOCK, n - i), dtype, i) for i in range(0, n, BLOCK)])
+def _in_blocks(draw: noise.Numbers, step_key: Tensor, role: int, n: int, dtype: torch.dtype) -> Tensor:
+    """`noise.normal` or `noise.signs`, block by block on a CPU."""
+    block = BLOCK if draw is noise.normal else 8 * BLOCK  # few operations of which see every sign
+    if n <= block or step_key.device.type != "cpu":
+        return draw(step_key, role, n, dtype)
+    return torch.cat([draw(step_key, role, min(block, n - i), dtype, i) for i in range(0, n, block)])
 
 
 @torch.library.custom_op("psgd::noise", mutates_args=())
-def _noise(step_key: Tensor, role: int, n: int, dtype: torch.dtype) -> Tensor:
+def _noise(signs: bool, step_key: Tensor, role: int, n: int, dtype: torch.dtype) -> Tensor:
     """The same, opaque to the compiler: tracing its integer arithmetic would double the time to compile."""
-    return _in_blocks(step_key, role, n, dtype)
+    return _in_blocks(noise.signs if signs else noise.normal, step_key, role, n, dtype)
 
 
 @_noise.register_fake
-def _(step_key: Tensor, role: int, n: int, dtype: torch.dtype) -> Tensor:
+def _(signs: bool, step_key: Tensor, role: int, n: int, dtype: torch.dtype) -> Tensor:
     return torch.empty((n,), dtype=dtype, device=step_key.device)
 
 
 class Draws(noise.Counter):
     """The draws of a step, block by block."""
 
-    def numbers(self, role: str, n: int, dtype: torch.dtype) -> Tensor:
-        return _in_blocks(self.step_key, noise.role_number(role), n, dtype)
+    def numbers(self, draw: noise.Numbers, role: str, n: int, dtype: torch.dtype) -> Tensor:
+        return _in_blocks(draw, self.step_key, noise.role_number(role), n, dtype)
 
 
 class _Opaque(noise.Counter):
     """The same draws, by the opaque operation."""
 
-    def numbers(self, role: str, n: int, dtype: torch.dtype) -> Tensor:
-        return _noise(self.step_key, noise.role_number(role), n, dtype)
+    def numbers(self, draw: noise.Numbers, role: str, n: int, dtype: torch.dtype) -> Tensor:
+        return _noise(draw is noise.signs, self.step_key, noise.role_number(role), n, dtype)
 
 
 def make_step(recipe: Recipe, *, stacked: bool, compiled: Sequence[int] | None = None) -> Step:
