@@ -20,25 +20,24 @@ from psgd.arrays import Diagonal, Factor, Matrix, Scalar, Tensor
 from psgd.axes import along, along_adjoint_of_upper, along_all, along_inverse_adjoint, along_upper, outer
 from psgd.rotate import polished, procrustes2, symmetrised
 from psgd.spectral import SkewNorm
-from psgd.strips import gram_of_triangle, triangle_by_triangle
+from psgd.strips import gram_of_columns, gram_of_triangle, hermitian, triangle_by_triangle
 
 Factors = Sequence[Factor]
 
 
 # Where things are measured. P g is in every case a product of factors along the axes of g.
-def twice(then: Factor, q: Factor, g: Tensor, axis: int) -> Tensor:
-    """(then q) applied to an axis, multiplied out first where that is less work: on axes shorter than the rest."""
-    if q.ndim < 2:
-        return along(then * q, g, axis)
-    if q.shape[0] * q.shape[0] < prod(g.shape):
-        return along(matmul(then, q), g, axis)
-    return along(then, along(q, g, axis), axis)
+def multiplied_out(q: Factor, g: Tensor) -> bool:
+    """Is it less work to multiply the two factors of P before they act on g? On axes shorter than the rest."""
+    return q.ndim < 2 or q.shape[0] * q.shape[0] < prod(g.shape)
 
 
 def p_of_q(qs: Factors, g: Tensor) -> Tensor:
     """P g, P = Q^H Q."""
     for axis, q in enumerate(qs):
-        g = twice(adjoint(q), q, g, axis)
+        if multiplied_out(q, g):
+            g = along(real(conj(q) * q) if q.ndim < 2 else gram_of_columns(conj(q)), g, axis)
+        else:
+            g = along(adjoint(q), along(q, g, axis), axis)
     return g
 
 
@@ -50,8 +49,8 @@ def upper(qs: Factors, g: Tensor) -> Tensor:
 def p_of_upper_q(qs: Factors, g: Tensor) -> Tensor:
     """P g, P = Q^H Q, of upper-triangular factors."""
     for axis, q in enumerate(qs):
-        if q.ndim == 2 and q.shape[0] * q.shape[0] < prod(g.shape):
-            g = along(gram_of_triangle(q), g, axis)
+        if multiplied_out(q, g):
+            g = along(real(conj(q) * q) if q.ndim < 2 else gram_of_triangle(q), g, axis)
         else:
             g = along_adjoint_of_upper(q, along_upper(q, g, axis), axis)
     return g
@@ -61,7 +60,10 @@ def p_of_hermitian_q(qs: Factors, g: Tensor) -> Tensor:
     """P g, P = Q Q with Q taken as Hermitian: Q1 Q1 G Q2 Q2, each factor acting from its own side [quad_torch]."""
     for axis, q in enumerate(qs):
         side = q if axis == 0 or q.ndim < 2 else q.mT
-        g = twice(side, side, g, axis)
+        if multiplied_out(q, g):
+            g = along(side * side if q.ndim < 2 else matmul(side, side), g, axis)
+        else:
+            g = along(side, along(side, g, axis), axis)
     return g
 
 
@@ -142,7 +144,7 @@ def triangular(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
 def two_sided(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
     """q <- (1 - m D) q (1 - m D), symmetrised: stays Hermitian and, for m < 1, positive."""
     r = left(q, d, m)
-    return symmetrised(right(r, d, m))
+    return symmetrised(hermitian(q.shape[0], lambda lo, hi: plus(r[lo:hi, lo:], -m, matmul(r[lo:hi, :], d[:, lo:]))))
 
 
 def two_sided_half(q: Matrix, d: Matrix, m: Scalar) -> Matrix:

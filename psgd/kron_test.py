@@ -232,7 +232,7 @@ def fitted(geometry: Geometry, task: Task, *, newton: bool) -> list[np.ndarray]:
     for t in range(1, 202):
         if t % 50 == 1:
             seen.append(matrix_of(geometry, factors.Q, task.shape, task.dtype))
-        e = draws(t).normal("damping", task.shape, np.zeros((), task.dtype))
+        e = draws(t).signs("damping", task.shape, np.zeros((), task.dtype))
         if newton:
             v = gaussian(task.shape, task.dtype, t)
             pair = criterion.newton(v, task.hvp(v), e, 1e-9)
@@ -281,7 +281,7 @@ def test_the_solution_is_a_fixed_point_in_the_mean(geometry: Geometry, scale: fl
     assert task.distance(p @ task.covariance() @ p.conj().T) == pytest.approx(scale**4 - 1, abs=1e-12)
     steps = []
     for t in range(1, 101):
-        e = draws(t).normal("damping", task.shape, np.zeros((), dtype))
+        e = draws(t).signs("damping", task.shape, np.zeros((), dtype))
         pair = whitening(geometry, factors, task.gradient(t), e)
         # L far above any residual and never forgotten: a step size that does not depend on the gradient.
         new = kron.fit(geometry, NormBound(), factors, pair, 1e-3, 1.0, draws(t))
@@ -300,7 +300,7 @@ def run(geometry: Geometry, g: np.ndarray, dense, steps: int, rate: float = 0.5,
     factors = kron.init(dense, g)
     for t in range(1, steps + 1):
         noisy = g * gaussian(g.shape, str(g.dtype), t).astype(g.dtype)
-        e = draws(t).normal("damping", g.shape, g)
+        e = draws(t).signs("damping", g.shape, g)
         pair = whitening(geometry, factors, noisy, e, amount)
         factors = kron.fit(geometry, NormBound(), factors, pair, rate, 0.9, draws(t))
     return factors
@@ -504,7 +504,7 @@ def test_a_step_never_exceeds_its_rate(geometry: Geometry):
 def test_measured_with_the_old_factors(geometry: Geometry):
     """The order of axes does not matter: transposing the tensor transposes the factors."""
     g = gaussian((3, 4), "float64", 0)
-    e = draws(1).normal("damping", g.shape, g)
+    e = draws(1).signs("damping", g.shape, g)
 
     def moved(g: np.ndarray, e: np.ndarray) -> tuple[np.ndarray, ...]:
         factors = kron.init((False, False), g)
@@ -528,7 +528,7 @@ def one_fit(geometry: Geometry, g, q, diagonal, last) -> list:
     """Factors, bounds and P g after a fit to g."""
     own = draws(1, namespace(g))
     factors = Factors((q, diagonal), (last, last))
-    pair = whitening(geometry, factors, g, own.normal("damping", g.shape, g), 1e-9)
+    pair = whitening(geometry, factors, g, own.signs("damping", g.shape, g), 1e-9)
     new = kron.fit(geometry, NormBound(), factors, pair, 0.5, 0.9, own)
     return [*new.Q, *new.L, geometry.precondition(new.Q, g)]
 

@@ -290,7 +290,7 @@ class Procrustes(QuadTorch):
 class Quad(QuadTorch):
     """Whitening by Hermitian factors moved from both sides (geometry QUAD)."""
 
-    geometry = replace(GEOMETRIES["QUAD"], precondition=p_of_hermitian_q)
+    geometry = GEOMETRIES["QUAD"]
 
 
 # ---- psgd_torch ------------------------------------------------------------------------

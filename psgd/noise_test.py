@@ -145,7 +145,42 @@ def test_element_depends_on_its_index_alone():
     assert np.array_equal(numpy_normal(10), numpy_normal(1000)[:10])
 
 
+def test_signs_are_bits_of_the_words(framework: Framework):
+    key, role = key_in(framework), noise.role_number("damping")
+    n = 70  # no whole number of words
+    signs = framework.numpy(noise.signs(key, role, n, dtype_of(namespace(key), "float32")))
+    words = framework.numpy(noise.words(key, role, 3))
+    assert signs.tolist() == [-1.0 if int(words[i // 32]) >> (31 - i % 32) & 1 else 1.0 for i in range(n)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_signs_may_be_taken_in_parts_and_in_any_dtype(framework: Framework, dtype: str):
+    dtype = framework.nearest(dtype)
+    like = framework.array(np.zeros(1), dtype)
+    counter = noise.Counter(key_in(framework))
+    whole = counter.signs("damping", (10, 20), like)
+    assert whole.dtype == like.dtype
+    part = noise.signs(counter.step_key, noise.role_number("damping"), 200 - 64, like.dtype, 64)
+    assert np.array_equal(framework.numpy(part), framework.numpy(whole).reshape(-1)[64:])
+
+
+def test_complex_signs_lie_on_the_unit_circle():
+    z = noise.Counter(noise.key(np, 0, 1)).signs("v", (1000,), np.zeros((), np.complex128))
+    assert np.abs(z) == pytest.approx(np.ones(1000))
+    assert len(np.unique(np.round(z, 3))) == 4
+
+
 # ---- as random as assumed ---------------------------------------------------------------
+def test_signs_are_fair_and_uncorrelated():
+    n = 320_000
+    key, role = noise.key(np, 3, 5), noise.role_number("damping")
+    signs = noise.signs(key, role, n, np.float64)
+    assert abs(signs.mean()) < 5 / sqrt(n)
+    for lag in (1, 2, 16, 31, 32, 64, 256):
+        assert abs(np.mean(signs[lag:] * signs[:-lag])) < 5 / sqrt(n - lag), lag
+    assert np.abs(signs.reshape(-1, 32).mean(axis=0)).max() < 5 / sqrt(n / 32)
+
+
 @pytest.mark.parametrize("first", [0, 1, 39])
 def test_a_draw_may_be_taken_in_parts(framework: Framework, first: int):
     key, role = key_in(framework), noise.role_number("damping")

@@ -53,7 +53,7 @@ def power_mean(x: Array, power: int) -> Array:
     top = cast(largest(x), dtype)
     unit = xp.where(top > 0, top, xp.ones_like(top))
     if power == 2 and not is_complex(x):
-        return unit * xp.linalg.vector_norm(cast(x, dtype) / unit) / sqrt(prod(x.shape))
+        return unit * (xp.linalg.vector_norm(cast(x, dtype) / unit) / sqrt(prod(x.shape)))
     return unit * xp.mean((cast(xp.abs(x), dtype) / unit) ** power) ** (1 / power)
 
 

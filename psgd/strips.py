@@ -7,24 +7,26 @@ whole product, s strips leave (s + 1) / (2 s), and less where two triangles meet
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from psgd._xp import adjoint, conj, matmul, namespace
 from psgd.arrays import Matrix, Tensor
 
-NARROWEST = 256  # narrower strips multiply more slowly than they save
+# Narrower strips multiply more slowly than they save; those that are mirrored are copied too.
+NARROWEST, NARROWEST_MIRRORED = 128, 256
 MOST = 4
 
 
-def edges(n: int) -> list[tuple[int, int]]:
+def edges(n: int, *, mirrored: bool = False) -> list[tuple[int, int]]:
     """The strips of n rows, each from its first row to the one after its last."""
-    count = max(1, min(MOST, n // NARROWEST))
+    count = max(1, min(MOST, n // (NARROWEST_MIRRORED if mirrored else NARROWEST)))
     cuts = [n * i // count for i in range(count + 1)]
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(pairwise(cuts))
 
 
 def hermitian(n: int, strip: Callable[[int, int], Matrix]) -> Matrix:
     """An (n, n) Hermitian matrix from its rows lo to hi and columns lo to n, (hi - lo, n - lo), that `strip` gives."""
-    cuts = edges(n)
+    cuts = edges(n, mirrored=True)
     upper = [strip(lo, hi) for lo, hi in cuts]
     if len(upper) == 1:
         return upper[0]

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import psgd_jax_backend
 import psgd_torch_backend
+from psgd import strips
 from psgd.geometry import GEOMETRIES
 from psgd.methods import METHODS
 from psgd.summary import Parameter, Row, Summary, counters, in_bytes, in_flops, row, rows, summary
@@ -176,19 +177,23 @@ def test_factors_are_named_by_their_shapes():
 
 # ---- what a step costs -------------------------------------------------------------------------
 # Products of (n, n) matrices of one step for an (n, n) gradient, by hand; a triangular solve is half of one. With the
-# factors already there: P g is q^H (q g) on either side, four products, or two where the factors are those of P.
+# factors already there: P g is q^H (q g) on either side, four products, or two where the factors are those of P. Four
+# strips leave 5/8 of one with a triangle (TRI) or a Hermitian result (SYM), 15/32 of one of two triangles (BOTH).
+TRI = SYM = 5 / 8
+BOTH = 15 / 32
 PRODUCTS = {
-    "EQ": (4, 2 + 2 / 2 + 2 * (1 + 1 + 1)),  # Q h, Q^-H v; on either side: T1, T2, move
-    "QEP": (4, 4 + 2 * (1 + 1 + 1 + 1)),  # P h; lift, T1, q q^H, move
-    "QEQ": (4, 4 + 2 * (1 + 1)),  # P h; T1, move
-    "Q0.5EQ1.5": (4, 4 + 2 * (1 + 1 + 2)),  # P h; T1, move, R q and R R q
-    "QUAD": (4, 4 + 2 * (1 + 2)),  # P h; T1, move from both sides
-    "PRO4P": (2, 2 + 2 * (1 + 1 + 10 * 3)),  # P h; T1, move, ten sweeps of three
-    "QUAD4P": (2, 2 + 2 * (1 + 2)),
+    "EQ": (4 * TRI, 2 * TRI + 2 / 2 + 2 * (SYM + SYM + BOTH)),  # Q h, Q^-H v; on either side: T1, T2, move
+    "QEP": (4, 4 + 2 * (1 + SYM + SYM + 1)),  # P h; lift, T1, q q^H, move
+    "QEQ": (4, 4 + 2 * (SYM + 1)),  # P h; T1, move
+    "Q0.5EQ1.5": (4, 4 + 2 * (SYM + 1 + 2)),  # P h; T1, move, R q and R R q
+    "QUAD": (4, 4 + 2 * (SYM + 1 + SYM)),  # P h; T1, move from both sides
+    "PRO4P": (2, 2 + 2 * (SYM + 1 + 10 * 3)),  # P h; T1, move, ten sweeps of three
+    "QUAD4P": (2, 2 + 2 * (SYM + 1 + SYM)),
 }
+assert strips.MOST == 4
 
 
-def cubic(made, what: str, n: int = 1000) -> float:
+def cubic(made, what: str, n: int = 1024) -> float:
     """How many products of (n, n) matrices a figure grows as: a n^3 + b n^2 + ..., by two sizes."""
     small, large = (getattr(row(made, "x", (k, k)), what) for k in (n, 2 * n))
     return (large - 4 * small) / (4 * n**3) / 2
