@@ -94,7 +94,9 @@ class PSGD(torch.optim.Optimizer):
     def _complete(cls, given: Group) -> Group:
         """Given hyperparameters, checked, with the defaults of the others."""
         flags = {name: given.get(name, default) for name, default in ADAPTER_DEFAULTS.items()}
-        for name in ("maximize", "stack", "compile"):
+        if flags["compile"] not in (False, True, "whole"):
+            raise ValueError(f"{cls.__name__}: compile={flags['compile']!r} must be True, False or 'whole'")
+        for name in ("maximize", "stack"):
             if not isinstance(flags[name], bool):
                 raise ValueError(f"{cls.__name__}: {name}={flags[name]!r} must be True or False")
         size, layers = flags["stack_batch_size"], flags["scanned_layers"]
