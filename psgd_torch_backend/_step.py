@@ -216,18 +216,18 @@ def make_step(recipe: Recipe, *, stacked: bool, layout: Sequence[int] | None = N
         change, *new = (torch.vmap(one) if stacked else one)(p, g, *(pair or ()), *leaves(state))
         return change, rebuilt(state, new)
 
-    return step if layout is None else compiled(step, dynamic=False)
+    return step if layout is None else compiled(step)
 
 
-def compiled(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
     """A function compiled, as one graph; itself where torch cannot compile."""
     if not compiler_works():
         return f
     # Each layout compiles once; without its own count, dynamo gives up after eight shapes of one function.
     wanted = {"recompile_limit": 64, "isolate_recompiles": True}
     known = inspect.signature(torch.compile).parameters
-    options |= {name: value for name, value in wanted.items() if name in known}
-    return torch.compile(f, fullgraph=True, **options)
+    options: dict[str, Any] = {name: value for name, value in wanted.items() if name in known}
+    return torch.compile(f, fullgraph=True, dynamic=False, **options)
 
 
 @cache
