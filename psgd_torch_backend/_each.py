@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,7 +57,10 @@ class Each:
     @staticmethod
     def shapes(job: Job, p: Tensor) -> list[tuple[int, ...]]:
         """The shapes of a parameter's factors."""
-        return _shapes(job.recipe, *parted(p, id(p) in job.layered))
+        layers, shape = kind = parted(p, id(p) in job.layered)
+        if kind not in job.shapes:
+            job.shapes[kind] = [(*layers, *q) for q in job.recipe.preconditioner.shapes(job.recipe.layout(shape))]
+        return job.shapes[kind]
 
     def checked(self, job: Job, p: Tensor) -> str:
         """What is wrong with a parameter's state, if anything."""
@@ -120,14 +123,14 @@ class Each:
 
     def _gathered(self, job: Job, bucket: list[Tensor]) -> pipeline.State:
         """The state of a bucket, to be overwritten in place: of one parameter, or the stack of them all."""
-        states = [to_state(job.state[p]) for p in bucket]
+        entries = [job.state[p] for p in bucket]
         if len(bucket) == 1:
-            return states[0]
+            return to_state(entries[0])
         stack = self.stacks.get(id(bucket[0]))
-        if stack is None or not stack.holds(states):
-            stack = self.stacks[id(bucket[0])] = Stack(states)
-            for p, view in zip(bucket, stack.views, strict=True):
-                job.state[p].update(to_entry(view))
+        if stack is None or not stack.holds(entries):
+            stack = self.stacks[id(bucket[0])] = Stack(list(map(to_state, entries)))
+            for entry, view in zip(entries, stack.views, strict=True):
+                entry.update(to_entry(view))
         return stack.stacked
 
 
@@ -139,12 +142,6 @@ def together(tensors: Tensors, many: bool) -> Tensor:
 def apart(tensors: Tensors) -> list[Tensor]:
     """Several tensors, or the layers of one."""
     return list(tensors.unbind()) if isinstance(tensors, Tensor) else tensors
-
-
-@lru_cache(maxsize=4096)
-def _shapes(recipe: pipeline.Recipe, layers: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes of the factors of a tensor of a shape, stacked in so many layers."""
-    return [(*layers, *q) for q in recipe.preconditioner.shapes(recipe.layout(shape))]
 
 
 def _fresh(job: Job, p: Tensor) -> pipeline.State:
@@ -190,7 +187,7 @@ def _buckets(job: Job) -> dict[tuple[Any, ...], list[Tensor]]:
     buckets: dict[tuple[Any, ...], list[Tensor]] = {}
     for i, p in enumerate(job.params):
         entry = job.state[p]
-        age = entry["step"] = entry["step"] + 1
+        age = entry["step"].add_(1)
         since = int(entry["since"]) + 1 if "since" in entry else None
         alone = () if job.group["stack"] and id(p) not in job.layered else (i,)
         buckets.setdefault((int(age), since, p.shape, p.dtype, p.device, *alone), []).append(p)

@@ -28,7 +28,8 @@ Group = dict[str, Any]
 
 class Job(NamedTuple):
     """A group in a step: its method, the state of all parameters, its own with their names, those of them that stack
-    layers (by identity), those that have a gradient, and the pairs of this step.
+    layers (by identity), those that have a gradient, the pairs of this step, and the shapes of factors by those of
+    parameters, as far as they were asked for.
     """
 
     group: Group
@@ -40,6 +41,7 @@ class Job(NamedTuple):
     layered: set[int]
     params: list[Tensor]
     pairs: Pairs | None
+    shapes: dict[Any, list[tuple[int, ...]]]
 
     def _read(self, p: Tensor) -> list[Tensor]:
         """What a step reads of a parameter: its gradient, and the pair it fits to."""
