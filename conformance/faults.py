@@ -186,7 +186,7 @@ FAULTS: tuple[Fault, ...] = (
         "pipeline.host_plan(tempo, age + 1, since=since)._replace(fit=True)",
         LOCKED,
     ),
-    Fault("torch: decay forgotten", _each.Each._step, 'group["weight_decay"]', "0.0", LOCKED),
+    Fault("torch: decay forgotten", _each.Each._batch, 'group["weight_decay"]', "0.0", LOCKED),
     Fault("torch: change of another tensor", _each.Each._step, "unbind()", "unbind()[::-1]", LOCKED),
     Fault("torch: state of another tensor", _state.Stack.__init__, "[rows[i]", "[rows[-1 - i]", LOCKED),
     Fault(

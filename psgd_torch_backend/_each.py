@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,8 +10,11 @@ from torch import Tensor
 
 from psgd import pipeline
 from psgd.pipeline import leaves, rebuilt
+from psgd_torch_backend._passes import Passes, suited
 from psgd_torch_backend._state import Stack, new_counters, parted, to_entry, to_state, unscaled, write
-from psgd_torch_backend._step import Held, Job, Steps, as_tensors, begin_momentum, gradient_of, on_device
+from psgd_torch_backend._step import Draws, Held, Job, Steps, as_tensors, begin_momentum, gradient_of, on_device
+
+Tensors = Tensor | list[Tensor]  # of one shape, stacked or by themselves
 
 
 class Each:
@@ -20,6 +23,11 @@ class Each:
     def __init__(self) -> None:
         self.stacks: dict[int, Stack] = {}
         self.steps = Steps()
+
+    @cached_property
+    def passes(self) -> Passes:
+        """The compiled passes over large tensors."""
+        return Passes()
 
     def __call__(self, job: Job) -> list[Held]:
         """Step a group; what must wait for the directions of all others comes back."""
@@ -30,22 +38,29 @@ class Each:
             begin_momentum(job, p)
         if job.method.start_scale() is None:
             _scale(job)
-        plans: dict[Any, pipeline.Plan] = {}
+        plans: dict[Any, tuple[pipeline.Plan, Draws]] = {}
         waiting: list[Held] = []
-        for (age, since, *_), bucket in _buckets(job).items():
-            if (age, since) not in plans:
-                plans[age, since] = pipeline.host_plan(tempo, age, since=since)
-            plan = plans[age, since] if pairs is None else plans[age, since]._replace(fit=pairs.fit)
+        # The largest first: what they draw begins with what the others do.
+        for (age, since, *_), bucket in sorted(_buckets(job).items(), key=lambda item: -item[1][0].numel()):
+            when = age, since, bucket[0].device
+            if when not in plans:
+                plan = pipeline.host_plan(tempo, age, since=since)
+                plan = on_device(plan if pairs is None else plan._replace(fit=pairs.fit), bucket[0].device)
+                plans[when] = plan, Draws(plan.key)
+            plan, draws = plans[when]
             if since is not None:
                 for p in bucket:
                     job.state[p]["since"].fill_(0 if plan.fit else since)
-            waiting += self._step(job, plan, bucket)
+            waiting += self._step(job, plan, draws, bucket)
         return waiting
 
     @staticmethod
     def shapes(job: Job, p: Tensor) -> list[tuple[int, ...]]:
         """The shapes of a parameter's factors."""
-        return _shapes(job.recipe, *parted(p, id(p) in job.layered))
+        layers, shape = kind = parted(p, id(p) in job.layered)
+        if kind not in job.shapes:
+            job.shapes[kind] = [(*layers, *q) for q in job.recipe.preconditioner.shapes(job.recipe.layout(shape))]
+        return job.shapes[kind]
 
     def checked(self, job: Job, p: Tensor) -> str:
         """What is wrong with a parameter's state, if anything."""
@@ -54,58 +69,79 @@ class Each:
             return ""
         return f"shape {tuple(p.shape)}, its state belongs to another; delete optimizer.state[p]"
 
-    def _step(self, job: Job, plan: pipeline.Plan, bucket: list[Tensor]) -> list[Held]:
+    def _step(self, job: Job, plan: pipeline.Plan, draws: Draws, bucket: list[Tensor]) -> list[Held]:
         """Step parameters of one shape, or the layers of one parameter, in batches if the group says so."""
-        group, recipe, pairs = job.group, job.recipe, job.pairs
         scanned = id(bucket[0]) in job.layered
-        state = self._gathered(job, bucket)
-        many = scanned or len(bucket) > 1
-        count = len(bucket[0]) if scanned else len(bucket)
-        size = group["stack_batch_size"] or max(count, 1)
-        plan, numbers = on_device(plan, bucket[0].device), [group["lr"], group["weight_decay"]]
-        if group["compile"]:
-            plan, *numbers = as_tensors(plan, *numbers)
+        state, many = self._gathered(job, bucket), scanned or len(bucket) > 1
+        seen = [gradient_of(p) for p in bucket]
+        columns = [[p.detach() for p in bucket], [-g for g in seen] if job.group["maximize"] else seen]
+        if job.pairs is not None and job.pairs.fit:
+            columns += map(list, zip(*(job.pairs.by_parameter[id(p)] for p in bucket), strict=True))
+        tensors: list[Tensors] = [column[0] if scanned else column for column in columns]
+        count = len(tensors[0])
+        size = job.group["stack_batch_size"] or max(count, 1)
         waiting: list[Held] = []
         for some in (slice(i, i + size) for i in range(0, count, size)):
-            targets = [bucket[0].detach()[some]] if scanned else [p.detach() for p in bucket[some]]
-            gradients = [gradient_of(bucket[0])[some]] if scanned else [gradient_of(p) for p in bucket[some]]
             batch = rebuilt(state, [x[some] for x in leaves(state)]) if many and size < count else state
-            stacked = many and not scanned
-            p, g = (torch.stack(xs) if stacked else xs[0] for xs in (targets, gradients))
-            pair = None
-            if pairs is not None and pairs.fit:
-                given = [pairs.by_parameter[id(p)] for p in (bucket if scanned else bucket[some])]
-                columns = [[x[some] for x in xs] if scanned else list(xs) for xs in zip(*given, strict=True)]
-                pair = tuple(torch.stack(xs) if stacked else xs[0] for xs in columns)
-            g = -g if group["maximize"] else g
-            step = self.steps.of(recipe, many, tuple(p.shape) if group["compile"] else None)
-            change, new = step(plan, *numbers, p, g, batch, pair)
-            write(batch, new)
-            changes = list(change.unbind()) if stacked else [change]
-            if recipe.trusted:
-                waiting.append(Held(group, job.tempo.trust, targets, changes))
-            else:
-                for target, part in zip(targets, changes, strict=True):
-                    target.add_(part)
+            waiting += self._batch(job, plan, draws, many, batch, *(x[some] for x in tensors))
         return waiting
+
+    def _batch(
+        self,
+        job: Job,
+        plan: pipeline.Plan,
+        draws: Draws,
+        many: bool,
+        state: pipeline.State,
+        targets: Tensors,
+        gradients: Tensors,
+        *pair: Tensors,
+    ) -> list[Held]:
+        """Step tensors of one shape together, compiled as the group says and as suits them."""
+        group, recipe = job.group, job.recipe
+        numbers, mode = [group["lr"], group["weight_decay"]], group["compile"]
+        wholly = mode == "whole" or (mode and targets[0].device.type != "cpu")
+        passing = mode and not wholly and suited(recipe, [*apart(targets), *apart(gradients), state.momentum])
+        if wholly or passing:
+            plan, *numbers = as_tensors(plan, *numbers)
+        given = tuple(together(x, many) for x in pair)
+        if passing:
+            new = self.passes(recipe, plan, *numbers, apart(targets), apart(gradients), state, draws, many, given)
+            write(state._replace(momentum=None), pipeline.State(None, new))
+            return []
+        p, g = together(targets, many), together(gradients, many)
+        step = self.steps.of(recipe, many, tuple(p.shape) if wholly else None)
+        change, new = step(plan, *numbers, p, g, state, None if wholly else draws, given or None)
+        write(state, new)
+        changes = list(change.unbind()) if many and isinstance(targets, list) else [change]
+        targets = targets if isinstance(targets, list) else [targets]
+        if recipe.trusted:
+            return [Held(group, job.tempo.trust, targets, changes)]
+        for target, part in zip(targets, changes, strict=True):
+            target.add_(part)
+        return []
 
     def _gathered(self, job: Job, bucket: list[Tensor]) -> pipeline.State:
         """The state of a bucket, to be overwritten in place: of one parameter, or the stack of them all."""
-        states = [to_state(job.state[p]) for p in bucket]
+        entries = [job.state[p] for p in bucket]
         if len(bucket) == 1:
-            return states[0]
+            return to_state(entries[0])
         stack = self.stacks.get(id(bucket[0]))
-        if stack is None or not stack.holds(states):
-            stack = self.stacks[id(bucket[0])] = Stack(states)
-            for p, view in zip(bucket, stack.views, strict=True):
-                job.state[p].update(to_entry(view))
+        if stack is None or not stack.holds(entries):
+            stack = self.stacks[id(bucket[0])] = Stack(list(map(to_state, entries)))
+            for entry, view in zip(entries, stack.views, strict=True):
+                entry.update(to_entry(view))
         return stack.stacked
 
 
-@lru_cache(maxsize=4096)
-def _shapes(recipe: pipeline.Recipe, layers: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes of the factors of a tensor of a shape, stacked in so many layers."""
-    return [(*layers, *q) for q in recipe.preconditioner.shapes(recipe.layout(shape))]
+def together(tensors: Tensors, many: bool) -> Tensor:
+    """A tensor, or several as one stack."""
+    return tensors if isinstance(tensors, Tensor) else torch.stack(tensors) if many else tensors[0]
+
+
+def apart(tensors: Tensors) -> list[Tensor]:
+    """Several tensors, or the layers of one."""
+    return list(tensors.unbind()) if isinstance(tensors, Tensor) else tensors
 
 
 def _fresh(job: Job, p: Tensor) -> pipeline.State:
@@ -151,7 +187,7 @@ def _buckets(job: Job) -> dict[tuple[Any, ...], list[Tensor]]:
     buckets: dict[tuple[Any, ...], list[Tensor]] = {}
     for i, p in enumerate(job.params):
         entry = job.state[p]
-        age = entry["step"] = entry["step"] + 1
+        age = entry["step"].add_(1)
         since = int(entry["since"]) + 1 if "since" in entry else None
         alone = () if job.group["stack"] and id(p) not in job.layered else (i,)
         buckets.setdefault((int(age), since, p.shape, p.dtype, p.device, *alone), []).append(p)

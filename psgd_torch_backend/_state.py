@@ -8,6 +8,7 @@ written to a stack is seen in the state. Once the state was replaced (loaded, co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -66,14 +67,17 @@ class Stack:
         self.stacked = rebuilt(states[0], [torch.stack(column) for column in columns])
         unbound = [x.unbind() for x in leaves(self.stacked)]
         self.views = [rebuilt(states[0], [rows[i] for rows in unbound]) for i in range(len(states))]
+        self.kept = [x for view in self.views for x in _tensors(to_entry(view))]
 
-    def holds(self, states: Sequence[State]) -> bool:
-        """Are these states the views of this stack?"""
-        return len(states) == len(self.views) and all(
-            mine is theirs
-            for view, state in zip(self.views, states, strict=True)
-            for mine, theirs in zip(leaves(view), leaves(state), strict=False)
-        )
+    def holds(self, entries: Sequence[Entry]) -> bool:
+        """Do these entries show the views of this stack? Asked at every step."""
+        shown = [x for entry in entries for x in _tensors(entry)]
+        return len(shown) == len(self.kept) and all(map(is_, shown, self.kept))
+
+
+def _tensors(entry: Entry) -> list[Any]:
+    """The tensors of an entry, in the order in which it has them."""
+    return [entry.get("momentum"), *entry.get("Q", {}).values(), *entry.get("L", {}).values()]
 
 
 def write(old: State, new: State) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from psgd import noise, pipeline
 from psgd.arrays import Factors
 from psgd_torch_backend._state import gathered, new_counters, scatter, to_entry, unscaled
-from psgd_torch_backend._step import Held, Job, Steps, as_tensors, begin_momentum, on_device
+from psgd_torch_backend._step import Draws, Held, Job, Steps, as_tensors, begin_momentum, on_device
 
 LATE = (
     "its first gradient after the first step; one preconditioner is for all parameters, so all must have one from the "
@@ -54,7 +54,7 @@ class Whole:
         if group["compile"]:
             on, *numbers = as_tensors(on, *numbers)
         step = self.steps.of(recipe, False, (n,) if group["compile"] else None)
-        u, new = step(on, *numbers, g, g, state, pair)
+        u, new = step(on, *numbers, g, g, state, None if group["compile"] else Draws(on.key), pair)
         scatter(entries, new)
         for entry in entries:
             entry["step"] = entry["step"] + 1

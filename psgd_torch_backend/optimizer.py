@@ -60,8 +60,10 @@ class PSGD(torch.optim.Optimizer):
         maximize: ascend instead of descend.
         stack: step parameters of equal shape together (`torch.vmap`); the numbers are the same, many small
             layers are faster.
-        compile: compile the step with `torch.compile`, once for each layout of parameters; where no compiler works it
-            stays eager, with one warning. `torch.compile(optimizer.step)` changes nothing: it is not traced.
+        compile: compile the step with `torch.compile`. True: on a CPU the passes over large tensors, once for all
+            shapes, which takes seconds, and elsewhere as "whole": the whole step, once for each layout of parameters.
+            Where no compiler works it stays eager, with one warning. `torch.compile(optimizer.step)` changes nothing:
+            it is not traced.
         scanned_layers: parameters that hold one layer for each entry of their first axis: the names of some, as a
             tuple, or True for all (of a group). Each layer is preconditioned by itself, as if it were a parameter.
         stack_batch_size: step at most so many layers in one call, for less memory at a time; None is all of a shape.
@@ -94,7 +96,9 @@ class PSGD(torch.optim.Optimizer):
     def _complete(cls, given: Group) -> Group:
         """Given hyperparameters, checked, with the defaults of the others."""
         flags = {name: given.get(name, default) for name, default in ADAPTER_DEFAULTS.items()}
-        for name in ("maximize", "stack", "compile"):
+        if flags["compile"] not in (False, True, "whole"):
+            raise ValueError(f"{cls.__name__}: compile={flags['compile']!r} must be True, False or 'whole'")
+        for name in ("maximize", "stack"):
             if not isinstance(flags[name], bool):
                 raise ValueError(f"{cls.__name__}: {name}={flags[name]!r} must be True or False")
         size, layers = flags["stack_batch_size"], flags["scanned_layers"]
@@ -252,7 +256,7 @@ class PSGD(torch.optim.Optimizer):
     def _job(self, group: Group, pairs: Pairs | None = None) -> Job:
         ready = [p for p in group["params"] if p.grad is not None]
         return Job(
-            group, *self._settings(group), self.state, list(self._named(group)), self._layered(group), ready, pairs
+            group, *self._settings(group), self.state, list(self._named(group)), self._layered(group), ready, pairs, {}
         )
 
     def _newton(self) -> bool:

@@ -431,7 +431,7 @@ BAD_HYPERPARAMETERS = [
     ({"dtype": "int8"}, "dtype='int8' must be None or one of bfloat16"),
     ({"dtype": torch.int8}, "dtype='int8' must be None or one of bfloat16"),
     ({"stack": 1}, "stack=1 must be True or False"),
-    ({"compile": "yes"}, "compile='yes' must be True or False"),
+    ({"compile": "yes"}, "compile='yes' must be True, False or 'whole'"),
     ({"maximize": None}, "maximize=None must be True or False"),
     ({"foreach": True}, "unknown hyperparameter 'foreach'"),
     ({"scanned_layers": 1}, "scanned_layers=1 must be"),
@@ -894,7 +894,7 @@ def test_groups_of_whole_models_have_preconditioners_of_their_own(whole_class: t
 def test_a_compiled_whole_model_walks_the_same_way():
     compiled, eager = parameters((4, 3), (5,)), parameters((4, 3), (5,))
     options = {"lr": 0.01, "rank_of_approximation": 2}
-    ours = CLASSES["lra_newton"](compiled, compile=True, **options)
+    ours = CLASSES["lra_newton"](compiled, compile="whole", **options)
     run(ours, compiled, range(5))
     close(compiled, run(CLASSES["lra_newton"](eager, **options), eager, range(5)), ulps=64)
 
@@ -924,7 +924,7 @@ def test_the_opaque_noise_has_the_same_bits():
 def test_a_compiled_optimizer_compiles_once_and_walks_the_same_way(capfd: pytest.CaptureFixture):
     """A stack of two matrices, each with a diagonal and a dense factor, for a hundred steps and a balance."""
     compiled, eager = parameters((4, 3), (4, 3)), parameters((4, 3), (4, 3))
-    ours, theirs = Procrustes(compiled, lr=0.01, compile=True), Procrustes(eager, lr=0.01)
+    ours, theirs = Procrustes(compiled, lr=0.01, compile="whole"), Procrustes(eager, lr=0.01)
     for t in range(105):
         # Warnings are errors here, and after the first step so is compiling.
         with torch.compiler.set_stance("fail_on_recompile" if t else "default"):
@@ -978,7 +978,7 @@ def test_noise_in_blocks_is_that_of_the_core():
 def test_compiled_layers_step_as_parameters_do():
     """With fits and without, in batches of two and one, and a bound on the whole step, which is not compiled."""
     options = {"preconditioner_update_probability": 0.5, "update_global_norm_clip": 0.5}
-    close(*both_ways(Affine, 2, layers=((3, 4, 3),), lr=0.01, compile=True, **options), ulps=64)
+    close(*both_ways(Affine, 2, layers=((3, 4, 3),), lr=0.01, compile="whole", **options), ulps=64)
 
 
 def test_some_parameters_of_a_group_stack_layers():
@@ -1081,7 +1081,7 @@ def test_a_probability_that_is_a_function_stays_out_of_the_state_dict():
 def test_a_compiled_optimizer_fits_now_and_then():
     compiled, eager = parameters((4, 3)), parameters((4, 3))
     options = {"lr": 0.01, "preconditioner_update_probability": 0.5}
-    run(Kron(compiled, compile=True, **options), compiled, range(6))
+    run(Kron(compiled, compile="whole", **options), compiled, range(6))
     close(compiled, run(Kron(eager, **options), eager, range(6)), ulps=64)
 
 
