@@ -187,7 +187,7 @@ FAULTS: tuple[Fault, ...] = (
         LOCKED,
     ),
     Fault("torch: decay forgotten", _each.Each._batch, 'group["weight_decay"]', "0.0", LOCKED),
-    Fault("torch: change of another tensor", _each.Each._step, "unbind()", "unbind()[::-1]", LOCKED),
+    Fault("torch: change of another tensor", _each.Each._batch, "change.unbind()", "change.unbind()[::-1]", LOCKED),
     Fault("torch: state of another tensor", _state.Stack.__init__, "[rows[i]", "[rows[-1 - i]", LOCKED),
     Fault(
         "torch: a scale for each",
@@ -202,8 +202,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "torch: gradient of another layer",
         _each.Each._step,
-        "gradient_of(bucket[0])[some]",
-        "gradient_of(bucket[0])[some].flip(0)",
+        "seen = [gradient_of(p)",
+        "seen = [gradient_of(p).flip(0)",
         LOCKED,
     ),
     Fault(
