@@ -47,17 +47,15 @@ class Worker:
         for needed in (Path(python), *map(Path, path)):
             if not needed.exists():
                 raise CannotRun(f"{needed.relative_to(ROOT).parts[0]} is missing; `make peers` makes it")
-            # -P: the folder of the worker is no place to import from.
-            self.process = subprocess.Popen(
-                [python, "-P", str(WORKER), "" if core is None else str(core), *path],
-                env={**inherited, **ONE_THREAD, **environment},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
-        except FileNotFoundError:
-            raise CannotRun(f"{Path(python).parents[1].name} is missing; `make peers` makes it") from None
+        # -P: the folder of the worker is no place to import from.
+        self.process = subprocess.Popen(
+            [python, "-P", str(WORKER), "" if core is None else str(core), *path],
+            env={**inherited, **ONE_THREAD, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
 
     def ask(self, do: str, **what: Any) -> Any:
         """The answer to a question; CannotRun where there is none."""

@@ -33,6 +33,7 @@ FRAMEWORKS, MODES, DTYPES = ("torch", "jax"), ("eager", "compiled"), ("float32",
 UPDATES = ("every step", "steady")
 PHASES = {"fit": 1.0, "rest": RARELY}  # the probability of a fit in each race
 LARGE = 50_000_000  # numbers from which a process more is gigabytes more
+WITHOUT = ", ".join(USUAL)
 NONE: dict[str, Any] = dict.fromkeys(
     ("ours_ms", "peer_ms", "ratio", "quartiles", "ours_quartiles_ms", "peer_quartiles_ms")
 )
