@@ -32,7 +32,8 @@ class Entrant:
 
     probability: the name of the setting that says how often it fits. half: what to set for parameters in bfloat16.
     compiling: what to set for a compiled step; wrapped: its whole step is to be compiled, as it compiles nothing by
-    itself. path: folders to import from. scale: shown for scale, as it is of another method.
+    itself. path: folders to import from. scale: shown for scale, as it is of another method. compiles:
+    it compiles by itself, or can.
     """
 
     place: str  # "module:name"
@@ -45,6 +46,7 @@ class Entrant:
     note: str = ""
     path: tuple[str, ...] = ()
     scale: bool = False
+    compiles: bool = True
 
     @property
     def module(self) -> str:
@@ -115,6 +117,7 @@ METHODS: Mapping[tuple[str, str], tuple[Entrant, ...]] = MappingProxyType(
                 {"momentum": 0.9, "max_size_triangular": LONGEST},
                 TORCH_HOME,
                 "pre_conditioner_update_probability",
+                compiles=False,
             ),
         ),
         ("torch", "quad"): (

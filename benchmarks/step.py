@@ -91,11 +91,10 @@ def figures(ours: np.ndarray, peer: np.ndarray) -> dict[str, Any]:
 
 def averaged(seen: Mapping[str, Mapping[Any, np.ndarray]], who: Any, updates: str) -> np.ndarray | None:
     """Seconds a step, round by round; None for who did not run."""
-    races = [seen[phase].get(who) for phase in (("fit",) if updates == "every step" else ("fit", "rest"))]
-    if any(x is None for x in races):
-        return None
-    fit, rest = races[0], races[-1]
-    return fit if updates == "every step" else (fit + (PERIOD - 1) * rest) / PERIOD
+    fit, rest = (seen.get(phase, {}).get(who) for phase in PHASES)
+    if fit is None or updates == "every step":
+        return fit
+    return None if rest is None else (fit + (PERIOD - 1) * rest) / PERIOD
 
 
 def rows_of(
@@ -120,7 +119,8 @@ def rows_of(
         if mine is None:
             told, why = NONE, f"ours does not run: {failures[ours]}"
         elif theirs is None:
-            told, why = {**NONE, "ours_ms": float(1e3 * np.median(mine))}, failures[other]
+            own = figures(mine, mine)
+            told, why = {**NONE, **{k: own[k] for k in ("ours_ms", "ours_quartiles_ms")}}, failures[other]
         else:
             told, why = figures(mine, theirs), None
         kind = {"fastest": False, "scale": other.scale}
@@ -143,7 +143,8 @@ def raced(
     """The rows of one method in one mode."""
     entrants = beside(framework, method, parameters)
     wanted = [x for x in updates if x == "every step" or entrants[0].probability]
-    seen, failures = {}, {}
+    seen: dict[str, Mapping[Any, np.ndarray]] = {}
+    failures: dict[Any, str] = {}
     with field_of(parameters) as field:
         for phase in PHASES if "steady" in wanted else ["fit"] * bool(wanted):
             console.log(f"{parameters.name}, {framework}, {mode}, {method}: steps that {phase}")
@@ -173,23 +174,38 @@ def measure(
     return result
 
 
-def cells(result: Mapping[str, Any]) -> Cells:
-    """A row for each pairing, but for those that only repeat the fastest, which are marked instead."""
-    best = [{**r, "fastest": False} for r in result["rows"] if r["fastest"]]
+def cells(rows: Sequence[Mapping[str, Any]]) -> Cells:
+    """A row for each pairing; the fastest of the same method has a mark instead of its second row."""
+    best = [{**r, "fastest": False} for r in rows if r["fastest"]]
 
     def told(r: Mapping[str, Any]) -> Sequence[str]:
         over = "" if r["floor_ratio"] is None else f"{r['floor_ratio']:.2f}"
         if r["why"]:
-            ours = "" if r["ours_ms"] is None else f"{r['ours_ms']:.1f} ms"
-            return ours, "", "does not run", r["why"].replace("|", "/"), over
+            return (*(in_ms(r, "ours"), "", "does not run", r["why"].replace("|", "/"), over),)
         low, high = r["quartiles"]
         ratio = f"{r['ratio']:.2f}" + " *" * (r in best)
-        return f"{r['ours_ms']:.1f} ms", f"{r['peer_ms']:.1f} ms", ratio, f"{low:.2f} to {high:.2f}", over
+        return in_ms(r, "ours"), in_ms(r, "peer"), ratio, f"{low:.2f} to {high:.2f}", over
 
-    head = ["set", "framework", "mode", "method", "fits", "beside"]
-    figures = ["ours", "the other", "ours / the other", "quartiles", "ours / products"]
-    keys = ("set", "framework", "mode", "method", "updates", "peer")
-    return [[*head, *figures], *([*(r[k] for k in keys), *told(r)] for r in result["rows"] if not r["fastest"])]
+    head = ["method", "fits", "beside", "ours", "the other", "ours / the other", "quartiles", "ours / products"]
+    return [head, *([r["method"], r["updates"], r["peer"], *told(r)] for r in rows if not r["fastest"])]
+
+
+def in_ms(r: Mapping[str, Any], whose: str) -> str:
+    """Median and quartiles in a cell."""
+    if r[f"{whose}_ms"] is None:
+        return ""
+    low, high = r[f"{whose}_quartiles_ms"]
+    return f"{r[f'{whose}_ms']:.1f} ms ({low:.1f} to {high:.1f})"
+
+
+def tables(result: Mapping[str, Any]) -> dict[str, Cells]:
+    """A table for each set, framework and mode."""
+    keys = ("set", "framework", "mode", "dtype")
+    kinds = dict.fromkeys(tuple(r[k] for k in keys) for r in result["rows"])
+    return {
+        f"A step of {', '.join(kind)}": cells([r for r in result["rows"] if tuple(r[k] for k in keys) == kind])
+        for kind in kinds
+    }
 
 
 def summary(result: Mapping[str, Any]) -> str:
@@ -228,4 +244,4 @@ def command(
         [known("updates", updates, UPDATES)] if updates else UPDATES,
         Console(stderr=True),
     )
-    tell(result, {"A step": cells(result)}, json_file, as_markdown=markdown, last=summary(result))
+    tell(result, tables(result), json_file, as_markdown=markdown, last=summary(result))
