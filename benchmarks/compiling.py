@@ -4,8 +4,8 @@
 
 Each is the first thing that a new process compiles, with an empty cache ("cold") and once more in a further process
 that finds the files of the first ("cached"); "x + 1" is what the framework's compiler takes there for almost nothing.
-torch compiles at the first step, JAX ahead of it (`jit(...).lower(...).compile()`, without a cache on disk). Later steps
-at other learning rates, and with other numbers of the step, then show whether anything is compiled again.
+torch compiles at the first step, JAX ahead of it (`jit(...).lower(...).compile()`, without a cache on disk). Later
+steps, at other learning rates, then show whether anything is compiled again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"
 def trivial(framework: str) -> float:
     """Seconds to compile x + 1 in a new process with an empty cache."""
     with TemporaryDirectory() as cache:
-        worker = Worker(Entrant(":").python, **{CACHE: cache})
+        worker = Worker(Entrant(":").python, environment={CACHE: cache})
         try:
             return worker.ask("trivial", framework=framework)
         finally:
@@ -40,7 +40,7 @@ def trivial(framework: str) -> float:
 def once(field: Field, framework: str, entrant: Entrant, cache: str) -> dict[str, Any] | str:
     """Seconds of the first steps in a new process; or why there are none."""
     spec = entrant.spec(framework, compiled=True, dtype="float32", probability=1.0) | {"scheduled": True}
-    field.enter(entrant, entrant, spec, **{CACHE: cache})
+    field.enter(entrant, entrant, spec, environment={CACHE: cache})
     told = field.ask(entrant, "compile") or field.failures[entrant]
     field.clear()
     return told

@@ -50,7 +50,13 @@ class Entrant:
 
     @property
     def module(self) -> str:
+        """Where it is imported from."""
         return self.place.split(":")[0]
+
+    @property
+    def ours(self) -> bool:
+        """Is it of this project?"""
+        return str(ROOT) in self.path
 
     @property
     def name(self) -> str:

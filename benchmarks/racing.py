@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ import numpy as np
 from benchmarks.peers import ROOT, Entrant
 from benchmarks.sets import ParameterSet
 
+Environment = Mapping[str, str]
+INHERITED: Environment = MappingProxyType({})
 WORKER = Path(__file__).with_name("worker.py")
 ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1"
@@ -41,7 +44,7 @@ def one_core() -> int | None:
 class Worker:
     """A process that answers questions; see `benchmarks.worker`."""
 
-    def __init__(self, python: str, path: Sequence[str] = (), **environment: str) -> None:
+    def __init__(self, python: str, path: Sequence[str] = (), environment: Environment = INHERITED) -> None:
         inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         core = one_core()
         for needed in (Path(python), *map(Path, path)):
@@ -96,7 +99,14 @@ class Field:
         self.gradients = folder / "gradients.npy"
         parameters.write_gradients(self.gradients)
 
-    def enter(self, name: Any, entrant: Entrant, spec: Mapping[str, Any], laps: int = 0, **environment: str) -> None:
+    def enter(
+        self,
+        name: Any,
+        entrant: Entrant,
+        spec: Mapping[str, Any],
+        laps: int = 0,
+        environment: Environment = MappingProxyType({}),
+    ) -> None:
         """Start a contender, who makes some steps at once, for what comes with the first ones; or note why not."""
         shared = {"shapes": self.parameters.shapes, "gradients": str(self.gradients)}
         self._enter(name, entrant.python, entrant.path, {**spec, **shared}, laps, environment)
@@ -107,11 +117,11 @@ class Field:
         self._enter(name, Entrant(":").python, (), spec, 2, {})
 
     def _enter(
-        self, name: Any, python: str, path: Sequence[str], spec: Mapping[str, Any], laps: int, environment: Any
+        self, name: Any, python: str, path: Sequence[str], spec: Mapping[str, Any], laps: int, environment: Environment
     ) -> None:
         worker = None
         try:
-            worker = Worker(python, path, **environment)
+            worker = Worker(python, path, environment)
             worker.ask("start", **spec)
             worker.laps(laps)
             self.workers[name] = worker
@@ -181,9 +191,9 @@ def versioned(entrants: Sequence[Entrant]) -> dict[Entrant, str]:
     known: dict[Any, str] = {}
     for entrant in entrants:
         key = (entrant.python, entrant.path, entrant.module)
-        if entrant.module and key not in known:
+        if entrant.module and not entrant.ours and key not in known:
             known[key] = _release(*key)
-        names[entrant] = f"{known[key]} {entrant.name}" if entrant.module else entrant.name
+        names[entrant] = " ".join(filter(None, ["ours," if entrant.ours else known.get(key), entrant.name]))
     return names
 
 
