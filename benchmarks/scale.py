@@ -146,6 +146,7 @@ def picture(result: Mapping[str, Any], path: Path) -> None:
         for axes, (name, points) in zip(row, panels.items(), strict=True):
             draw(axes, name, points)
             quiet(axes)
+            axes.get_legend().remove()
         row[0].set_ylabel("milliseconds a step", color=colour("muted"))
         handles, labels = row[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), labelcolor=colour("ink"))
@@ -164,6 +165,7 @@ def draw(axes: Any, name: str, points: Sequence[Mapping[str, Any]]) -> None:
     axes.plot(at, predicted, label="its matrix products alone", **look)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.minorticks_off()
     axes.set_xticks(at, [str(n) for n in at])
     other = points[0]["set"].split(" of ")
     title = f"layers, each {other[1]}" if name == "layers" else f"width of {other[0]} layers"

@@ -63,7 +63,7 @@ def phase_of(
         spec = entrant.spec(framework, compiled=compiled, dtype=dtype, probability=PHASES[phase])
         field.enter(entrant, entrant, spec, laps=2 if parameters.numbers > LARGE else 3)
         rested(field, entrant, phase)
-    ours = entrants[0]
+    ours = METHODS[framework, method][0]
     half = ours.half if dtype == "bfloat16" else {}
     products = floor.of_step(method, {**ours.settings, **half}, parameters.shapes, dtype, fit=phase == "fit")
     field.enter_products("floor", framework, dtype, products)
@@ -148,7 +148,8 @@ def raced(
     with field_of(parameters) as field:
         for phase in PHASES if "steady" in wanted else ["fit"] * bool(wanted):
             console.log(f"{parameters.name}, {framework}, {mode}, {method}: steps that {phase}")
-            seen[phase], why = phase_of(field, entrants, phase, framework, mode, method, dtype)
+            able = [x for x in entrants if x not in failures and (phase == "fit" or x.probability or x.scale)]
+            seen[phase], why = phase_of(field, able, phase, framework, mode, method, dtype)
             failures |= why
     names = versioned(entrants)
     common = {"set": parameters.name, "framework": framework, "mode": mode, "method": method, "dtype": dtype}

@@ -11,9 +11,10 @@ import json
 import os
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module, metadata
-from itertools import cycle
+from itertools import cycle, zip_longest
 from math import prod
 from pathlib import Path
 from time import perf_counter
@@ -46,10 +47,17 @@ def gradients(spec: Spec) -> Iterator[list[np.ndarray]]:
         yield [row[a:b].reshape(s) for a, b, s in zip(sizes[:-1], sizes[1:], shapes_of(spec), strict=True)]
 
 
-def changed(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> int:
-    """Bytes of those arrays that are not what they were."""
-    pairs = zip(before, after, strict=True)
-    return sum(b.nbytes for a, b in pairs if a.shape != b.shape or a.tobytes() != b.tobytes())
+Print = tuple[int, int]  # bytes of a tensor and a checksum of them
+
+
+def printed(x: np.ndarray) -> Print:
+    """What tells a tensor from what it was."""
+    return x.nbytes, zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+
+
+def changed(before: Sequence[Print], after: Sequence[Print]) -> int:
+    """Bytes of those tensors that are not what they were, or that are new."""
+    return sum(b[0] for a, b in zip_longest(before, after, fillvalue=(0, 0)) if a != b)
 
 
 class Stepping:
@@ -63,7 +71,7 @@ class Stepping:
         """One step, finished when it returns."""
         raise NotImplementedError
 
-    def state(self) -> list[np.ndarray]:
+    def state(self) -> list[Print]:
         """The tensors that it keeps, as they are now."""
         raise NotImplementedError
 
@@ -146,9 +154,9 @@ class InTorch(Stepping):
         walk(self.optimizer.state)
         return list(found.values())
 
-    def state(self) -> list[np.ndarray]:
+    def state(self) -> list[Print]:
         bits = self.torch.uint8
-        return [x.detach().cpu().contiguous().reshape(-1).view(bits).numpy().copy() for x in self._tensors()]
+        return [printed(x.detach().contiguous().reshape(-1).view(bits).numpy()) for x in self._tensors()]
 
     def bytes(self) -> int:
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self._tensors()}
@@ -248,8 +256,8 @@ class InJax(Stepping):
     def step(self) -> None:
         self.params, self.kept = self.jax.block_until_ready(self.jitted(self.given, self.kept, self.params))
 
-    def state(self) -> list[np.ndarray]:
-        return [np.array(x) for x in self.jax.tree.leaves(self.kept)]
+    def state(self) -> list[Print]:
+        return [printed(np.asarray(x)) for x in self.jax.tree.leaves(self.kept)]
 
     def bytes(self) -> int:
         return sum(x.nbytes for x in self.jax.tree.leaves(self.kept))
