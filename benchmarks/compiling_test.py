@@ -1,4 +1,4 @@
-"""The first compiled step is timed in processes of their own. What torch's own compiler takes is not waited for here."""
+"""The first compiled step is timed in processes of their own. For torch's own compiler nothing here waits."""
 
 import json
 
