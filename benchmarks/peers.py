@@ -134,7 +134,9 @@ METHODS: Mapping[tuple[str, str], tuple[Entrant, ...]] = MappingProxyType(
         # heavyball's rule for what stays diagonal is ours when its mode is "smart_one_diag".
         ("torch", "procrustes"): (
             _ours("torch", "Procrustes", {"momentum": 0.9}, False, half={"dtype": "float32"}),
-            Entrant("heavyball:PSGDPRO", {**BETAS, "memory_save_mode": "smart_one_diag"}, TORCH_HOME),
+            Entrant(
+                "heavyball:PSGDPRO", {**BETAS, "memory_save_mode": "smart_one_diag", "merge_dims": True}, TORCH_HOME
+            ),
         ),
         ("jax", "kron"): (
             _ours("jax", "kron", KRON, True, half=WIDE),
