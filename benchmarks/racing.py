@@ -49,7 +49,8 @@ class Worker:
         core = one_core()
         for needed in (Path(python), *map(Path, path)):
             if not needed.exists():
-                raise CannotRun(f"{needed.relative_to(ROOT).parts[0]} is missing; `make peers` makes it")
+                name = needed.relative_to(ROOT).parts[0] if needed.is_relative_to(ROOT) else needed
+                raise CannotRun(f"{name} is missing; `make peers` makes it")
         # -P: the folder of the worker is no place to import from.
         self.process = subprocess.Popen(
             [python, "-P", str(WORKER), "" if core is None else str(core), *path],
