@@ -3,8 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.stamp
-# Beside which benchmarks.peers puts ours. quad-torch 0.3.0 is its last release that steps: 0.4.0 and 0.4.5 raise.
+# Beside which `psgd bench` puts ours. quad-torch 0.3.0 is its last release that steps; 0.4.5, in a folder of its own,
+# shows why. psgd-jax imports flax without asking for it.
 PEERS := kron-torch==0.3.3 quad-torch==0.3.0 heavyball==3.2.1 pytorch-optimizer==4.1.0
+PEERS_JAX := psgd-jax==0.2.9 optax==0.2.4 flax==0.12.8 jax==0.10.2 jaxlib==0.10.2 numpy==2.4.6
+PEERS_QUAD := quad-torch==0.4.5
 
 # One numerical thread per test worker; more only fight for the same cores.
 export OMP_NUM_THREADS := 1
@@ -57,4 +60,13 @@ wheel: $(STAMP) ## build the wheel into dist/
 	.venv-peers/bin/pip install -q -c constraints.txt -e '.[all]' $(PEERS)
 	touch $@
 
-peers: .venv-peers/.stamp ## make .venv-peers, where benchmarks.peers finds other optimizers
+.venv-peers-jax/.stamp: Makefile
+	$(PYTHON) -m venv .venv-peers-jax
+	.venv-peers-jax/bin/pip install -q $(PEERS_JAX)
+	touch $@
+
+.venv-peers-quad/.stamp: .venv-peers/.stamp
+	.venv-peers/bin/pip install -q --no-deps --upgrade --target .venv-peers-quad $(PEERS_QUAD)
+	touch $@
+
+peers: .venv-peers/.stamp .venv-peers-jax/.stamp .venv-peers-quad/.stamp ## make the environments of the optimizers that `psgd bench` puts beside ours

@@ -1,4 +1,4 @@
 """Measurements: always ratios taken in one run, since machines are shared and noisy.
 
-`python -m benchmarks.step` says what a step and what its compilation cost; see docs/benchmarks.md.
+`psgd bench` says what a step, its compilation and its memory cost beside other optimizers; see docs/benchmarks.md.
 """

@@ -20,7 +20,7 @@ from rich.console import Console
 import psgd_jax_backend
 import psgd_torch_backend
 from benchmarks.contenders import Layers, Run, jax_run, torch_run
-from benchmarks.step import Cells, machine, one_table
+from benchmarks.tables import Cells, machine, one_table
 from psgd.methods import METHODS, Method
 from psgd.schedule import Annealed
 

@@ -1,112 +1,113 @@
-"""What the first compiled step costs, in processes of their own.
+"""What the first compiled step costs, of ours and of those others that compile by themselves.
 
-    python -m benchmarks.compiling --layers 40 --size 64 torch:trivial torch:procrustes
+    psgd bench compile --set gpt-4x256 --markdown
 
-compiles what it is given, in that order, in one process, and prints the seconds of each as JSON. `trivial` is a
-function of one addition: what a framework's compiler costs before there is anything to compile.
+Each is the first thing that a new process compiles, with an empty cache ("cold") and once more in a further process
+that finds the files of the first ("cached"); "x + 1" is what the framework's compiler takes there for almost nothing.
+torch compiles at the first step, JAX ahead of it (`jit(...).lower(...).compile()`, without a cache on disk). Later
+steps, at other learning rates, then show whether anything is compiled again.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from time import perf_counter
+from collections.abc import Mapping, Sequence
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
 
-import jax
-import torch
+import typer
+from rich.console import Console
 
-import psgd_jax_backend
-import psgd_torch_backend
-from benchmarks.contenders import Layers, jax_arguments, jax_step, torch_run
-from psgd.methods import METHODS, Method
+from benchmarks.peers import METHODS, USUAL, Entrant
+from benchmarks.racing import Field, Worker, field_of, versioned
+from benchmarks.sets import SETS, ParameterSet
+from benchmarks.tables import Cells, JsonFile, Markdown, Quick, Sets, chosen, machine, tell
+from conformance.terminal import known, writable
 
-TRIVIAL = "trivial"
+FRAMEWORKS = ("torch", "jax")
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def torch_first(name: str, layers: Layers) -> Callable[[], object]:
-    """A function that compiles by running for the first time."""
-    if name == TRIVIAL:
-        return lambda: torch.compile(lambda x: x + 1)(torch.zeros(3))
-    make = getattr(psgd_torch_backend, METHODS[name].title)
-    return torch_run(lambda params: make(params, compile=True), layers)
+def trivial(framework: str) -> float:
+    """Seconds to compile x + 1 in a new process with an empty cache."""
+    with TemporaryDirectory() as cache:
+        worker = Worker(Entrant(":").python, environment={CACHE: cache})
+        try:
+            return worker.ask("trivial", framework=framework)
+        finally:
+            worker.close()
 
 
-def jax_first(name: str, layers: Layers, *, stack: bool) -> Callable[[], object]:
-    """A function that compiles ahead of time."""
-    if name == TRIVIAL:
-        return jax.jit(lambda x: x + 1).lower(jax.numpy.zeros(3)).compile
-    transform = getattr(psgd_jax_backend, name)(stack=stack)
-    pool, state, params = jax_arguments(transform, layers)
-    return lambda: jax_step(transform).lower(pool[0], state, params).compile()
+def once(field: Field, framework: str, entrant: Entrant, cache: str) -> dict[str, Any] | str:
+    """Seconds of the first steps in a new process; or why there are none."""
+    spec = entrant.spec(framework, compiled=True, dtype="float32", probability=1.0) | {"scheduled": True}
+    field.enter(entrant, entrant, spec, environment={CACHE: cache})
+    told = field.ask(entrant, "compile") or field.failures[entrant]
+    field.clear()
+    return told
 
 
-FIRSTS: dict[str, Callable[[str, Layers], Callable[[], object]]] = {
-    "torch": torch_first,
-    "jax": lambda name, layers: jax_first(name, layers, stack=True),
-    "jax-loop": lambda name, layers: jax_first(name, layers, stack=False),
-}
-
-
-def seconds(what: str, layers: Layers) -> float:
-    """How long "framework:name" takes to compile in this process."""
-    framework, name = what.split(":")
-    first = FIRSTS[framework](name, layers)
-    start = perf_counter()
-    first()
-    return perf_counter() - start
-
-
-def in_new_process(what: Sequence[str], layers: Layers, cache: str) -> list[float]:
-    """The seconds of each of `what`, compiled in turn in one new process whose compiler keeps its files in `cache`."""
-    sizes = ["--layers", str(layers.count), "--size", str(layers.size)]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compiling", *sizes, *what],
-        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"compiling {', '.join(what)} failed:\n{done.stderr}")
-    return json.loads(done.stdout)
-
-
-def compile_times(method: type[Method], layers: Layers) -> dict[str, float]:
-    """Seconds to compile a method's step.
-
-    torch_cold: the first thing compiled in a process, nothing cached. torch_trivial: what a trivial function takes in
-    its place, and torch_warm: the step after that. torch_cached: in a further process that finds torch_cold's files.
-    jax, jax_loop: under `jax.jit`, stacked and one leaf at a time, and jax_trivial before them.
-    """
-    step = f"torch:{method.name}"
-    with tempfile.TemporaryDirectory() as cold, tempfile.TemporaryDirectory() as warm:
-        (torch_cold,) = in_new_process([step], layers, cold)
-        (torch_cached,) = in_new_process([step], layers, cold)
-        torch_trivial, torch_warm = in_new_process([f"torch:{TRIVIAL}", step], layers, warm)
-        traced = in_new_process([f"jax:{TRIVIAL}", f"jax:{method.name}", f"jax-loop:{method.name}"], layers, warm)
+def row(field: Field, framework: str, entrant: Entrant, bare: float) -> dict[str, Any]:
+    """The figures of one optimizer. again: what later steps compiled again, if anything."""
+    with TemporaryDirectory() as cache:
+        cold = once(field, framework, entrant, cache)
+        cached = once(field, framework, entrant, cache) if framework == "torch" else None
+    failed = isinstance(cold, str)
     return {
-        "torch_cold": torch_cold,
-        "torch_trivial": torch_trivial,
-        "torch_warm": torch_warm,
-        "torch_cached": torch_cached,
-        **dict(zip(("jax_trivial", "jax", "jax_loop"), traced, strict=True)),
+        "trivial_s": bare,
+        "cold_s": None if isinstance(cold, str) else cold["first"],
+        "cached_s": cached["first"] if isinstance(cached, dict) else None,
+        "again": None if isinstance(cold, str) else cold["again"],
+        "why": cold if failed else None,
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Seconds to compile each of the given, in turn, as JSON.")
-    parser.add_argument("what", nargs="+", help=f"{'|'.join(FIRSTS)}:{'|'.join((TRIVIAL, *METHODS))}")
-    parser.add_argument("--layers", type=int, default=Layers.count)
-    parser.add_argument("--size", type=int, default=Layers.size)
-    given = parser.parse_args(arguments)
-    print(json.dumps([seconds(what, Layers(given.layers, given.size)) for what in given.what]))
+def measure(
+    sets: Sequence[ParameterSet], frameworks: Sequence[str], methods: Sequence[str], console: Console
+) -> dict[str, Any]:
+    """All figures, as plain data."""
+    rows: list[dict[str, Any]] = []
+    for framework in frameworks:
+        bare = trivial(framework)
+        for parameters in sets:
+            with field_of(parameters) as field:
+                for method in methods:
+                    entrants = [x for x in METHODS.get((framework, method), ()) if x.compiles]
+                    for entrant, name in versioned(entrants).items():
+                        console.log(f"{parameters.name}, {framework}: {name}")
+                        common = {"set": parameters.name, "framework": framework, "method": method, "who": name}
+                        rows.append(common | row(field, framework, entrant, bare))
+    return {"machine": machine(), "rows": rows}
 
 
-if __name__ == "__main__":
-    main()
+def cells(result: Mapping[str, Any]) -> Cells:
+    """A row for each optimizer."""
+
+    def seconds(x: float | None) -> str:
+        return "" if x is None else f"{x:.1f} s"
+
+    def told(r: Mapping[str, Any]) -> Sequence[str]:
+        if r["why"]:
+            return seconds(r["trivial_s"]), "does not run", "", r["why"].replace("|", "/")
+        return *(seconds(r[k]) for k in ("trivial_s", "cold_s", "cached_s")), r["again"].replace("|", "/") or "nothing"
+
+    head = ["set", "framework", "method", "who", "x + 1", "cold", "cached", "compiled again"]
+    return [head, *([*(r[k] for k in head[:4]), *told(r)] for r in result["rows"])]
+
+
+def command(
+    set_: Sets = None,
+    framework: Annotated[str | None, typer.Option(help="torch or jax.  [default: both]")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="May be repeated.  [default: the usual ones]")] = None,
+    json_file: JsonFile = None,
+    markdown: Markdown = False,
+    quick: Quick = False,
+) -> None:
+    """Time the first compiled step, and see that later ones compile nothing."""
+    writable(json_file)
+    result = measure(
+        chosen(set_, SETS, quick=quick),
+        [known("framework", framework, FRAMEWORKS)] if framework else FRAMEWORKS,
+        [known("method", name, {name for _, name in METHODS}) for name in method or USUAL],
+        Console(stderr=True),
+    )
+    tell(result, {"To the first compiled step": cells(result)}, json_file, as_markdown=markdown)

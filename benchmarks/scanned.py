@@ -19,7 +19,7 @@ from rich.console import Console
 
 import psgd_jax_backend
 from benchmarks.contenders import LAYERWISE
-from benchmarks.step import Cells, machine, one_table
+from benchmarks.tables import Cells, machine, one_table
 
 DEPTHS = (6, 12, 24, 48)
 BATCHES = (None, 8, 4, 1)

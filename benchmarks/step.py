@@ -1,241 +1,248 @@
-"""What a step costs: every registered method on forty equal layers, in each framework and way of stepping.
+"""What a step costs beside AdamW, Muon, other published optimizers of the same method, and its bare matrix products.
 
-    python -m benchmarks.step [--json FILE] [--markdown] [--quick]
+    psgd bench step --set gpt-4x256 --json step.json --markdown
 
-Ways are timed in alternated rounds, so that a drift of the machine meets them all alike. Times are medians with their
-quartiles; a speed-up is the median, over rounds, of the ratio to the first way of the same framework in that round.
+Gradients are given, and giving them is not timed. What counts is the ratio of ours to the other one within a round of
+a race in which all take turns (`racing`); one that does not run says why in its row. "every step" fits the
+preconditioner at each step; "steady" is the average of 34 steps of which one fits, as `kron`'s schedule has it in the
+end, made of steps that fit and of steps that do not, each measured in a race of their own. "eager" holds torch's
+compiler off everybody; "compiled" lets the others compile what they compile by themselves, and compiles ours with
+`compile=True` and the step of torch's own. In JAX everybody is jitted.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from time import perf_counter
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
-import jax
 import numpy as np
-import torch
+import typer
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.compiling import compile_times
-from benchmarks.contenders import LAYERWISE, Contender, Layers, Run, contenders
-from conformance.terminal import markdown
-from psgd.methods import Method
+from benchmarks import floor
+from benchmarks.peers import METHODS, PERIOD, RARELY, SCALE, USUAL, Entrant
+from benchmarks.racing import Field, field_of, versioned
+from benchmarks.sets import SETS, ParameterSet
+from benchmarks.tables import Cells, JsonFile, Markdown, Quick, Sets, chosen, machine, tables_and_picture, tell
+from conformance.terminal import known, writable
 
+# What experiments and transfer still import from here.
+__all__ = ["Cells", "command", "machine", "tables_and_picture"]
 
-@dataclass(frozen=True)
-class Setup:
-    """What is measured how often. slow: also what needs a compiler that takes many seconds."""
-
-    layers: Layers = field(default_factory=Layers)
-    rounds: int = 15
-    steps: int = 3
-    slow: bool = True
-
-
-QUICK = Setup(Layers(count=3, size=8), rounds=3, steps=1, slow=False)
-
-
-def timed(run: Run, steps: int) -> float:
-    """Seconds a step, after one that is not counted."""
-    run()
-    start = perf_counter()
-    for _ in range(steps):
-        run()
-    return (perf_counter() - start) / steps
+FRAMEWORKS, MODES, DTYPES = ("torch", "jax"), ("eager", "compiled"), ("float32", "bfloat16")
+UPDATES = ("every step", "steady")
+PHASES = {"fit": 1.0, "rest": RARELY}  # the probability of a fit in each race
+LARGE = 50_000_000  # numbers from which a process more is gigabytes more
+WITHOUT = ", ".join(USUAL)
+NONE: dict[str, Any] = dict.fromkeys(
+    ("ours_ms", "peer_ms", "ratio", "quartiles", "ours_quartiles_ms", "peer_quartiles_ms")
+)
 
 
-def alternated(runs: Mapping[str, Run], rounds: int, steps: int) -> dict[str, np.ndarray]:
-    """Seconds a step of each, (rounds,). Each round starts with another one."""
-    names, seen = list(runs), {name: np.zeros(rounds) for name in runs}
-    for i in range(rounds):
-        shift = i % len(names)
-        for name in names[shift:] + names[:shift]:
-            seen[name][i] = timed(runs[name], steps)
-    return seen
+def beside(framework: str, method: str, parameters: ParameterSet) -> list[Entrant]:
+    """Ours, its peers, and who is there for scale."""
+    scale = SCALE[framework][1:2] if parameters.numbers > LARGE else SCALE[framework]
+    return [*METHODS[framework, method], *scale]
 
 
-def row(method: type[Method], contender: Contender, seconds: np.ndarray, first: np.ndarray) -> dict[str, Any]:
-    """The figures of one way. `first`: seconds of the first way of its framework, round by round."""
-    low, median, high = 1e3 * np.quantile(seconds, [0.25, 0.5, 0.75])
+def rested(field: Field, entrant: Entrant, phase: str) -> None:
+    """Take out who claims to rest and fits: at rest only momentum and counters change."""
+    if phase == "rest" and entrant.probability:
+        changes = field.ask(entrant, "changes")
+        allowed = 4 * field.parameters.numbers + 64 * len(field.parameters.shapes)
+        if changes is not None and changes > allowed:
+            field.drop(entrant, f"cannot be kept from fitting: a step changes {changes:,} bytes of its state")
+
+
+def phase_of(
+    field: Field, entrants: Sequence[Entrant], phase: str, framework: str, mode: str, method: str, dtype: str
+) -> tuple[dict[Any, np.ndarray], dict[Any, str]]:
+    """Seconds of each entrant, and of "floor", in one race; and why others have none."""
+    parameters, compiled = field.parameters, mode == "compiled"
+    for entrant in entrants:
+        spec = entrant.spec(framework, compiled=compiled, dtype=dtype, probability=PHASES[phase])
+        field.enter(entrant, entrant, spec, laps=2 if parameters.numbers > LARGE else 3)
+        rested(field, entrant, phase)
+    ours = METHODS[framework, method][0]
+    half = ours.half if dtype == "bfloat16" else {}
+    products = floor.of_step(method, {**ours.settings, **half}, parameters.shapes, dtype, fit=phase == "fit")
+    field.enter_products("floor", framework, dtype, products)
+    seen, failures = field.race(parameters.rounds), dict(field.failures)
+    field.clear()
+    return seen, failures
+
+
+def figures(ours: np.ndarray, peer: np.ndarray) -> dict[str, Any]:
+    """Medians and quartiles in ms, and the median and the quartiles of the ratio in each round."""
+    low, median, high = np.quantile(ours / peer, [0.25, 0.5, 0.75])
+
+    def spread(x: np.ndarray) -> list[float]:
+        return [float(q) for q in 1e3 * np.quantile(x, [0.25, 0.75])]
+
     return {
-        "method": method.name,
-        "framework": contender.framework,
-        "variant": contender.variant,
-        "median_ms": float(median),
-        "quartiles_ms": [float(low), float(high)],
-        "speedup": float(np.median(first / seconds)),
+        "ours_ms": float(1e3 * np.median(ours)),
+        "peer_ms": float(1e3 * np.median(peer)),
+        "ratio": float(median),
+        "quartiles": [float(low), float(high)],
+        "ours_quartiles_ms": spread(ours),
+        "peer_quartiles_ms": spread(peer),
     }
 
 
-def step_times(method: type[Method], setup: Setup) -> list[dict[str, Any]]:
-    """A row for each way to step with a method. The frameworks take turns, lest their threads meet."""
+def averaged(seen: Mapping[str, Mapping[Any, np.ndarray]], who: Any, updates: str) -> np.ndarray | None:
+    """Seconds a step, round by round; None for who did not run."""
+    fit, rest = (seen.get(phase, {}).get(who) for phase in PHASES)
+    if fit is None or updates == "every step":
+        return fit
+    return None if rest is None else (fit + (PERIOD - 1) * rest) / PERIOD
+
+
+def rows_of(
+    common: Mapping[str, Any],
+    entrants: Sequence[Entrant],
+    names: Mapping[Entrant, str],
+    seen: Mapping[str, Mapping[Any, np.ndarray]],
+    failures: Mapping[Any, str],
+    updates: str,
+) -> list[dict[str, Any]]:
+    """A row for each entrant beside ours, and one more for the fastest of the same method."""
+    ours, *others = entrants
+    if updates == "steady":
+        others = [x for x in others if x.probability or x.scale]
+    mine, bare = averaged(seen, ours, updates), averaged(seen, "floor", updates)
+    alone: dict[str, Any] = {"floor_ms": None, "floor_ratio": None}
+    if mine is not None and bare is not None and bare.any():
+        alone = {"floor_ms": float(1e3 * np.median(bare)), "floor_ratio": float(np.median(mine / bare))}
     rows = []
-    ways = [c for c in contenders(method) if setup.slow or not c.slow_to_start]
-    for framework in dict.fromkeys(c.framework for c in ways):
-        own = {c.variant: c for c in ways if c.framework == framework}
-        runs = {variant: c.start(setup.layers) for variant, c in own.items()}
-        for run in runs.values():
-            timed(run, steps=1)
-        seen = alternated(runs, setup.rounds, setup.steps)
-        first = next(iter(seen.values()))
-        rows += [row(method, own[variant], seconds, first) for variant, seconds in seen.items()]
+    for other in others:
+        theirs = averaged(seen, other, updates)
+        if mine is None:
+            told, why = NONE, f"ours does not run: {failures[ours]}"
+        elif theirs is None:
+            own = figures(mine, mine)
+            told, why = {**NONE, **{k: own[k] for k in ("ours_ms", "ours_quartiles_ms")}}, failures[other]
+        else:
+            told, why = figures(mine, theirs), None
+        kind = {"fastest": False, "scale": other.scale}
+        rows.append({**common, "updates": updates, "peer": names[other], **kind, **told, **alone, "why": why})
+    able = [r for r in rows if not r["scale"] and r["ratio"] is not None]
+    if able:
+        rows.append({**max(able, key=lambda r: r["ratio"]), "fastest": True})
     return rows
 
 
-def processor() -> str:
-    """The processor's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def raced(
+    parameters: ParameterSet,
+    framework: str,
+    mode: str,
+    method: str,
+    dtype: str,
+    updates: Sequence[str],
+    console: Console,
+) -> list[dict[str, Any]]:
+    """The rows of one method in one mode."""
+    entrants = beside(framework, method, parameters)
+    wanted = [x for x in updates if x == "every step" or entrants[0].probability]
+    seen: dict[str, Mapping[Any, np.ndarray]] = {}
+    failures: dict[Any, str] = {}
+    with field_of(parameters) as field:
+        for phase in PHASES if "steady" in wanted else ["fit"] * bool(wanted):
+            console.log(f"{parameters.name}, {framework}, {mode}, {method}: steps that {phase}")
+            able = [x for x in entrants if x not in failures and (phase == "fit" or x.probability or x.scale)]
+            seen[phase], why = phase_of(field, able, phase, framework, mode, method, dtype)
+            failures |= why
+    names = versioned(entrants)
+    common = {"set": parameters.name, "framework": framework, "mode": mode, "method": method, "dtype": dtype}
+    return [row for x in wanted for row in rows_of(common, entrants, names, seen, failures, x)]
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were taken on, and how busy it was."""
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "torch_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "jax": jax.__version__,
-    }
-
-
-def measure(setup: Setup, progress: Console) -> dict[str, Any]:
+def measure(
+    sets: Sequence[ParameterSet],
+    frameworks: Sequence[str],
+    modes: Sequence[str],
+    methods: Sequence[str],
+    dtype: str,
+    updates: Sequence[str],
+    console: Console,
+) -> dict[str, Any]:
     """All figures, as plain data."""
-    result: dict[str, Any] = {"machine": machine(), "setup": asdict(setup), "steps": [], "compile": []}
-    for method in LAYERWISE.values():
-        progress.log(f"{method.title}: steps")
-        result["steps"] += step_times(method, setup)
-        if setup.slow:
-            progress.log(f"{method.title}: compilers")
-            result["compile"].append({"method": method.name, **compile_times(method, setup.layers)})
+    result: dict[str, Any] = {"machine": machine(), "rows": []}
+    for parameters in sets:
+        for framework in frameworks:
+            for mode in modes if framework == "torch" else [m for m in modes if m == "compiled"]:
+                for method in [m for m in methods if (framework, m) in METHODS]:
+                    result["rows"] += raced(parameters, framework, mode, method, dtype, updates, console)
     return result
 
 
-Cells = list[Sequence[str]]  # a head, then rows
+def cells(rows: Sequence[Mapping[str, Any]]) -> Cells:
+    """A row for each pairing; the fastest of the same method has a mark instead of its second row."""
+    best = [{**r, "fastest": False} for r in rows if r["fastest"]]
+
+    def told(r: Mapping[str, Any]) -> Sequence[str]:
+        over = "" if r["floor_ratio"] is None else f"{r['floor_ratio']:.2f}"
+        if r["why"]:
+            return (*(in_ms(r, "ours"), "", "does not run", r["why"].replace("|", "/"), over),)
+        low, high = r["quartiles"]
+        ratio = f"{r['ratio']:.2f}" + " *" * (r in best)
+        return in_ms(r, "ours"), in_ms(r, "peer"), ratio, f"{low:.2f} to {high:.2f}", over
+
+    head = ["method", "fits", "beside", "ours", "the other", "ours / the other", "quartiles", "ours / products"]
+    return [head, *([r["method"], r["updates"], r["peer"], *told(r)] for r in rows if not r["fastest"])]
 
 
-def steps_cells(result: Mapping[str, Any]) -> Cells:
-    """What each way of stepping took."""
-
-    def cells(r: Mapping[str, Any]) -> Sequence[str]:
-        low, high = r["quartiles_ms"]
-        figures = f"{r['median_ms']:.2f} ms", f"{low:.2f} to {high:.2f}", f"{r['speedup']:.1f}×"
-        return r["method"], r["framework"], r["variant"], *figures
-
-    head = "method", "framework", "way", "median", "quartiles", "speed-up"
-    return [head, *map(cells, result["steps"])]
-
-
-def compile_cells(result: Mapping[str, Any]) -> Cells:
-    """Seconds to the first compiled step."""
-    rows = [[x if isinstance(x, str) else f"{x:.1f} s" for x in r.values()] for r in result["compile"]]
-    return [[name.replace("_", ", ", 1) for name in result["compile"][0]], *rows] if rows else []
-
-
-def rich_table(title: str, cells: Cells) -> Table:
-    """For a terminal; methods are set apart."""
-    head, *rows = cells
-    table = Table(title=title)
-    for column in head:
-        table.add_column(column, justify="left" if column in ("method", "framework", "way") else "right")
-    for i, cell in enumerate(rows):
-        table.add_row(*cell, end_section=i + 1 < len(rows) and rows[i + 1][0] != cell[0])
-    return table
-
-
-def markdown_table(title: str, cells: Cells) -> str:
-    """For a document."""
-    return f"{title}:\n\n{markdown(cells)}\n"
+def in_ms(r: Mapping[str, Any], whose: str) -> str:
+    """Median and quartiles in a cell."""
+    if r[f"{whose}_ms"] is None:
+        return ""
+    low, high = r[f"{whose}_quartiles_ms"]
+    return f"{r[f'{whose}_ms']:.1f} ms ({low:.1f} to {high:.1f})"
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, Cells]:
-    """What was measured, by title."""
-    layers = result["setup"]["layers"]
-    title = f"A step of {layers['count']} layers of {layers['size']} x {layers['size']}"
-    told = {title: steps_cells(result), "To the first compiled step": compile_cells(result)}
-    return {title: cells for title, cells in told.items() if cells}
+    """A table for each set, framework and mode."""
+    keys = ("set", "framework", "mode", "dtype")
+    kinds = dict.fromkeys(tuple(r[k] for k in keys) for r in result["rows"])
+    return {
+        f"A step of {', '.join(kind)}": cells([r for r in result["rows"] if tuple(r[k] for k in keys) == kind])
+        for kind in kinds
+    }
 
 
-def show(result: Mapping[str, Any], titled: Mapping[str, Cells], console: Console, *, as_markdown: bool) -> None:
-    """The machine and the tables."""
-    console.print(", ".join(f"{name} {value}" for name, value in result["machine"].items()), highlight=False)
-    for title, cells in titled.items():
-        if as_markdown:
-            print("\n" + markdown_table(title, cells))
-        else:
-            console.print(rich_table(title, cells))
+def summary(result: Mapping[str, Any]) -> str:
+    """Medians and worst of the ratios to the fastest peer."""
+    parts = []
+    for updates in UPDATES:
+        ratios = [r["ratio"] for r in result["rows"] if r["fastest"] and r["updates"] == updates]
+        if ratios:
+            parts.append(f"{updates}: median {np.median(ratios):.2f}, worst {max(ratios):.2f} of {len(ratios)}")
+    return "Ours over the fastest (*) of the same method: " + ("; ".join(parts) or "there is none")
 
 
-def one_table(
-    program: str,
-    description: str,
-    measured: Callable[..., dict[str, Any]],
-    titled: Callable[[dict[str, Any]], tuple[str, Cells]],
-    width: int,
-    arguments: Sequence[str] | None,
+def command(
+    set_: Sets = None,
+    framework: Annotated[str | None, typer.Option(help="torch or jax.  [default: both]")] = None,
+    mode: Annotated[str | None, typer.Option(help="eager, or compiled as JAX always is.  [default: both]")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"May be repeated.  [default: {', '.join(USUAL)}]")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16: of parameters and gradients.")] = "float32",
+    updates: Annotated[str | None, typer.Option(help='"every step" or steady.  [default: both]')] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Of each race.  [default: by the set]")] = None,
+    json_file: JsonFile = None,
+    markdown: Markdown = False,
+    quick: Quick = False,
 ) -> None:
-    """Be the command of a program that measures one table: `measured` gives figures, `titled` a title and its cells."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=description)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
-    parser.add_argument("--markdown", action="store_true", help="print the table as docs/benchmarks.md has it")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    given = parser.parse_args(arguments)
-    result = measured(Console(stderr=True), quick=given.quick)
-    title, cells = titled(result)
-    if given.markdown:
-        print(markdown_table(title, cells))
-    else:
-        Console(width=width).print(rich_table(title, cells))
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def tables_and_picture(
-    parser: argparse.ArgumentParser,
-    measured: Callable[..., dict[str, Any]],
-    tables: Callable[[dict[str, Any]], Mapping[str, Cells]],
-    picture: Callable[[dict[str, Any], Path], None],
-    width: int,
-    arguments: Sequence[str] | None,
-) -> None:
-    """Be the command of a program that measures several tables and draws a picture; its own words are in `parser`."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    given = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else width)
-    result = measured(Console(stderr=True), quick=given.quick)
-    show(result, tables(result), console, as_markdown=given.markdown)
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
-    if given.picture:
-        picture(result, given.picture)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description="What a step costs.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
-    parser.add_argument("--markdown", action="store_true", help="print the tables as docs/benchmarks.md has them")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing compiled: does it run?")
-    given = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    result = measure(QUICK if given.quick else Setup(), Console(stderr=True))
-    show(result, tables(result), console, as_markdown=given.markdown)
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    """Time a step beside other optimizers of the same method, AdamW, Muon, and the bare matrix products."""
+    writable(json_file)
+    names = list(dict.fromkeys(name for _, name in METHODS))
+    known("dtype", dtype, DTYPES)
+    methods = [known("method", name, names) for name in method or USUAL]
+    result = measure(
+        chosen(set_, SETS, rounds=rounds, quick=quick),
+        [known("framework", framework, FRAMEWORKS)] if framework else FRAMEWORKS,
+        [known("mode", mode, MODES)] if mode else MODES,
+        methods,
+        dtype,
+        [known("updates", updates, UPDATES)] if updates else UPDATES,
+        Console(stderr=True),
+    )
+    tell(result, tables(result), json_file, as_markdown=markdown, last=summary(result))

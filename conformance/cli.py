@@ -22,6 +22,7 @@ try:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+    from typer.core import TyperGroup
 
     from conformance.terminal import (
         console,
@@ -466,6 +467,37 @@ def contracts(
     write_json(json_file, [asdict(v) | {"verdict": v.word} for v in found])
     if any(v.failed for v in found) or {v.contract for v in found} != set(wanted):
         raise typer.Exit(1)
+
+
+# ---- benchmarks ---------------------------------------------------------------------------
+# By name: nothing here depends on them, and none is loaded that is not asked for.
+BENCHMARKS = {
+    "step": "benchmarks.step",
+    "compile": "benchmarks.compiling",
+    "memory": "benchmarks.memory",
+    "scale": "benchmarks.scale",
+}
+
+
+class Benchmarks(TyperGroup):
+    """The group `psgd bench`: each of its commands is the function `command` of a module."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(BENCHMARKS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in BENCHMARKS:
+            return None
+        with packages():
+            module = import_module(BENCHMARKS[cmd_name])
+        made = typer.Typer(add_completion=False)
+        made.command(cmd_name)(module.command)
+        return typer.main.get_command(made)
+
+
+bench = typer.Typer(cls=Benchmarks, no_args_is_help=True, help="Time optimizers: steps, compilation, memory, scale.")
+bench.callback()(lambda: None)
+app.add_typer(bench, name="bench")
 
 
 # ---- the methods --------------------------------------------------------------------------

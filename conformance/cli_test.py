@@ -47,6 +47,27 @@ def test_json_has_neither_infinity_nor_nan(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, None, 1.5], "b": None, "c": 1}
 
 
+# ---- benchmarks --------------------------------------------------------------------------
+def test_benchmarks_are_listed_and_loaded_when_they_are_asked_for():
+    code = "import sys, conformance.cli; sys.exit(any(m.split('.')[0] == 'benchmarks' for m in sys.modules))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    listed = psgd("bench", "--help")
+    assert listed.exit_code == 0 and all(f"{name} " in listed.output for name in cli.BENCHMARKS), listed.output
+    for name in cli.BENCHMARKS:
+        assert "--quick" in psgd("bench", name, "--help").output
+    assert psgd("bench", "nothing").exit_code == 2 and psgd("bench").exit_code == 2
+
+
+def test_asking_what_a_benchmark_does_loads_no_framework():
+    asked = [["bench", name, "--help"] for name in cli.BENCHMARKS]
+    heavy = {"torch", "jax", "matplotlib", "sklearn"}
+    code = (
+        "import sys; from typer.testing import CliRunner; from conformance import cli\n"
+        f"[CliRunner().invoke(cli.app, a) for a in {asked}]; sys.exit(sorted({heavy} & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # ---- compare -----------------------------------------------------------------------------
 @pytest.mark.parametrize("locked", [False, True])
 def test_compare_passes_and_writes_its_json(tmp_path, locked):

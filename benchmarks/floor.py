@@ -1,0 +1,72 @@
+"""The matrix products that a step cannot do without, read off the core as it runs on shapes alone.
+
+What a machine takes for them bare is the floor of a step: everything else that a step does comes on top.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from benchmarks.sets import Shape, alike
+from psgd import pipeline
+from psgd.methods import METHODS
+from psgd.outline import Outline, Outlines, Silence
+from psgd.pipeline import Plan, Recipe
+from psgd.schedule import Memory
+
+Product = tuple[int, int, int, int]  # batch, m, k, n: of (batch, m, k) by (batch, k, n)
+
+
+class Recorder(Outlines):
+    """Outlines that keep what is multiplied and how often. A triangular solve of m² n operations counts as half of
+    the product of 2 m² n.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: Counter[Product] = Counter()
+
+    def matmul(self, a: Outline, b: Outline) -> Outline:
+        """As of outlines, and written down."""
+        out = super().matmul(a, b)
+        m = a.shape[-2] if a.ndim > 1 else 1
+        n = b.shape[-1] if b.ndim > 1 else 1
+        self.products[max(1, prod(out.shape) // max(1, m * n)), m, a.shape[-1], n] += 1
+        return out
+
+    def _solve(self, a: Outline, b: Outline) -> Outline:
+        m, n = b.shape[-2:]
+        self.products[max(1, prod(b.shape[:-2])), m, m, n] += 0.5  # type: ignore[assignment]
+        return super()._solve(a, b)
+
+
+def of_tensor(recipe: Recipe, shape: Shape, dtype: str, *, fit: bool) -> Counter[Product]:
+    """The products of a step of one tensor."""
+    xp = Recorder()
+    g = Outline(shape, dtype, xp)
+    state = pipeline.init(recipe, g, None, Silence())
+    plan = Plan(fit, False, False, Memory(0.5), rate=0.1, memory=0.5, damping=0.1, key=None)
+    xp.products.clear()
+    pipeline.step(recipe, plan, g, state, Silence(), pair=(g, g) if recipe.newton else None)
+    return xp.products
+
+
+def of_step(
+    method: str, settings: dict[str, Any], shapes: Sequence[Shape], dtype: str, *, fit: bool
+) -> list[tuple[int, int, int, int, float]]:
+    """(batch, m, k, n, how often) of a step of all tensors; those of one shape are stacked, as the adapters do it."""
+    recipe = METHODS[method].of(**settings).recipe()
+    total: Counter[Product] = Counter()
+    whole = [((sum(map(prod, shapes)),), 1)]
+    for shape, count in whole if recipe.whole else alike(shapes).items():
+        for (batch, *sides), often in of_tensor(recipe, shape, dtype, fit=fit).items():
+            total[(count * batch, *sides)] += often  # type: ignore[index]
+    return [(*product, float(often)) for product, often in total.items() if prod(product)]
+
+
+def flops(products: Sequence[Sequence[float]]) -> float:
+    """Floating-point operations of products."""
+    return sum(2 * prod(x) for x in products)
