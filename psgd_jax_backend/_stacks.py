@@ -132,7 +132,7 @@ class Stepper(NamedTuple):
         for indices in self.layering.buckets(leaves, scanned):
             own = [leaves[i] for i in indices if leaves[i].size]
             if len(own) > 1 and not self.spread.axes:
-                sizes |= zip(indices, jax.vmap(size)(jnp.stack(own)), strict=True)
+                sizes |= zip(indices, self._parts(jax.vmap(size)(jnp.stack(own)), len(own)), strict=True)
             else:
                 one = jax.vmap(size) if scanned[indices[0]] else size
                 sizes |= zip(indices, map(one, own), strict=False)
@@ -154,6 +154,11 @@ class Stepper(NamedTuple):
         """A function of one tensor, of every layer where it is."""
         return self.spread.each(partial(self.layering.over, one), *stacks)
 
+    def _parts(self, stack: Any, n: int) -> list[Any]:
+        """The n parts of stacks."""
+        at = partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+        return [jax.tree.map(partial(at, index=sum(place)), stack) for place in self.places[:n]]
+
     def _layers(self, g: Leaf, state: State, pair: Any) -> tuple[Leaf, State]:
         """Of a leaf that stacks layers."""
         if not g.size:
@@ -174,14 +179,12 @@ class Stepper(NamedTuple):
             return self.spread.apart(jax.tree.map(lambda *xs: jnp.stack(xs), *leaves))
 
         def unstacked(stack: Any) -> list[Any]:
-            whole = self.spread.together(stack, n)
-            at = partial(jax.lax.dynamic_index_in_dim, keepdims=False)
-            return [jax.tree.map(partial(at, index=sum(place)), whole) for place in places]
+            return self._parts(self.spread.together(stack, n), n)
 
         # Leaf by leaf: operations that are equal are compiled once, but each slice of a stack is another.
         observed = [pipeline.observed(recipe, plan, g, s.momentum) for g, s in zip(gradients, states, strict=True)]
         momenta, seen, smooth = map(list, zip(*observed, strict=True))
-        places, average = self.places[:n], stacked(smooth)
+        average = stacked(smooth)
 
         def directed(factors: Factors) -> list[Leaf]:
             return unstacked(self._each(partial(pipeline.directed, recipe), factors, average))
