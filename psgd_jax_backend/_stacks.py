@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import isqrt
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,13 @@ class Layering(NamedTuple):
             ) from error
         return [bool(flag) for flag in flags]
 
+    def buckets(self, leaves: list[Leaf], scanned: list[bool]) -> list[list[int]]:
+        """Which leaves are stepped together."""
+        found: dict[Any, list[int]] = {}
+        for i, x in enumerate(leaves):
+            found.setdefault((x.shape, x.dtype) if self.stack and not scanned[i] else i, []).append(i)
+        return list(found.values())
+
     def over(self, one: Callable[..., Any], *stacks: Any) -> Any:
         """A function of one tensor, mapped over stacks of them."""
         if self.lax_map_scanned_layers and all(x.size for x in jax.tree.leaves(stacks)):
@@ -64,6 +72,7 @@ class Stepper(NamedTuple):
     plan: Plan
     layering: Layering
     spread: Spread
+    places: list[Any]
 
     def step(
         self,
@@ -74,11 +83,8 @@ class Stepper(NamedTuple):
     ) -> tuple[list[Leaf], list[State]]:
         """One step of all leaves; those of one shape and dtype in one call."""
         pairs: list[Any] = [None] * len(gradients) if pair is None else list(zip(*pair, strict=True))
-        buckets: dict[Any, list[int]] = {}
-        for i, g in enumerate(gradients):
-            buckets.setdefault((g.shape, g.dtype) if self.layering.stack and not scanned[i] else i, []).append(i)
         done: list[Any] = [None] * len(gradients)
-        for indices in buckets.values():
+        for indices in self.layering.buckets(gradients, scanned):
             members = [(gradients[i], states[i], pairs[i]) for i in indices]
             if scanned[indices[0]]:
                 results = [self._layers(*members[0])]
@@ -89,6 +95,48 @@ class Stepper(NamedTuple):
             for i, result in zip(indices, results, strict=True):
                 done[i] = result
         return [u for u, _ in done], [s for _, s in done]
+
+    def started(
+        self,
+        damping: Any,
+        gradients: list[Leaf],
+        scanned: list[bool],
+        pair: tuple[list[Leaf], list[Leaf]] | None,
+        states: list[State],
+    ) -> list[State]:
+        """The states with factors of their automatic scale, which is that of gradients, or of the pair if it is
+        fitted."""
+        start, working = self.recipe.start, partial(pipeline.working, self.recipe)
+        there = [i for i, g in enumerate(gradients) if g.size]
+        scales = start(self._sizes(gradients, scanned), damping)
+        if pair is not None:
+            fresh = start(self._sizes(pair[1], scanned), damping)
+            boosts = start.probed([working(pair[0][i]) for i in there])
+            own = zip(scales, fresh, boosts, strict=True)
+            scales = [jnp.where(self.plan.fit, of_pair * boost, of_gradient) for of_gradient, of_pair, boost in own]
+        rescaled, started = partial(pipeline.rescaled, self.recipe), list(states)
+        for i, scale in zip(there, scales, strict=True):
+            if scanned[i]:
+                started[i] = jax.vmap(rescaled)(states[i], jnp.broadcast_to(scale, gradients[i].shape[:1]))
+            else:
+                started[i] = rescaled(states[i], scale)
+        return started
+
+    def _sizes(self, leaves: list[Leaf], scanned: list[bool]) -> list[Leaf]:
+        """Sizes of the leaves that have elements, of each layer where they are stacks of them."""
+
+        def size(x: Leaf) -> Leaf:
+            return self.recipe.start.size(pipeline.working(self.recipe, x))
+
+        sizes: dict[int, Leaf] = {}
+        for indices in self.layering.buckets(leaves, scanned):
+            own = [leaves[i] for i in indices if leaves[i].size]
+            if len(own) > 1 and not self.spread.axes:
+                sizes |= zip(indices, self._parts(jax.vmap(size)(jnp.stack(own)), len(own)), strict=True)
+            else:
+                one = jax.vmap(size) if scanned[indices[0]] else size
+                sizes |= zip(indices, map(one, own), strict=False)
+        return [sizes[i] for i in sorted(sizes)]
 
     def _alone(self, g: Leaf, state: State, pair: Any) -> tuple[Leaf, State]:
         """Of a leaf by itself: whole on every device, as its factors have to be; one that is much larger than they
@@ -105,6 +153,11 @@ class Stepper(NamedTuple):
     def _each(self, one: Callable[..., Any], *stacks: Any) -> Any:
         """A function of one tensor, of every layer where it is."""
         return self.spread.each(partial(self.layering.over, one), *stacks)
+
+    def _parts(self, stack: Any, n: int) -> list[Any]:
+        """The n parts of stacks."""
+        at = partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+        return [jax.tree.map(partial(at, index=sum(place)), stack) for place in self.places[:n]]
 
     def _layers(self, g: Leaf, state: State, pair: Any) -> tuple[Leaf, State]:
         """Of a leaf that stacks layers."""
@@ -126,26 +179,40 @@ class Stepper(NamedTuple):
             return self.spread.apart(jax.tree.map(lambda *xs: jnp.stack(xs), *leaves))
 
         def unstacked(stack: Any) -> list[Any]:
-            whole = self.spread.together(stack, n)
-            return [jax.tree.map(lambda x, k=k: x[k], whole) for k in range(n)]
+            return self._parts(self.spread.together(stack, n), n)
 
-        observe = partial(pipeline.observed, recipe, plan)
-        momentum, seen, smooth = self._each(observe, stacked(gradients), stacked([s.momentum for s in states]))
+        # Leaf by leaf: operations that are equal are compiled once, but each slice of a stack is another.
+        observed = [pipeline.observed(recipe, plan, g, s.momentum) for g, s in zip(gradients, states, strict=True)]
+        momenta, seen, smooth = map(list, zip(*observed, strict=True))
+        average = stacked(smooth)
 
-        def directed(factors: Factors) -> Leaf:
-            return self._each(partial(pipeline.directed, recipe), factors, smooth)
+        def directed(factors: Factors) -> list[Leaf]:
+            return unstacked(self._each(partial(pipeline.directed, recipe), factors, average))
 
-        def fitted(leaves: list[Factors]) -> tuple[list[Factors], Leaf]:
+        def fitted(leaves: list[Factors]) -> tuple[list[Factors], list[Leaf]]:
             def one(x: Leaf, own: Factors, pair: Any) -> Factors:
                 return pipeline.fitted(recipe, plan, x, own, given=pair)
 
             old = stacked(leaves)
-            new = self._each(one, seen, old, stacked(pairs))
+            new = self._each(one, average if seen[0] is smooth[0] else stacked(seen), old, stacked(pairs))
             return unstacked(new), directed(new if recipe.fit_first else old)
 
-        def kept(leaves: list[Factors]) -> tuple[list[Factors], Leaf]:
+        def kept(leaves: list[Factors]) -> tuple[list[Factors], list[Leaf]]:
             return leaves, directed(stacked(leaves))
 
-        factors, u = choose(plan.fit, fitted, kept, [s.factors for s in states])
-        momenta = [None] * n if momentum is None else unstacked(momentum)
-        return [(u, State(m, f)) for u, m, f in zip(unstacked(u), momenta, factors, strict=True)]
+        factors, us = choose(plan.fit, fitted, kept, [s.factors for s in states])
+        return [(u, State(m, f)) for u, m, f in zip(us, momenta, factors, strict=True)]
+
+
+def numbers(count: Any, n: int) -> list[Any]:
+    """The numbers below n, each as two of which it is the sum.
+
+    count: of steps, never negative, which the compiler does not know, and so it knows none of these numbers: slices of
+    a stack then differ in their arguments alone, and what is equal is compiled once.
+    """
+    if not isinstance(count, jax.core.Tracer):
+        return [(k,) for k in range(n)]
+    side = isqrt(n) + 1
+    below = jnp.arange(side, dtype=jnp.uint32) + jnp.minimum(count, 0).astype(jnp.uint32)
+    ones, many = list(below), list(below * side)
+    return [(many[k // side], ones[k % side]) for k in range(n)]

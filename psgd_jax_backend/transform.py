@@ -23,7 +23,7 @@ from psgd.methods import Method
 from psgd.pipeline import Recipe, State, Tempo
 from psgd.summary import Row, Summary
 from psgd_jax_backend._sharding import Spread
-from psgd_jax_backend._stacks import Layering, Stepper, choose
+from psgd_jax_backend._stacks import Layering, Stepper, choose, numbers
 from psgd_jax_backend._state import Guard, Leaf, PSGDState, Tree, states
 
 
@@ -192,9 +192,8 @@ class Scaling(NamedTuple):
     ) -> tuple[list[Leaf], PSGDState]:
         """Directions and state after a step, or the state as it was where `go` is false."""
         recipe, tempo = self.recipe, self.tempo
-        # What is computed of a step that is skipped is thrown away; it must only be finite.
-        gradients, shapes = _only_if(go, gradients), [g.shape for g in gradients]
-        pair = None if given is None else (_only_if(go, given.vector), _only_if(go, given.Hvp))
+        shapes = [g.shape for g in gradients]
+        pair = None if given is None else (given.vector, given.Hvp)
         momenta, states = _to_states(state, treedef, recipe)
         count = optax.safe_increment(state.count)
         since = None if state.since is None else optax.safe_increment(state.since)
@@ -205,14 +204,16 @@ class Scaling(NamedTuple):
             gradients, flags = [_joined(gradients)], [False]
             states = [states[0]._replace(momentum=_joined(momenta) if recipe.momentum else None)]
             pair = None if pair is None else ([_joined(pair[0])], [_joined(pair[1])])
+        stepper = Stepper(recipe, plan, self.layering, spread, numbers(state.count, len(gradients)))
         if self.method.start_scale() is None:
             first = state.count == 0 if since is None or pair is None else (since == count) & plan.fit
-            started = partial(_started, recipe, tempo.damping, plan.fit, gradients, flags, pair)
+            started = partial(stepper.started, tempo.damping, gradients, flags, pair)
             states = choose(first if go is None else first & go, started, lambda states: states, states)
         states = [
             s._replace(factors=spread.placed(s.factors, scanned)) for s, scanned in zip(states, flags, strict=True)
         ]
-        directions, new = Stepper(recipe, plan, self.layering, spread).step(gradients, states, flags, pair)
+        # What is computed of a step that is skipped is thrown away; it must only be finite. Nothing is fitted then.
+        directions, new = stepper.step(_only_if(go, gradients), states, flags, pair)
         directions = _trusted(recipe, tempo.trust, directions)
         parts: list[Any] = [s.momentum for s in new]
         if recipe.whole:
@@ -418,35 +419,6 @@ def _to_states(state: PSGDState, treedef: Any, recipe: Recipe) -> tuple[list[Any
     factors = [Factors(tuple(jax.tree.leaves(a)), tuple(jax.tree.leaves(b))) for a, b in zip(q, ell, strict=True)]
     owners = [None] if recipe.whole else momenta
     return momenta, [State(m, f) for m, f in zip(owners, factors, strict=True)]
-
-
-def _started(
-    recipe: Recipe,
-    damping: Any,
-    fit: Any,
-    gradients: list[Leaf],
-    flags: list[bool],
-    pair: tuple[list[Leaf], list[Leaf]] | None,
-    states: list[State],
-) -> list[State]:
-    """The states with factors of their automatic scale, which is that of gradients, or of the pair if it is fitted."""
-    there = [i for i, g in enumerate(gradients) if g.size]
-
-    def size(g: Leaf) -> Leaf:
-        return recipe.start.size(pipeline.working(recipe, g))
-
-    scales = recipe.start([_over(size, flags[i])(gradients[i]) for i in there], damping)
-    if pair is not None:
-        fresh = recipe.start([_over(size, flags[i])(pair[1][i]) for i in there], damping)
-        boosts = recipe.start.probed([pipeline.working(recipe, pair[0][i]) for i in there])
-        own = zip(scales, fresh, boosts, strict=True)
-        scales = [jnp.where(fit, of_pair * boost, of_gradient) for of_gradient, of_pair, boost in own]
-    started = list(states)
-    for i, scale in zip(there, scales, strict=True):
-        if flags[i]:
-            scale = jnp.broadcast_to(scale, gradients[i].shape[:1])
-        started[i] = _over(lambda s, c: pipeline.rescaled(recipe, s, c), flags[i])(states[i], scale)
-    return started
 
 
 def _trusted(recipe: Recipe, limit: Any, directions: list[Leaf]) -> list[Leaf]:
