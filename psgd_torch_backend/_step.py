@@ -142,7 +142,7 @@ def _in_blocks(draw: noise.Numbers, step_key: Tensor, role: int, n: int, dtype: 
     """`noise.normal` or `noise.signs`; on a CPU block by block and by NumPy, which takes a quarter of the time."""
     if step_key.device.type != "cpu":
         return draw(step_key, role, n, dtype)
-    numbers = torch.empty(n, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    numbers = torch.empty(n, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device="cpu")
     key, blocks = step_key.numpy(), numbers.numpy()
     for i in range(0, n, BLOCK):
         blocks[i : i + BLOCK] = draw(key, role, min(BLOCK, n - i), blocks.dtype, i)
