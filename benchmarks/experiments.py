@@ -28,7 +28,7 @@ from rich.console import Console
 
 import psgd_jax_backend
 import psgd_torch_backend
-from benchmarks.step import Cells, machine, tables_and_picture
+from benchmarks.tables import Cells, machine, tables_and_picture
 from conformance.plots import HUES, STYLE, colour, power_of_ten, quiet
 from psgd import criterion, noise, pipeline
 from psgd._xp import identity, namespace

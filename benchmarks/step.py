@@ -26,9 +26,6 @@ from benchmarks.sets import SETS, ParameterSet
 from benchmarks.tables import Cells, JsonFile, Markdown, Quick, Sets, chosen, machine, tables_and_picture, tell
 from conformance.terminal import known, writable
 
-# What experiments and transfer still import from here.
-__all__ = ["Cells", "command", "machine", "tables_and_picture"]
-
 FRAMEWORKS, MODES, DTYPES = ("torch", "jax"), ("eager", "compiled"), ("float32", "bfloat16")
 UPDATES = ("every step", "steady")
 PHASES = {"fit": 1.0, "rest": RARELY}  # the probability of a fit in each race

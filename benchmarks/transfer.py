@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import psgd_torch_backend
-from benchmarks.step import Cells, machine, tables_and_picture
+from benchmarks.tables import Cells, machine, tables_and_picture
 from conformance.plots import DASHES, STYLE, colour, quiet
 from psgd.kron import Kronecker
 from psgd.methods import METHODS, Method

@@ -442,7 +442,8 @@ def averaged(memory: Memory, g: Array, m: Array | None) -> tuple[Array | None, A
     if memory.blend is None:
         return m, m
     keep, fresh = (number(x, g) for x in memory.blend)
-    return m, plus(keep * m, fresh, g)
+    only_old = isinstance(fresh, float) and fresh == 0  # what `corrected` says
+    return m, keep * m if only_old else plus(keep * m, fresh, g)
 
 
 def displacement(p: Array, u: Array, lr: Number, weight_decay: Number) -> Array:
