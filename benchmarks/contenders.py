@@ -102,9 +102,9 @@ def contenders(method: type[Method]) -> list[Contender]:
     torch_class = getattr(psgd_torch_backend, method.title)
     jax_alias = getattr(psgd_jax_backend, method.name)
 
-    def in_torch(variant: str, *, compile: bool = False, **flags: bool) -> Contender:
+    def in_torch(variant: str, *, compile: bool | str = False, **flags: bool) -> Contender:
         make = partial(torch_class, compile=compile, **flags)
-        return Contender("torch", variant, partial(torch_run, make), slow_to_start=compile)
+        return Contender("torch", variant, partial(torch_run, make), slow_to_start=bool(compile))
 
     def in_jax(variant: str, **flags: bool) -> Contender:
         return Contender("jax", variant, partial(jax_run, jax_alias(**flags)))
@@ -112,7 +112,7 @@ def contenders(method: type[Method]) -> list[Contender]:
     return [
         in_torch("one tensor at a time", stack=False),
         in_torch("stacked", stack=True),
-        in_torch("stacked, compiled", stack=True, compile=True),
+        in_torch("stacked, compiled", stack=True, compile="whole"),
         Contender("torch", "AdamW, for scale", partial(torch_run, torch.optim.AdamW)),
         in_jax("jitted, one leaf at a time", stack=False),
         in_jax("jitted, stacked", stack=True),

@@ -23,7 +23,7 @@ from benchmarks import floor
 from benchmarks.peers import METHODS, PERIOD, RARELY, SCALE, USUAL, Entrant
 from benchmarks.racing import Field, field_of, versioned
 from benchmarks.sets import SETS, ParameterSet
-from benchmarks.tables import Cells, JsonFile, Markdown, Quick, Sets, chosen, machine, tables_and_picture, tell
+from benchmarks.tables import Cells, JsonFile, Markdown, Quick, Sets, chosen, machine, tell
 from conformance.terminal import known, writable
 
 FRAMEWORKS, MODES, DTYPES = ("torch", "jax"), ("eager", "compiled"), ("float32", "bfloat16")

@@ -197,7 +197,7 @@ class TorchEager(Driver):
 
     name = "torch"
     framework = FRAMEWORKS["torch"]
-    flags: ClassVar[dict[str, bool]] = {}
+    flags: ClassVar[dict[str, Any]] = {}
 
     def begin(self, params: dict[str, Any]) -> None:
         self.torch = import_module("torch")
@@ -275,14 +275,14 @@ class TorchLoop(TorchEager):
     """PyTorch, one parameter after the other."""
 
     name = "torch-loop"
-    flags: ClassVar[dict[str, bool]] = {"stack": False}
+    flags: ClassVar[dict[str, Any]] = {"stack": False}
 
 
 class TorchCompiled(TorchEager):
     """PyTorch, the step compiled."""
 
     name = "torch-compiled"
-    flags: ClassVar[dict[str, bool]] = {"compile": True}
+    flags: ClassVar[dict[str, Any]] = {"compile": "whole"}
 
 
 # ---- JAX --------------------------------------------------------------------------------

@@ -61,9 +61,12 @@ def shown(default: Any) -> str:
     return repr(default).replace("'", '"')
 
 
-def type_of(default: Any) -> str:
-    """The annotation of an adapter's argument, by its default."""
-    return "Any" if default is None else type(default).__name__
+TYPES = {"compile": "bool | str", "scanned_layers": "bool | tuple[str, ...]", "stack_batch_size": "int | None"}
+
+
+def type_of(default: Any, name: str = "") -> str:
+    """The annotation of an adapter's argument, by its name or its default."""
+    return TYPES.get(name) or ("Any" if default is None else type(default).__name__)
 
 
 def default(method: type[Method], name: str) -> Any:
@@ -73,7 +76,7 @@ def default(method: type[Method], name: str) -> Any:
 def torch_face(method: type[Method]) -> str:
     """The class of a method."""
     own = "".join(f"    {line}" for line in arguments(method, "lr").splitlines(keepends=True))
-    flags = "".join(f"        {flag}: {type_of(on)} = {shown(on)},\n" for flag, on in ADAPTER_DEFAULTS.items())
+    flags = "".join(f"        {flag}: {type_of(on, flag)} = {shown(on)},\n" for flag, on in ADAPTER_DEFAULTS.items())
     return (
         f"\nclass {method.title}(PSGD):\n    def __init__(\n        self,\n        params: Iterable[Any],\n"
         f"        lr: float | Tensor = {default(method, 'lr')},\n        *,\n{own}{flags}    ) -> None: ...\n"
