@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib import import_module
 from math import inf, isfinite, nan
@@ -44,7 +44,7 @@ from psgd.schedule import Annealed
 from psgd.summary import Parameter, rows
 
 PRODUCT = 3e-4  # of learning rate and weight decay: what a step takes of each weight at the full rate
-WARM = 1 / 30  # of the steps: while the rate rises
+WARM = 1 / 10  # of the steps: while the rate rises
 LARGEST = 2e9  # bytes of state that an optimizer may have
 NEVER = "not reached"
 
@@ -57,7 +57,9 @@ CHOSEN: Mapping[str, Any] = {
     "exact_hessian_vector_product": False,
     "preconditioner_update_probability": lambda steps: Annealed(1.0, 0.1, decay=7 / steps, flat_start=steps // 3),
 }
-UNSPLIT = {"preconditioner_init_scale": 1.0}  # where each factor would get all of the automatic scale: matrices run away
+UNSPLIT = {
+    "preconditioner_init_scale": 1.0
+}  # where each factor would get all of the automatic scale: matrices run away
 
 
 @dataclass(frozen=True)
@@ -109,15 +111,12 @@ def tasks(*, tiny: bool = False) -> dict[str, Task]:
     """By name."""
     size = gpt.Size(layers=1, width=8, heads=2, context=8, batch=4, held=4) if tiny else gpt.Size()
 
-    def task(*given: Any, steps: int, **how: Any) -> Task:
-        steps = 6 if tiny else steps
-        return Task(*given, steps=steps, tried=max(1, steps // 4), **how)
-
     text = partial(gpt.GPT, size), partial(gpt.batch, size=size), partial(gpt.validation, size)
     images = net, partial(some_images, count=200), held_images
+    steps, tried = (6, 2) if tiny else (300, 75)
     found = (
-        task("lm", "Language model", *text, steps=300),
-        task("digits", "Digits", *images, steps=300, seeds=1 if tiny else 3, smoothing=0.1),
+        Task("lm", "Language model", *text, steps, tried),
+        Task("digits", "Digits", *images, steps, tried, seeds=1 if tiny else 3, smoothing=0.1),
     )
     return {task.name: task for task in found}
 
@@ -178,7 +177,7 @@ def adamw(parameters: Any, lr: float, weight_decay: float) -> torch.optim.Optimi
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95), fused=True)
 
 
-def hidden(model: nn.Module) -> list[nn.Parameter]:
+def hidden(model: nn.Module) -> list[Tensor]:
     """Matrices between what comes in and what goes out: neither tables nor the head."""
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     return [m.weight for m in layers[:-1]]
@@ -417,9 +416,23 @@ def cells(found: Sequence[Mapping[str, Any]], refused: Sequence[Mapping[str, Any
     def told_of(row: Mapping[str, Any]) -> list[str]:
         loss = row["losses"][-1]
         figures = f"{row['lr']:.2g}", f"{len(row['tried'])}", f"{loss:.3f}" if isfinite(loss) else "astray"
-        return [row["name"], *figures, percent(row["share"]), f"{row['slower']:.2f}×", percent(row["share"] * row["slower"])]
+        return [
+            row["name"],
+            *figures,
+            percent(row["share"]),
+            f"{row['slower']:.2f}×",
+            percent(row["share"] * row["slower"]),
+        ]
 
-    head = ["optimizer", "best lr", "rates tried", "final loss", "steps to AdamW's", "seconds a step", "seconds to AdamW's"]
+    head = [
+        "optimizer",
+        "best lr",
+        "rates tried",
+        "final loss",
+        "steps to AdamW's",
+        "seconds a step",
+        "seconds to AdamW's",
+    ]
     ordered = sorted(found, key=lambda row: row["losses"][-1])
     return [head, *map(told_of, ordered), *([r["optimizer"], "–", "–", r["why"], "–", "–", "–"] for r in refused)]
 
@@ -429,7 +442,12 @@ def looks(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     ordered = [row["name"] for row in sorted(found, key=lambda row: row["losses"][-1]) if row["name"] != ADAMW]
     strong = {name: {"color": colour(HUES[i]), "linewidth": 2.6, "zorder": 4} for i, name in enumerate(ordered[:3])}
     weak = {
-        name: {"color": colour(HUES[i % len(HUES)]), "linestyle": DASHES[i // len(HUES)], "linewidth": 1.0, "alpha": 0.8}
+        name: {
+            "color": colour(HUES[i % len(HUES)]),
+            "linestyle": DASHES[i // len(HUES)],
+            "linewidth": 1.0,
+            "alpha": 0.8,
+        }
         for i, name in enumerate(ordered[3:])
     }
     return {ADAMW: {"color": colour("ink"), "linewidth": 2.6, "zorder": 5}, **strong, **weak}
@@ -464,7 +482,9 @@ def picture(told: Mapping[Task, Sequence[Mapping[str, Any]]], path: Path) -> Non
     with matplotlib.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
         figure = Figure(figsize=(11.4, 4.4 * len(told)), layout=layout, facecolor=colour("paper"))
-        for pair, (task, found) in zip(figure.subplots(len(told), 2, squeeze=False, sharey="row"), told.items(), strict=True):
+        for pair, (task, found) in zip(
+            figure.subplots(len(told), 2, squeeze=False, sharey="row"), told.items(), strict=True
+        ):
             draw(pair, task, found)
         figure.savefig(path, format="png", dpi=160)
 
@@ -493,7 +513,9 @@ def command(
     only_seconds: Annotated[
         bool, typer.Option("--only-seconds", help="With --resume: take the seconds anew, and train nothing.")
     ] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as docs/training.md has them.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the tables as docs/training.md has them.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Draw losses here, as a PNG.")] = None,
 ) -> None:
     """Train real tasks with every method, AdamW, Muon and SOAP, each at its best learning rate, and compare them."""
