@@ -269,11 +269,15 @@ def trained(task: Task, contender: Contender, lr: float, steps: int, seed: int, 
 
 
 # ---- what is kept ----------------------------------------------------------------------
-class Kept:
-    """All figures, written to a file whenever there is a new one."""
+class Missing(Exception):
+    """A run is not there, and none is to be made."""
 
-    def __init__(self, path: Path | None, before: Mapping[str, Any] | None = None) -> None:
-        self.path = path
+
+class Kept:
+    """All figures, written to a file whenever there is a new one. closed: no run is to be made."""
+
+    def __init__(self, path: Path | None, before: Mapping[str, Any] | None = None, *, closed: bool = False) -> None:
+        self.path, self.closed = path, closed
         self.result: dict[str, Any] = {"machine": machine(), "runs": [], "races": [], "refused": [], **(before or {})}
 
     def add(self, group: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -302,6 +306,8 @@ def losses_of(kept: Kept, task: Task, contender: Contender, lr: float, steps: in
     settings = json.loads(json.dumps(contender.settings))
     key = {"task": task.name, "optimizer": contender.name, "settings": settings, "steps": steps, "seed": seed, "lr": lr}
     record = next((r for r in kept.found("runs") if all(r[name] == value for name, value in key.items())), None)
+    if record is None and kept.closed:
+        raise Missing
     if record is None:
         marks = sorted({max(1, round(steps * (i + 1) / count)) for i in range(count)})
         losses = trained(task, contender, lr, steps, seed, marks)
@@ -382,6 +388,8 @@ def rows_of(kept: Kept, task: Task, search: Search) -> list[dict[str, Any]]:
         who = {"task": task.name, "optimizer": contender.name}
         try:
             found.append(row_of(kept, task, contender, search))
+        except Missing:
+            continue
         except Exception as error:
             if not (contender.stranger or isinstance(error, Unfit)):
                 raise
@@ -395,6 +403,8 @@ def rows_of(kept: Kept, task: Task, search: Search) -> list[dict[str, Any]]:
 def compared(kept: Kept, task: Task, search: Search, races: Races) -> list[dict[str, Any]]:
     """The rows, AdamW's first, with steps and seconds to its final loss, as shares of its own."""
     found = rows_of(kept, task, search)
+    if [row["name"] for row in found[:1]] != [ADAMW]:
+        raise Missing(f"{task.name}: there are no runs of {ADAMW}, which all are compared with")
     seconds = raced(kept, task, found, races)
     first = found[0]
     for row in found:
@@ -524,7 +534,7 @@ def command(
     if only_seconds and resume is None:
         refuse("--only-seconds needs the runs that --resume names")
     writable(json_file, resume, plot)
-    kept = Kept(json_file or resume, read(resume) if resume else None)
+    kept = Kept(json_file or resume, read(resume) if resume else None, closed=only_seconds)
     search, races = (Search((-5, -4), 1), Races(1, 2, 1)) if quick else (Search(), Races())
     told: dict[Task, list[dict[str, Any]]] = {}
     out = console()
@@ -532,7 +542,10 @@ def command(
         for each in wanted:
             if only_seconds:
                 kept.drop("races", task=each.name)
-            told[each] = compared(kept, each, search, races)
+            try:
+                told[each] = compared(kept, each, search, races)
+            except (Missing, Unfit) as error:
+                refuse(str(error))
     for each, found in told.items():
         table = cells(found, list(kept.found("refused", task=each.name)))
         title = f"{each.title}, {each.steps} steps"
