@@ -47,6 +47,7 @@ PRODUCT = 3e-4  # of learning rate and weight decay: what a step takes of each w
 WARM = 1 / 10  # of the steps: while the rate rises
 LARGEST = 2e9  # bytes of state that an optimizer may have
 NEVER = "not reached"
+EDGE = " (edge)"  # after a rate that is the last one tried
 
 # What is chosen of the hyperparameters, of each method that has one of that name. A function is of the number of steps.
 CHOSEN: Mapping[str, Any] = {
@@ -425,7 +426,9 @@ def cells(found: Sequence[Mapping[str, Any]], refused: Sequence[Mapping[str, Any
 
     def told_of(row: Mapping[str, Any]) -> list[str]:
         loss = row["losses"][-1]
-        figures = f"{row['lr']:.2g}", f"{len(row['tried'])}", f"{loss:.3f}" if isfinite(loss) else "astray"
+        at_an_edge = best(row["tried"]) in (min(row["tried"]), max(row["tried"]))
+        lr = f"{row['lr']:.2g}" + (EDGE if at_an_edge else "")
+        figures = lr, f"{len(row['tried'])}", f"{loss:.3f}" if isfinite(loss) else "astray"
         return [
             row["name"],
             *figures,

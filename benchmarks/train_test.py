@@ -83,14 +83,13 @@ def test_the_rate_rises_and_falls_to_zero_along_lines():
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_step_takes_the_same_share_of_the_weights_from_all(name):
-    contender, model = BY_NAME[name], train.net()
-    if contender.stranger:
+    if BY_NAME[name].stranger:
         pytest.importorskip("heavyball")
-    optimizers = contender.make(model, 0.05, PRODUCT / 0.05, 10)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    assert all(group["lr"] * group["weight_decay"] == pytest.approx(PRODUCT) for group in groups)
+    run = Training(FULL["digits"], BY_NAME[name], 0.05, 10)
+    groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
+    assert all(group["initial_lr"] * group["weight_decay"] == pytest.approx(PRODUCT) for group in groups)
     stepped = [id(p) for group in groups for p in group["params"]]
-    assert sorted(stepped) == sorted(map(id, model.parameters())), "each parameter by one optimizer"
+    assert sorted(stepped) == sorted(map(id, run.model.parameters())), "each parameter by one optimizer"
 
 
 def test_every_method_takes_part_beside_three_others():
@@ -251,7 +250,13 @@ def test_a_loss_is_reached_between_two_marks():
 
 
 def figures(name, share, slower, *losses):
-    row = {"name": name, "lr": 0.01, "tried": {-4: 1.0}, "marks": list(range(1, len(losses) + 1)), "losses": losses}
+    row = {
+        "name": name,
+        "lr": 0.01,
+        "tried": {-5: 2.0, -4: 1.0, -3: 2.0},
+        "marks": list(range(1, len(losses) + 1)),
+        "losses": losses,
+    }
     return row | {"seconds": 0.5, "share": share, "slower": slower}
 
 
@@ -265,7 +270,8 @@ def test_the_table_has_shares_of_adamw_and_reasons():
     assert [line[0] for line in lines] == ["Fast", ADAMW, "Bad", "None"] and all(
         len(line) == len(head) for line in lines
     )
-    assert lines[0][3:] == ["1.000", "50 %", "1.50×", "75 %"]
+    assert lines[0][1:] == ["0.01", "3", "1.000", "50 %", "1.50×", "75 %"]
+    assert train.cells([rows[1] | {"tried": {-5: 2.0, -4: 1.0}}], [])[1][1] == f"0.01{train.EDGE}"
     assert lines[2][3:] == ["astray", train.NEVER, "2.00×", train.NEVER] and "too large" in lines[3]
 
 
