@@ -5,9 +5,9 @@
 
 All start from the same weights and see the same batches. The rate rises over the first steps and falls to zero along a
 line; weight decay takes the same share of the weights from all, at any rate. Rates are half a decade apart and are
-tried over a quarter of the steps: the same four by everyone, then one more for as long as the best is at an edge, a few
-at most. The best is then run in full. A run is kept as soon as it is over, so that `--resume` goes on where another
-command was ended; resuming one that is complete trains nothing and only tells and draws.
+tried over a quarter of the steps: the same four by everyone, then one more for as long as the best is at an edge, two
+at most. The best two are then run in full, and the better of these is told. A run is kept as soon as it is over, so
+that `--resume` goes on where another command was ended; resuming one that is complete only tells and draws.
 
 Seconds are taken apart from all this, in races: everyone trains a few steps in turn, under a schedule as a whole run
 has, so that a drift of the machine meets all alike.
@@ -84,10 +84,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Search:
-    """Rates are 10^(k/2): those k that are tried, and how many more, one at a time, where the best is at an edge."""
+    """Rates are 10^(k/2): those k that are tried, and how many more, one at a time, where the best is at an edge.
+
+    finals: how many of the best are run in full.
+    """
 
     begun: tuple[int, ...] = (-6, -5, -4, -3)
     more: int = 2
+    finals: int = 2
 
 
 @dataclass(frozen=True)
@@ -331,12 +335,19 @@ def searched(loss: Callable[[int], float], search: Search) -> dict[int, float]:
 
 
 def row_of(kept: Kept, task: Task, contender: Contender, search: Search) -> dict[str, Any]:
-    """The search of one contender and its curve, averaged over seeds."""
-    tried = searched(lambda k: losses_of(kept, task, contender, rate(k), task.tried, 0, 1)[1][-1], search)
-    lr = rate(best(tried))
-    runs = [losses_of(kept, task, contender, lr, task.steps, seed, task.marks) for seed in range(task.seeds)]
-    losses = np.mean([losses for _, losses in runs], axis=0).tolist()
-    return {"name": contender.name, "tried": tried, "lr": lr, "marks": runs[0][0], "losses": losses}
+    """The search of one contender and the best curve of its finals, averaged over seeds."""
+
+    def run(k: int, steps: int, seed: int, count: int) -> tuple[list[int], list[float]]:
+        return losses_of(kept, task, contender, rate(k), steps, seed, count)
+
+    tried = searched(lambda k: run(k, task.tried, 0, 1)[1][-1], search)
+    finals = {}
+    for k in sorted(tried, key=tried.__getitem__)[: search.finals]:
+        runs = [run(k, task.steps, seed, task.marks) for seed in range(task.seeds)]
+        finals[k] = runs[0][0], np.mean([losses for _, losses in runs], axis=0).tolist()
+    k = best({k: losses[-1] for k, (_, losses) in finals.items()})
+    marks, losses = finals[k]
+    return {"name": contender.name, "tried": tried, "k": k, "lr": rate(k), "marks": marks, "losses": losses}
 
 
 # ---- seconds ---------------------------------------------------------------------------
@@ -426,7 +437,7 @@ def cells(found: Sequence[Mapping[str, Any]], refused: Sequence[Mapping[str, Any
 
     def told_of(row: Mapping[str, Any]) -> list[str]:
         loss = row["losses"][-1]
-        at_an_edge = best(row["tried"]) in (min(row["tried"]), max(row["tried"]))
+        at_an_edge = row["k"] in (min(row["tried"]), max(row["tried"]))
         lr = f"{row['lr']:.2g}" + (EDGE if at_an_edge else "")
         figures = lr, f"{len(row['tried'])}", f"{loss:.3f}" if isfinite(loss) else "astray"
         return [
@@ -455,19 +466,16 @@ def looks(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     ordered = [row["name"] for row in sorted(found, key=lambda row: row["losses"][-1]) if row["name"] != ADAMW]
     strong = {name: {"color": colour(HUES[i]), "linewidth": 2.6, "zorder": 4} for i, name in enumerate(ordered[:3])}
     weak = {
-        name: {
-            "color": colour(HUES[i % len(HUES)]),
-            "linestyle": DASHES[i // len(HUES)],
-            "linewidth": 1.0,
-            "alpha": 0.8,
-        }
+        name: {"color": colour(HUES[(i + 3) % len(HUES)]), "linestyle": DASHES[i // len(HUES)], "linewidth": 1.2}
         for i, name in enumerate(ordered[3:])
     }
     return {ADAMW: {"color": colour("ink"), "linewidth": 2.6, "zorder": 5}, **strong, **weak}
 
 
 def draw(pair: Sequence[Any], task: Task, found: Sequence[Mapping[str, Any]]) -> None:
-    """Validation loss against steps and against seconds."""
+    """Validation loss against steps and against seconds, those that go on for long cut."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
     by_name = {row["name"]: row for row in found}
     adamw_row, look = by_name[ADAMW], looks(found)
     for row in sorted(found, key=lambda row: row["losses"][-1]):
@@ -475,10 +483,14 @@ def draw(pair: Sequence[Any], task: Task, found: Sequence[Mapping[str, Any]]) ->
         for axes, unit in zip(pair, (1.0, row["seconds"] * row["slower"]), strict=True):
             axes.plot(marks * unit, losses, label=f"{row['name']}  {losses[-1]:.3f}", **look[row["name"]])
     final = [row["losses"][-1] for row in found if isfinite(row["losses"][-1])]
-    low, high = min(final), adamw_row["losses"][len(adamw_row["losses"]) // 8]
+    low, high = min(final), max(*final, adamw_row["losses"][len(adamw_row["losses"]) // 8])
     for axes, unit in zip(pair, ("steps", "seconds"), strict=True):
         axes.axhline(adamw_row["losses"][-1], color=colour("muted"), linewidth=0.8, linestyle=DASHES[1])
-        axes.set(xlabel=unit, title=f"{task.title}, by {unit}", ylim=(low - 0.04 * (high - low), high), xlim=(0, None))
+        axes.set(yscale="log", ylim=(low * 0.98, high * 1.02), xlim=(0, None))
+        axes.set(xlabel=unit, title=f"{task.title}, by {unit}")
+        axes.yaxis.set_major_locator(MaxNLocator(8))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
         quiet(axes)
         axes.get_legend().remove()
     pair[1].set_xlim(0, 3 * adamw_row["seconds"] * task.steps)
@@ -494,7 +506,7 @@ def picture(told: Mapping[Task, Sequence[Mapping[str, Any]]], path: Path) -> Non
 
     with matplotlib.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-        figure = Figure(figsize=(11.4, 4.4 * len(told)), layout=layout, facecolor=colour("paper"))
+        figure = Figure(figsize=(11.4, 5.0 * len(told)), layout=layout, facecolor=colour("paper"))
         for pair, (task, found) in zip(
             figure.subplots(len(told), 2, squeeze=False, sharey="row"), told.items(), strict=True
         ):
@@ -538,7 +550,7 @@ def command(
         refuse("--only-seconds needs the runs that --resume names")
     writable(json_file, resume, plot)
     kept = Kept(json_file or resume, read(resume) if resume else None, closed=only_seconds)
-    search, races = (Search((-5, -4), 1), Races(1, 2, 1)) if quick else (Search(), Races())
+    search, races = (Search((-5, -4), 1, 1), Races(1, 2, 1)) if quick else (Search(), Races())
     told: dict[Task, list[dict[str, Any]]] = {}
     out = console()
     with one_thread(), compiler("eager"):

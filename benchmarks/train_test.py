@@ -74,6 +74,20 @@ def test_a_search_goes_on_where_the_best_is_at_an_edge(minimum, expected):
     assert train.best(seen) == min(expected, key=lambda k: abs(k - minimum))
 
 
+def test_the_better_of_two_full_runs_is_told(monkeypatch):
+    def losses(task, contender, lr, steps, seed, marks):
+        ending = {0.01: 9.0, 0.1: 2.0}.get(round(lr, 4), 1.0) if steps == 100 else abs(np.log10(lr) + 2.2)
+        return [ending + seed] * len(marks)
+
+    monkeypatch.setattr(train, "trained", losses)
+    task = replace(FULL["digits"], steps=100, tried=10, seeds=3)
+    kept = train.Kept(None)
+    row = train.row_of(kept, task, BY_NAME[ADAMW], Search())
+    assert train.best(row["tried"]) == -4 and (row["k"], row["losses"][-1]) == (-5, 2.0), "the mean of three seeds"
+    assert len(list(kept.found("runs", steps=100))) == 2 * 3
+    assert train.row_of(kept, task, BY_NAME[ADAMW], Search(finals=1))["losses"][-1] == 10.0
+
+
 # ---- the runs ----------------------------------------------------------------------------
 def test_the_rate_rises_and_falls_to_zero_along_lines():
     rates = np.array([train.share(t, 100) for t in range(101)])
@@ -252,6 +266,7 @@ def test_a_loss_is_reached_between_two_marks():
 def figures(name, share, slower, *losses):
     row = {
         "name": name,
+        "k": -4,
         "lr": 0.01,
         "tried": {-5: 2.0, -4: 1.0, -3: 2.0},
         "marks": list(range(1, len(losses) + 1)),
@@ -267,9 +282,8 @@ def test_the_table_has_shares_of_adamw_and_reasons():
         figures("Bad", math.nan, 2.0, 9, math.inf),
     ]
     head, *lines = train.cells(rows, [{"optimizer": "None", "why": "too large"}])
-    assert [line[0] for line in lines] == ["Fast", ADAMW, "Bad", "None"] and all(
-        len(line) == len(head) for line in lines
-    )
+    assert [line[0] for line in lines] == ["Fast", ADAMW, "Bad", "None"]
+    assert all(len(line) == len(head) for line in lines)
     assert lines[0][1:] == ["0.01", "3", "1.000", "50 %", "1.50×", "75 %"]
     assert train.cells([rows[1] | {"tried": {-5: 2.0, -4: 1.0}}], [])[1][1] == f"0.01{train.EDGE}"
     assert lines[2][3:] == ["astray", train.NEVER, "2.00×", train.NEVER] and "too large" in lines[3]
@@ -281,7 +295,7 @@ def test_shares_and_seconds_are_those_of_the_runs_and_the_races(told, no_trainin
         {"task": task.name, "number": i, "seconds": {ADAMW: s, METHOD: s * ratio}}
         for i, (s, ratio) in enumerate([(1.0, 2.0), (3.0, 2.5), (2.0, 9.0)])
     ]
-    first, other = train.compared(kept, task, Search((-5, -4), 1), Races(3))
+    first, other = train.compared(kept, task, Search((-5, -4), 1, 1), Races(3))
     assert (first["slower"], other["slower"], other["seconds"]) == (1.0, 2.5, 2.0)
     assert first["share"] == 1.0
     assert other["share"] == train.reached(other["marks"], other["losses"], first["losses"][-1]) / task.steps
