@@ -301,7 +301,7 @@ class Kept:
         self.result[group] = [record for record in self.result[group] if record not in gone]
 
 
-def told(value: float | None) -> float:
+def as_loss(value: float | None) -> float:
     """A loss as it was before JSON, which has no infinity."""
     return inf if value is None else value
 
@@ -318,7 +318,7 @@ def losses_of(kept: Kept, task: Task, contender: Contender, lr: float, steps: in
         losses = trained(task, contender, lr, steps, seed, marks)
         record = kept.add("runs", {**key, "marks": marks, "losses": losses})
         console(stderr=True).print(f"{task.name}, {contender.name}: {steps} steps at {lr:.2g}: {losses[-1]:.4f}")
-    return record["marks"], list(map(told, record["losses"]))
+    return record["marks"], list(map(as_loss, record["losses"]))
 
 
 # ---- the search ------------------------------------------------------------------------
@@ -521,9 +521,6 @@ def read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError) as error:
         refuse(f"{path} does not hold figures of this command: {error}")
-
-
-File = typer.Option(dir_okay=False)
 
 
 def command(
