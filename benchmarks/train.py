@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib import import_module
@@ -33,8 +34,7 @@ from torch.nn import functional
 
 import psgd_torch_backend
 from benchmarks import gpt
-from benchmarks.peers import compiler, one_thread
-from benchmarks.step import Cells, machine, markdown_table, rich_table
+from benchmarks.tables import Cells, machine, markdown_table, rich_table
 from benchmarks.transfer import ADAMW, best, held_images, rate, some_images
 from conformance.plots import DASHES, HUES, STYLE, colour, quiet
 from conformance.terminal import console, known, refuse, writable, write_json
@@ -523,6 +523,18 @@ def read(path: Path) -> dict[str, Any]:
         refuse(f"{path} does not hold figures of this command: {error}")
 
 
+@contextmanager
+def plainly() -> Iterator[None]:
+    """On one thread, and with nobody's code compiled."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def command(
     task: Annotated[str | None, typer.Option(help="lm or digits; both by default.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: does it run?")] = False,
@@ -550,7 +562,7 @@ def command(
     search, races = (Search((-5, -4), 1, 1), Races(1, 2, 1)) if quick else (Search(), Races())
     told: dict[Task, list[dict[str, Any]]] = {}
     out = console()
-    with one_thread(), compiler("eager"):
+    with plainly():
         for each in wanted:
             if only_seconds:
                 kept.drop("races", task=each.name)

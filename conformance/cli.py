@@ -476,6 +476,7 @@ BENCHMARKS = {
     "compile": "benchmarks.compiling",
     "memory": "benchmarks.memory",
     "scale": "benchmarks.scale",
+    "train": "benchmarks.train",
 }
 
 
