@@ -10,6 +10,7 @@ their probe, so that damping and probe are one draw.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import NamedTuple
 
 from psgd._xp import eps, namespace, number, plus
@@ -33,8 +34,7 @@ def relative(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
 
 def proportional(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
     """x + amount mean|x| e [psgd_jax kron]."""
-    xp = namespace(x)
-    return plus(x, amount * xp.mean(xp.abs(x)), e)
+    return plus(x, amount * (namespace(x).linalg.vector_norm(x, ord=1) / prod(x.shape)), e)
 
 
 def undamped(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
