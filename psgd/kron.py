@@ -102,7 +102,8 @@ def by_triangle(norm: AxisNorm, t1: Factor, t2: Factor) -> tuple[Scalar, Factor]
         ell, terms = xp.max(xp.abs(d)), xp.max(real(t1 + t2))
     else:
         ell, terms = general_bound(xp.triu(d)), xp.max(diagonal(t1 + t2))
-    d = xp.where(ell > 4 * eps(d) * terms, d, xp.zeros_like(d))
+    seen = ell > 4 * eps(d) * terms
+    ell, d = (xp.where(seen, x, xp.zeros_like(x)) for x in (ell, d))
     return xp.astype(ell, lifted_dtype(t1)), d
 
 

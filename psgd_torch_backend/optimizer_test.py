@@ -914,9 +914,10 @@ def test_the_opaque_noise_has_the_same_bits():
     key = noise.key(namespace(torch.zeros(1)), 3, 4)
     for dtype, wide in ((torch.float32, np.float32), (torch.float64, np.float64)):
         role = noise.role_number("damping")
-        got = torch.ops.psgd.noise(key, role, 100, dtype)
-        assert np.array_equal(got.numpy(), noise.normal(noise.key(np, 3, 4), role, 100, wide))
-    opcheck = torch.library.opcheck(torch.ops.psgd.noise.default, (key, 5, 10, torch.float32))
+        for signs, draw in ((False, noise.normal), (True, noise.signs)):
+            got = torch.ops.psgd.noise(signs, key, role, 100, dtype)
+            assert np.array_equal(got.numpy(), draw(noise.key(np, 3, 4), role, 100, wide))
+    opcheck = torch.library.opcheck(torch.ops.psgd.noise.default, (True, key, 5, 10, torch.float32))
     assert set(opcheck.values()) == {"SUCCESS"}
 
 
