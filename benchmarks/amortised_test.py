@@ -10,6 +10,8 @@ from psgd.methods import METHODS
 from psgd.pipeline import host_plan
 from psgd.schedule import Annealed
 
+pytestmark = pytest.mark.xdist_group("amortised")  # what they look at is made once
+
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):

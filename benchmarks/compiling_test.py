@@ -9,6 +9,8 @@ from benchmarks import compiling
 from benchmarks.peers import METHODS, Entrant
 from conformance import cli
 
+pytestmark = pytest.mark.xdist_group("compiling")  # what they look at is made once
+
 METHOD = "quad"
 
 

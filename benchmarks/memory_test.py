@@ -10,6 +10,8 @@ from benchmarks.peers import METHODS, Entrant
 from benchmarks.sets import SETS, ParameterSet
 from conformance import cli
 
+pytestmark = pytest.mark.xdist_group("memory")  # what they look at is made once
+
 METHOD = "quad"
 
 

@@ -15,6 +15,8 @@ from conformance import cli
 from psgd.methods import METHODS
 from psgd.summary import Parameter, rows
 
+pytestmark = pytest.mark.xdist_group("scale")  # what they look at is made once
+
 METHOD = "kron"
 
 

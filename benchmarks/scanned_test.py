@@ -11,6 +11,8 @@ import psgd_jax_backend
 from benchmarks import scanned
 from psgd.methods import METHODS
 
+pytestmark = pytest.mark.xdist_group("scanned")  # what they look at is made once
+
 METHOD = "quad"
 
 

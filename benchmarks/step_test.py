@@ -12,6 +12,8 @@ from benchmarks.peers import METHODS, Entrant
 from benchmarks.sets import SETS
 from conformance import cli
 
+pytestmark = pytest.mark.xdist_group("step")  # what they look at is made once
+
 PEERS = '''
 import torch
 

@@ -13,6 +13,8 @@ from benchmarks import transfer
 from benchmarks.transfer import ADAMW, QUICK, TASKS, Contender, Setup
 from psgd.methods import METHODS
 
+pytestmark = pytest.mark.xdist_group("transfer")  # what they look at is made once
+
 DIGITS, CHARACTERS = TASKS
 METHOD = "Kron"
 

@@ -7,6 +7,8 @@ import pytest
 from benchmarks import tables, ways
 from benchmarks.contenders import LAYERWISE, contenders
 
+pytestmark = pytest.mark.xdist_group("ways")  # what they look at is made once
+
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):

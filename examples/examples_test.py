@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("examples")  # what they look at is made once
+
 HERE = Path(__file__).parent
 EXAMPLES = sorted(path.name for path in HERE.glob("*.py") if not path.name.endswith("_test.py"))
 
