@@ -345,7 +345,8 @@ class JaxJit(Driver):
         own = self._own()
         momentum = dict.fromkeys(self.tree) if own.momentum is None else own.momentum
         if not self.method.recipe().whole:
-            return own, {n: State(momentum[n], Factors(own.Q[n], own.L[n])) for n in self.tree}
+            p = dict.fromkeys(self.tree, ()) if own.P is None else own.P
+            return own, {n: State(momentum[n], Factors(own.Q[n], own.L[n], p[n])) for n in self.tree}
         names = sorted(self.tree)
         rows = spread(State(None, Factors(own.Q, own.L)), [tuple(self.tree[n].shape) for n in names])
         return own, {n: State(momentum[n], state.factors) for n, state in zip(names, rows, strict=True)}
@@ -380,13 +381,13 @@ class JaxJit(Driver):
             None if old is None else jnp.asarray(int(snapshot.state[f"{first}/{name}"]), old.dtype)
             for name, old in (("step", own.count), ("since", own.since))
         )
-        q: Any
-        ell: Any
+        kinds: Any = [kind for kind in Factors._fields if getattr(own, kind) is not None]
         if self.method.recipe().whole:
-            q, ell = gathered([filled[name] for name in sorted(filled)]).factors
+            whole = gathered([filled[name] for name in sorted(filled)]).factors
+            factors = {kind: getattr(whole, kind) for kind in kinds}
         else:
-            q, ell = ({name: getattr(s.factors, kind) for name, s in filled.items()} for kind in Factors._fields)
-        new = own._replace(count=count, since=since, momentum=momentum, Q=q, L=ell)
+            factors = {kind: {name: getattr(s.factors, kind) for name, s in filled.items()} for kind in kinds}
+        new = own._replace(count=count, since=since, momentum=momentum, **factors)
         self.inner = tuple(new if part is own else part for part in self.inner)
 
 

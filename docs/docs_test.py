@@ -113,11 +113,11 @@ def called(function: Callable | str | None) -> str:
 
 
 def geometries():
-    head = ("geometry", "fits", "measure", "refer", "lift", "E T2", "move", "diagonal", "turn")
+    head = ("geometry", "fits", "factor of P", "measure", "refer", "lift", "E T2", "move", "diagonal", "turn")
 
     def row(name, g):
         expected = f"drawn ({called(g.expected)})" if g.probed is mean_unknown else called(g.expected)
-        rules = map(called, (g.measure or g.precondition, g.refer, g.lift))
+        rules = map(called, (g.root.factor, g.measure or "P x", g.refer, g.lift))
         turn = "" if g.turn is None else called(g.turn)
         return name, "P" if g.fits_p else "Q", *rules, expected, called(g.move), called(g.move_diagonal), turn
 
@@ -126,7 +126,7 @@ def geometries():
 
 def geometry_name(geometry):
     """The registered geometry that a method uses, perhaps with another way to apply P or to take the mean over v."""
-    kept = {name: getattr(geometry, name) for name in ("precondition", "expected", "probed")}
+    kept = {name: getattr(geometry, name) for name in ("root", "expected", "probed")}
     alike = (name for name, g in GEOMETRIES.items() if geometry == replace(g, **kept))
     return next(alike, "its own")
 
@@ -167,14 +167,14 @@ def point(method):
 def of_axes(kind):
     """The axes of the grid that preconditioners of axes alone have."""
     if not isinstance(kind, Kronecker):
-        return dict.fromkeys(("geometry", "E T2 over v", "P g", "norm bound"), "")
+        return dict.fromkeys(("geometry", "E T2 over v", "factor of P", "norm bound"), "")
     bound = kind.bound
     offset = f" + {bound.offset:g}" if bound.offset else ""
     size = "trace" if isinstance(bound, TraceBound) else f"k = {bound.probes}, m = {bound.products}{offset}"
     return {
         "geometry": geometry_name(kind.geometry),
         "E T2 over v": called(kind.geometry.probed),
-        "P g": called(kind.geometry.precondition),
+        "factor of P": called(kind.geometry.root.factor),
         "norm bound": size,
     }
 

@@ -23,7 +23,10 @@ else:  # jaxtyping is a tool of ours and not needed to run
 
 
 class Factors(NamedTuple):
-    """All that a preconditioner keeps. Q: its factors. L: running bounds on their residuals, 0-d, at least float32."""
+    """All that a preconditioner keeps. Q: its factors. L: running bounds on their residuals, 0-d, at least float32.
+    P: the factors of P, in the shapes of Q, where they are kept beside.
+    """
 
     Q: tuple[Array, ...]
     L: tuple[Scalar, ...]
+    P: tuple[Array, ...] = ()

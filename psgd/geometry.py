@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from psgd._xp import adjoint, by_inverse, conj, identity, matmul, namespace, plus, real
 from psgd.arrays import Diagonal, Factor, Matrix, Scalar, Tensor
@@ -25,46 +26,73 @@ from psgd.strips import gram_of_columns, gram_of_triangle, hermitian, triangle_b
 Factors = Sequence[Factor]
 
 
-# Where things are measured. P g is in every case a product of factors along the axes of g.
+# P g is in every case a product of factors along the axes of g.
 def multiplied_out(q: Factor, g: Tensor) -> bool:
     """Is it less work to multiply the two factors of P before they act on g? On axes shorter than the rest."""
     return q.ndim < 2 or q.shape[0] * q.shape[0] < prod(g.shape)
 
 
-def p_of_q(qs: Factors, g: Tensor) -> Tensor:
-    """P g, P = Q^H Q."""
-    for axis, q in enumerate(qs):
-        if multiplied_out(q, g):
-            g = along(real(conj(q) * q) if q.ndim < 2 else gram_of_columns(conj(q)), g, axis)
-        else:
-            g = along(adjoint(q), along(q, g, axis), axis)
-    return g
+def inner(q: Factor, axis: int) -> Factor:
+    """q^H q."""
+    return real(conj(q) * q) if q.ndim < 2 else gram_of_columns(conj(q))
 
 
+def inner_along(q: Factor, g: Tensor, axis: int) -> Tensor:
+    """q^H q g."""
+    return along(adjoint(q), along(q, g, axis), axis)
+
+
+def inner_of_upper(q: Factor, axis: int) -> Factor:
+    """q^H q of an upper-triangular q."""
+    return inner(q, axis) if q.ndim < 2 else gram_of_triangle(q)
+
+
+def inner_of_upper_along(q: Factor, g: Tensor, axis: int) -> Tensor:
+    """q^H q g of an upper-triangular q."""
+    return along_adjoint_of_upper(q, along_upper(q, g, axis), axis)
+
+
+def _sided(q: Factor, axis: int) -> Factor:
+    return q if axis == 0 or q.ndim < 2 else q.mT
+
+
+def square(q: Factor, axis: int) -> Factor:
+    """q q, with q taken as Hermitian: Q1 Q1 G Q2 Q2, each factor acting from its own side [quad_torch]."""
+    side = _sided(q, axis)
+    return side * side if q.ndim < 2 else matmul(side, side)
+
+
+def square_along(q: Factor, g: Tensor, axis: int) -> Tensor:
+    """q q g, with q taken as Hermitian."""
+    side = _sided(q, axis)
+    return along(side, along(side, g, axis), axis)
+
+
+def stored(q: Factor, axis: int) -> Factor:
+    """q."""
+    return q
+
+
+class Root(NamedTuple):
+    """What the factors of P are of those that are stored.
+
+    factor: (q, axis) -> the factor of P of an axis. act: (q, g, axis) -> the same applied to g, without forming it.
+    """
+
+    factor: Callable[[Factor, int], Factor]
+    act: Callable[[Factor, Tensor, int], Tensor]
+
+
+OF_Q = Root(inner, inner_along)
+OF_UPPER_Q = Root(inner_of_upper, inner_of_upper_along)
+OF_HERMITIAN_Q = Root(square, square_along)
+OF_P = Root(stored, along)
+
+
+# Where things are measured.
 def upper(qs: Factors, g: Tensor) -> Tensor:
     """Q g, of upper-triangular factors."""
     return along_all(qs, g, along_upper)
-
-
-def p_of_upper_q(qs: Factors, g: Tensor) -> Tensor:
-    """P g, P = Q^H Q, of upper-triangular factors."""
-    for axis, q in enumerate(qs):
-        if multiplied_out(q, g):
-            g = along(real(conj(q) * q) if q.ndim < 2 else gram_of_triangle(q), g, axis)
-        else:
-            g = along_adjoint_of_upper(q, along_upper(q, g, axis), axis)
-    return g
-
-
-def p_of_hermitian_q(qs: Factors, g: Tensor) -> Tensor:
-    """P g, P = Q Q with Q taken as Hermitian: Q1 Q1 G Q2 Q2, each factor acting from its own side [quad_torch]."""
-    for axis, q in enumerate(qs):
-        side = q if axis == 0 or q.ndim < 2 else q.mT
-        if multiplied_out(q, g):
-            g = along(side * side if q.ndim < 2 else matmul(side, side), g, axis)
-        else:
-            g = along(side, along(side, g, axis), axis)
-    return g
 
 
 def inverse_adjoint(qs: Factors, v: Tensor) -> Tensor:
@@ -174,33 +202,45 @@ class Geometry:
 
     move: (q, D, m) -> q of a dense factor; then turn: (q, norm of a skew matrix) -> q, a rotation, or None.
     move_diagonal: the same of a diagonal factor; all products elementwise.
-    precondition: (factors, g) -> P g.
-    measure: (factors, h) -> a; None is `precondition`.
+    root: what the factors of P are of the stored ones.
+    measure: (factors, h) -> a; None is P h.
     refer: (factors, v) -> b.
     lift: (q, x, axis) -> x, what factor q adds before the Gram products.
     expected: (factors, axis) -> E T2 over v ~ N(0, I); a number stands for so many times the identity.
     probed: factors -> must whitening draw v, rather than take `expected`?
-    fits_p: the stored factors are those of P, not of Q.
     balance_first: balances the factors before each fit (the others do it rarely, after).
     """
 
     move: Callable[[Matrix, Matrix, Scalar], Matrix]
     move_diagonal: Callable[[Diagonal, Diagonal, Scalar], Diagonal] = scaled
     turn: Callable[[Matrix, SkewNorm], Matrix] | None = None
-    precondition: Callable[[Factors, Tensor], Tensor] = p_of_q
+    root: Root = OF_Q
     measure: Callable[[Factors, Tensor], Tensor] | None = None
     refer: Callable[[Factors, Tensor], Tensor] = itself
     lift: Callable[[Factor, Tensor, int], Tensor] = unlifted
     expected: Callable[[Factors, int], Factor | float] = isotropic
     probed: Callable[[Factors], bool] = mean_known
-    fits_p: bool = False
     balance_first: bool = False
+
+    @property
+    def fits_p(self) -> bool:
+        """Are the stored factors those of P, not of Q?"""
+        return self.root is OF_P
+
+    def precondition(self, qs: Factors, g: Tensor, ps: Factors = ()) -> Tensor:
+        """P g. ps: the factors of P where they are kept; else each is formed, or acts in two products."""
+        for axis, q in enumerate(qs):
+            if ps or multiplied_out(q, g):
+                g = along(ps[axis] if ps else self.root.factor(q, axis), g, axis)
+            else:
+                g = self.root.act(q, g, axis)
+        return g
 
 
 GEOMETRIES: dict[str, Geometry] = {
     "EQ": Geometry(
         move=triangular,
-        precondition=p_of_upper_q,
+        root=OF_UPPER_Q,
         measure=upper,
         refer=inverse_adjoint,
         expected=inverse_gram,
@@ -210,6 +250,6 @@ GEOMETRIES: dict[str, Geometry] = {
     "QEQ": Geometry(move=right),
     "Q0.5EQ1.5": Geometry(move=left, turn=procrustes2),
     "QUAD": Geometry(move=two_sided_half, move_diagonal=scaled_twice_half),
-    "PRO4P": Geometry(move=left, turn=polished, precondition=along_all, fits_p=True),
-    "QUAD4P": Geometry(move=two_sided, move_diagonal=scaled_twice, precondition=along_all, fits_p=True),
+    "PRO4P": Geometry(move=left, turn=polished, root=OF_P),
+    "QUAD4P": Geometry(move=two_sided, move_diagonal=scaled_twice, root=OF_P),
 }

@@ -47,17 +47,22 @@ class DenseRule:
         return tuple(i != longest and 1 < n <= self.max_size and n * n <= limit for i, n in enumerate(shape))
 
 
-def init(dense: Sequence[bool], like: Tensor) -> Factors:
+def init(dense: Sequence[bool], like: Tensor, *, keep_p: bool = False) -> Factors:
     """Identity factors, L = 0, of a tensor as `like`. `dense`: one boolean a factor, as `DenseRule` gives.
 
-    Q: one factor an axis, (n, n) dense or (n,) diagonal. L: one bound a factor, at least float32.
+    Q: one factor an axis, (n, n) dense or (n,) diagonal. L: one bound a factor, at least float32. P: as Q, if kept.
     """
     shapes: list[tuple[int, ...]] = [(n,) for n in like.shape] or [() for _ in dense]
-    qs = tuple(
-        identity(like, *shape) if full else make(like, "ones", shape)
-        for shape, full in zip(shapes, dense, strict=bool(dense))
-    )
-    return Factors(qs, tuple(make(like, "zeros", (), dtype=lifted_dtype(like)) for _ in qs))
+
+    def ones() -> tuple[Factor, ...]:
+        return tuple(
+            identity(like, *shape) if full else make(like, "ones", shape)
+            for shape, full in zip(shapes, dense, strict=bool(dense))
+        )
+
+    qs = ones()
+    bounds = tuple(make(like, "zeros", (), dtype=lifted_dtype(like)) for _ in qs)
+    return Factors(qs, bounds, ones() if keep_p else ())  # arrays of their own: state is written in place
 
 
 def rescaled(geometry: Geometry, factors: Factors, scale: Scalar | float, *, split: bool = True) -> Factors:
@@ -67,7 +72,8 @@ def rescaled(geometry: Geometry, factors: Factors, scale: Scalar | float, *, spl
     Source: psgd_torch `init_kron`.
     """
     power = (2 if geometry.fits_p else 1) / (len(factors.Q) if split and factors.Q else 1)
-    return factors._replace(Q=tuple(q * number(scale**power, q) for q in factors.Q))
+    q, p = (tuple(x * number(scale**n, x) for x in xs) for xs, n in ((factors.Q, power), (factors.P, 2 * power)))
+    return factors._replace(Q=q, P=p)
 
 
 class AxisNorm(NamedTuple):
@@ -153,7 +159,8 @@ def fit(
     `_update_precond_affine_math_`; arXiv 2402.11858.
     """
     qs = balanced(factors.Q) if geometry.balance_first else factors.Q
-    a = (geometry.measure or geometry.precondition)(qs, pair.h)
+    # Balanced factors have the same product, so that P need not be balanced with them.
+    a = geometry.precondition(qs, pair.h, factors.P) if geometry.measure is None else geometry.measure(qs, pair.h)
     b = None if pair.v is None else geometry.refer(qs, pair.v)
     less = shrinkage(a) if b is None else shrinkage(a, b)
     a, b = a * less, None if b is None else b * less
@@ -168,7 +175,7 @@ def fit(
         m = number(rate, ell) / (last + tiny(last)) * namespace(q).astype(seen, last.dtype)
         moved.append(_moved(geometry, q, d, number(m, q), norm))
         bounds.append(last)
-    return Factors(tuple(moved), tuple(bounds))
+    return factors._replace(Q=tuple(moved), L=tuple(bounds))
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,7 @@ class Kronecker:
 
     dense: which axes get a dense factor. bound: the norm bound. normaliser: what a step is divided by.
     split: the first scale is shared between the factors of a tensor (see `rescaled`).
+    keep_p: is P kept between steps, and not only its factors Q?
     """
 
     geometry: Geometry
@@ -184,10 +192,21 @@ class Kronecker:
     bound: NormBound = NormBound()
     normaliser: Normaliser = by_terms
     split: bool = True
+    keep_p: bool = False
+
+    @property
+    def keeps_p(self) -> bool:
+        """Is P kept beside the factors that are fitted?"""
+        return self.keep_p and not self.geometry.fits_p
+
+    def with_p(self, factors: Factors) -> Factors:
+        """Factors with those of P that belong to Q, where they are kept."""
+        root = self.geometry.root
+        return factors._replace(P=tuple(root.factor(q, i) for i, q in enumerate(factors.Q)) if self.keeps_p else ())
 
     def init(self, like: Tensor, draws: Draws | None = None) -> Factors:
         """Identity factors of a tensor as `like`."""
-        return init(self.dense(tuple(like.shape)), like)
+        return init(self.dense(tuple(like.shape)), like, keep_p=self.keeps_p)
 
     def shapes(self, shape: Shape) -> tuple[Shape, ...]:
         """The shapes of the factors Q of a tensor."""
@@ -216,8 +235,8 @@ class Kronecker:
         side: bool | Scalar = False,
     ) -> Factors:
         """One step towards fitting the pair."""
-        return fit(self.geometry, self.bound, factors, pair, rate, memory, draws, self.normaliser)
+        return self.with_p(fit(self.geometry, self.bound, factors, pair, rate, memory, draws, self.normaliser))
 
     def precondition(self, factors: Factors, g: Tensor) -> Tensor:
         """P g."""
-        return self.geometry.precondition(factors.Q, g)
+        return self.geometry.precondition(factors.Q, g, factors.P)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from conformance.frameworks import FRAMEWORKS, double_precision
 from psgd import criterion, kron, noise
 from psgd._xp import dtype_name, namespace
-from psgd.geometry import GEOMETRIES, Geometry, isotropic, mean_dear, mean_unknown, p_of_hermitian_q, p_of_q, triangular
+from psgd.geometry import GEOMETRIES, OF_HERMITIAN_Q, Geometry, isotropic, mean_dear, mean_unknown, triangular
 from psgd.kron import AxisNorm, DenseRule, Factors, Kronecker, by_terms, by_triangle
 from psgd.noise import Counter
 from psgd.rotate import balanced
@@ -164,7 +164,28 @@ def test_the_record_passes_its_rules_on(geometry: Geometry):
 
 
 def equal(one: Factors, other: Factors) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip((*one.Q, *one.L), (*other.Q, *other.L), strict=True))
+    pairs = zip((x for xs in one for x in xs), (x for xs in other for x in xs), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_p_is_kept_beside_q(geometry: Geometry, shape: tuple[int, ...], dtype: str):
+    with_p, without = (Kronecker(geometry, DenseRule(max_skew=inf), keep_p=keep) for keep in (True, False))
+    g = gaussian(shape, dtype, 0)
+    factors = with_p.init(g)
+    assert [p.shape for p in factors.P] == ([] if geometry.fits_p else [q.shape for q in factors.Q])
+    factors = with_p.rescaled(factors, 0.3)
+    assert with_p.precondition(factors, g) == pytest.approx(without.precondition(factors._replace(P=()), g), rel=1e-13)
+    for t in range(3):
+        pair = whitening(geometry, factors, gaussian(shape, dtype, 2 * t), gaussian(shape, dtype, 2 * t + 1))
+        new = without.fit(factors._replace(P=()), pair, 0.3, 0.9, draws(t))
+        factors = with_p.fit(factors, pair, 0.3, 0.9, draws(t))
+        assert all(x == pytest.approx(y, rel=1e-11, abs=1e-11) for x, y in zip(factors.Q, new.Q, strict=True))
+        p = with_p.precondition(factors, g)
+        assert p == pytest.approx(without.precondition(new, g), rel=1e-10, abs=1e-10 * np.abs(p).max(initial=1.0))
+    balanced = with_p.balanced(factors, True)
+    assert with_p.precondition(balanced, g) == pytest.approx(without.precondition(balanced._replace(P=()), g), rel=1e-8)
 
 
 # ---- the start ----------------------------------------------------------------------------
@@ -558,4 +579,5 @@ def test_hermitian_factors_may_act_from_either_side(shape: tuple[int, ...]):
     dense = [axis != 1 for axis in range(len(shape))] or [False]
     g = gaussian(shape, "float64", 0)
     qs = [root(spread(len(q), "float64")) if q.ndim == 2 else 2.0 * q for q in kron.init(dense, g).Q]
-    assert p_of_hermitian_q(qs, g) == pytest.approx(p_of_q(qs, g), rel=1e-12, abs=1e-12)
+    from_own_side = replace(GEOMETRIES["QEQ"], root=OF_HERMITIAN_Q).precondition(qs, g)
+    assert from_own_side == pytest.approx(GEOMETRIES["QEQ"].precondition(qs, g), rel=1e-12, abs=1e-12)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from psgd import criterion, lra, xmat
 from psgd._xp import PRECISIONS, dtype_name
-from psgd.geometry import GEOMETRIES, Geometry, inverse_gram, mean_dear, p_of_hermitian_q
+from psgd.geometry import GEOMETRIES, OF_HERMITIAN_Q, Geometry, inverse_gram, mean_dear
 from psgd.kron import DenseRule, Kronecker, by_terms, by_triangle
 from psgd.lra import LRA
 from psgd.pipeline import Clip, Recipe, StartScale, Tempo
@@ -211,6 +211,11 @@ def skewest() -> Any:
     return setting(1.0, doc, "[0, inf]", structural=True)
 
 
+def keeping() -> Any:
+    """The hyperparameter `keep_p`."""
+    return setting(False, "keep P between steps beside its factors Q: fewer products, twice their memory", kind="flag")
+
+
 def precise(default: str | None, what: str) -> Any:
     """A hyperparameter for the precision of matrix products; see `psgd._xp.products`."""
     doc = f"precision of the float32 products that {what}; None is the framework's own"
@@ -248,6 +253,7 @@ class QuadTorch(Method):
     )
     noise_scale: float = setting(1e-9, "noise added to what is whitened, times a standard normal", "[0, inf)")
     dtype: Any = setting(None, "dtype of all state, or its name; None is the parameter's", kind="dtype")
+    keep_p: bool = keeping()
 
     def recipe(self) -> Recipe:
         return Recipe(
@@ -256,6 +262,7 @@ class QuadTorch(Method):
                 DenseRule(self.max_size_dense, self.max_skew_dense, min_ndim=2),
                 NormBound(probes=4, products=6, offset=1e-9),
                 split=False,
+                keep_p=self.keep_p,
             ),
             layout=merge,
             momentum=is_positive(self.momentum),
@@ -283,7 +290,7 @@ class QuadTorch(Method):
 class Procrustes(QuadTorch):
     """Whitening by dense factors kept nearly Hermitian by rotations (geometry Q0.5EQ1.5)."""
 
-    geometry = replace(GEOMETRIES["Q0.5EQ1.5"], precondition=p_of_hermitian_q)
+    geometry = replace(GEOMETRIES["Q0.5EQ1.5"], root=OF_HERMITIAN_Q)
 
 
 @method("quad", "QUAD", "quad_torch `QUAD`")
@@ -404,13 +411,15 @@ class OfAxes(PsgdTorch):
     dQ: str = geometry_name()
     preconditioner_max_size: float = longest()
     preconditioner_max_skew: float = skewest()
+    keep_p: bool = keeping()
 
     def balance(self) -> When:
         return never if GEOMETRIES[self.dQ].balance_first else coin("balance", 0.01)
 
     def kronecker(self) -> Kronecker:
         """The preconditioner."""
-        return Kronecker(GEOMETRIES[self.dQ], DenseRule(self.preconditioner_max_size, self.preconditioner_max_skew))
+        dense = DenseRule(self.preconditioner_max_size, self.preconditioner_max_skew)
+        return Kronecker(GEOMETRIES[self.dQ], dense, keep_p=self.keep_p)
 
 
 @method("kron_whiten", "KronWhiten", "psgd_torch `KronWhiten`")
@@ -484,6 +493,7 @@ class Kwns4(Whitening):
     preconditioner_init_scale: float | None = setting(1.0, "first scale of Q", "(0, inf)")
     preconditioner_dtype: Any = setting("bfloat16", "dtype of all state; None is the parameter's", kind="dtype")
     resync_every: int = setting(1_000_000, "has no effect: ranks cannot drift apart here", "[1, inf)", "whole")
+    keep_p: bool = keeping()
 
     def balance(self) -> When:
         return coin("balance", 0.01)
@@ -491,7 +501,7 @@ class Kwns4(Whitening):
     def recipe(self) -> Recipe:
         dense = DenseRule(self.preconditioner_max_size, self.preconditioner_max_skew)
         return Recipe(
-            preconditioner=Kronecker(GEOMETRIES["Q0.5EQ1.5"], dense),
+            preconditioner=Kronecker(GEOMETRIES["Q0.5EQ1.5"], dense, keep_p=self.keep_p),
             layout=squeeze,
             dtype=self.preconditioner_dtype,
             decoupled=self.decoupled_weight_decay,
@@ -532,6 +542,7 @@ class KronJax(Method):
     )
     precond_update_precision: str | None = precise("tensorfloat32", "fit the factors")
     precond_grads_precision: str | None = precise(None, "apply the factors")
+    keep_p: bool = keeping()
 
     def recipe(self) -> Recipe:
         return Recipe(
@@ -539,6 +550,7 @@ class KronJax(Method):
                 GEOMETRIES["EQ"],
                 DenseRule(self.max_size_triangular, inf, self.min_ndim_triangular, self.memory_save_mode),
                 PSGD_JAX_BOUND,
+                keep_p=self.keep_p,
             ),
             momentum=is_positive(self.b1),
             whiten="momentum" if self.momentum_into_precond_update else "gradient",
@@ -633,6 +645,7 @@ class Affine(PsgdJax):
     max_skew_triangular: float = setting(
         128, "a side is dense if it is at most this many times as long as the other", "[0, inf]", structural=True
     )
+    keep_p: bool = keeping()
 
     def recipe(self) -> Recipe:
         return Recipe(
@@ -641,6 +654,7 @@ class Affine(PsgdJax):
                 DenseRule(self.max_size_triangular, self.max_skew_triangular),
                 PSGD_JAX_BOUND,
                 by_triangle if self.step_normalizer_order == "1st" else by_terms,
+                keep_p=self.keep_p,
             ),
             order=matrix_order,
             layout=matrix,

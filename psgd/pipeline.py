@@ -248,15 +248,14 @@ def all_finite(arrays: Sequence[Array]) -> Array:
 def leaves(state: State) -> list[Array]:
     """All arrays of a state, in a fixed order."""
     momentum = [] if state.momentum is None else [state.momentum]
-    return [*momentum, *state.factors.Q, *state.factors.L]
+    return [*momentum, *(x for arrays in state.factors for x in arrays)]
 
 
 def rebuilt(state: State, arrays: Sequence[Array]) -> State:
     """A state of the structure of `state` from its leaves."""
     rest = iter(arrays)
     momentum = None if state.momentum is None else next(rest)
-    q = tuple(next(rest) for _ in state.factors.Q)
-    return State(momentum, Factors(q, tuple(rest)))
+    return State(momentum, Factors(*(tuple(next(rest) for _ in arrays) for arrays in state.factors)))
 
 
 def plan(tempo: Tempo, step: Number, xp: ModuleType, toss: Toss | None = None, since: Number | None = None) -> Plan:
@@ -349,8 +348,7 @@ def init(recipe: Recipe, like: Array, scale: Number | None = None, draws: Draws 
     work = working(recipe, like)
     kept = work.dtype if recipe.factor_dtype is None else dtype_of(namespace(like), recipe.factor_dtype)
     factors = recipe.preconditioner.init(laid_out(recipe, work), Unasked() if draws is None else draws)
-    factors = factors._replace(Q=tuple(cast(q, kept) for q in factors.Q))
-    state = State(init_momentum(recipe, like), factors)
+    state = State(init_momentum(recipe, like), in_dtypes(factors, [kept] * len(factors.Q)))
     return state if scale is None else rescaled(recipe, state, scale)
 
 
@@ -406,7 +404,7 @@ def fitted(
     kind, dtypes = recipe.preconditioner, [q.dtype for q in factors.Q]
     seen = laid_out(recipe, seen if given is None else working(recipe, given[1]))
     draws = noise.Counter(plan.key) if draws is None else draws
-    factors = factors._replace(Q=tuple(cast(q, seen.dtype) for q in factors.Q))
+    factors = in_dtypes(factors, [seen.dtype] * len(dtypes))
     if not recipe.balance_last:
         factors = kind.balanced(factors, plan.balance)
     probed = given is None and kind.probed(factors)
@@ -421,12 +419,18 @@ def fitted(
         factors = kind.fit(factors, pair, plan.rate, plan.memory, draws, plan.side)
     if recipe.balance_last:
         factors = kind.balanced(factors, plan.balance)
-    return factors._replace(Q=tuple(cast(q, dtype) for q, dtype in zip(factors.Q, dtypes, strict=True)))
+    return in_dtypes(factors, dtypes)
+
+
+def in_dtypes(factors: Factors, dtypes: Sequence[Any]) -> Factors:
+    """Factors in dtypes, one for each axis; L keeps its own."""
+    q, p = (tuple(map(cast, xs, dtypes)) for xs in (factors.Q, factors.P))
+    return factors._replace(Q=q, P=p)
 
 
 def directed(recipe: Recipe, factors: Factors, smooth: Array) -> Array:
     """The direction u of a parameter, from its factors and its averaged gradient."""
-    work = factors._replace(Q=tuple(cast(q, smooth.dtype) for q in factors.Q))
+    work = in_dtypes(factors, [smooth.dtype] * len(factors.Q))
     with products(recipe.apply_precision):
         u = recipe.preconditioner.precondition(work, laid_out(recipe, smooth))
     u = laid_back(recipe, recipe.clip(u), tuple(smooth.shape))

@@ -20,7 +20,7 @@ class PSGDState(NamedTuple):
     """count: steps done. since: steps done after the last fit, or None where the method does not ask. skipped: steps
     that were skipped, in all and in a row, (2,), or None where none are. momentum: a tree as the parameters', or None.
     Q, L: such a tree with a tuple of arrays, one for each factor, in place of every leaf; one such tuple for a
-    preconditioner of all parameters.
+    preconditioner of all parameters. P: as Q, or None where it is not kept.
     """
 
     count: Leaf  # type: ignore[assignment]  # a tuple's method; optax's own states have the name too
@@ -29,6 +29,7 @@ class PSGDState(NamedTuple):
     momentum: Tree
     Q: Tree
     L: Tree
+    P: Tree = None
 
 
 class Guard(NamedTuple):

@@ -19,6 +19,7 @@ from psgd import noise, pipeline
 from psgd import summary as costs
 from psgd._xp import real_dtype
 from psgd.arrays import Factors
+from psgd.kron import Kronecker
 from psgd.methods import Method
 from psgd.pipeline import Recipe, State, Tempo
 from psgd.summary import Row, Summary
@@ -151,6 +152,7 @@ class Scaling(NamedTuple):
         for (path, g), scanned in zip(paths, flags, strict=True):
             _check_leaf(method, path, g, scanned)
         given = _pair(method, paths, treedef, Hvp, vector, update_preconditioner)
+        _check_kept(method, recipe, state)
         _check_state(method, recipe, paths, flags, gradients, *_to_states(state, treedef, recipe))
         _check_parameters(method, paths, like)
         like = list(map(jnp.asarray, like))
@@ -359,6 +361,15 @@ def _is_of_others(gradients: list[Leaf], momenta: list[Any], factors: Factors, s
     return bool(moved) or [q.shape for q in factors.Q] != list(shapes)
 
 
+def _check_kept(method: Method, recipe: Recipe, state: PSGDState) -> None:
+    keeps = _keeps_p(recipe)
+    if keeps != (state.P is not None):
+        has = "has no P" if keeps else "has P"
+        raise ValueError(
+            f"{method.name}: keep_p={keeps}, but the state {has}; give the state of an `init` with the same keep_p"
+        )
+
+
 def _check_state(
     method: Method,
     recipe: Recipe,
@@ -391,10 +402,15 @@ def _to_trees(counters: PSGDState, momenta: list[Any], states: list[State], tree
     """The state of all leaves, with the counters of another."""
     momentum = treedef.unflatten(momenta) if recipe.momentum else None
     if recipe.whole:
-        return counters._replace(momentum=momentum, **states[0].factors._asdict())
+        return counters._replace(momentum=momentum, Q=states[0].factors.Q, L=states[0].factors.L)
     open_, factors = _opened(treedef), [s.factors for s in states]
-    columns = {name: open_.unflatten([getattr(own, name) for own in factors]) for name in Factors._fields}
+    kept = Factors._fields if _keeps_p(recipe) else ("Q", "L")
+    columns = {name: open_.unflatten([getattr(own, name) for own in factors]) for name in kept}
     return counters._replace(momentum=momentum, **columns)
+
+
+def _keeps_p(recipe: Recipe) -> bool:
+    return isinstance(recipe.preconditioner, Kronecker) and recipe.preconditioner.keeps_p
 
 
 def _opened(treedef: Any) -> Any:
@@ -414,9 +430,10 @@ def _to_states(state: PSGDState, treedef: Any, recipe: Recipe) -> tuple[list[Any
     """Momentum of each leaf; the states, of each leaf or of all as one vector (without momentum)."""
     n = treedef.num_leaves
     momenta = [None] * n if state.momentum is None else treedef.flatten_up_to(state.momentum)
-    q, ell = ([x] if recipe.whole else _opened(treedef).flatten_up_to(x) for x in (state.Q, state.L))
+    trees = [tree for name in Factors._fields if (tree := getattr(state, name)) is not None]
+    columns = [[x] if recipe.whole else _opened(treedef).flatten_up_to(x) for x in trees]
     # Some containers of state, such as flax's, give a tuple back as a node of their own.
-    factors = [Factors(tuple(jax.tree.leaves(a)), tuple(jax.tree.leaves(b))) for a, b in zip(q, ell, strict=True)]
+    factors = [Factors(*(tuple(jax.tree.leaves(x)) for x in row)) for row in zip(*columns, strict=True)]
     owners = [None] if recipe.whole else momenta
     return momenta, [State(m, f) for m, f in zip(owners, factors, strict=True)]
 

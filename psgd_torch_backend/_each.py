@@ -12,7 +12,7 @@ from psgd import pipeline
 from psgd.pipeline import leaves, rebuilt
 from psgd_torch_backend._passes import Passes, suited
 from psgd_torch_backend._state import Stack, new_counters, parted, to_entry, to_state, unscaled, write
-from psgd_torch_backend._step import Draws, Held, Job, Steps, as_tensors, begin_momentum, gradient_of, on_device
+from psgd_torch_backend._step import Draws, Held, Job, Steps, as_tensors, follow, gradient_of, on_device
 
 Tensors = Tensor | list[Tensor]  # of one shape, stacked or by themselves
 
@@ -35,7 +35,7 @@ class Each:
         for p in job.params:
             if "Q" not in job.state[p]:
                 job.state[p].update({**new_counters(tempo), **to_entry(_fresh(job, p))})
-            begin_momentum(job, p)
+            follow(job, p)
         if job.method.start_scale() is None:
             _scale(job)
         plans: dict[Any, tuple[pipeline.Plan, Draws]] = {}

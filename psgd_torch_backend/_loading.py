@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from psgd.arrays import Factors
 from psgd_torch_backend._state import COUNTERS, Entry
 from psgd_torch_backend._step import Group, Job
 
@@ -35,14 +36,15 @@ def complaint(job: Job, p: Tensor, entry: Any, shapes: list[tuple[int, ...]]) ->
         if isinstance(count, bool) or not isinstance(count, (int, float, Tensor)) or not count >= 0:
             return f"has no count {name!r} in the state dict, or one that is none: {count!r}"
     arrays = {"momentum": entry.get("momentum")}
-    arrays |= {f"{kind} {i}": x for kind in ("Q", "L") for i, x in entry.get(kind, {}).items()}
+    arrays |= {f"{kind} {i}": x for kind in Factors._fields for i, x in entry.get(kind, {}).items()}
     for name, x in arrays.items():
         if x is not None and not (isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())):
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             return f"has a {name} in the state dict that is no tensor of floating-point numbers, but {kind}"
-    found = [tuple(q.shape) for q in entry["Q"].values()]
-    if found != shapes:
-        return f"of shape {tuple(p.shape)} needs factors of shapes {shapes}, in the state dict they have {found}"
+    for kind in [kind for kind in ("Q", "P") if kind in entry]:
+        found = [tuple(q.shape) for q in entry[kind].values()]
+        if found != shapes:
+            return f"of shape {tuple(p.shape)} needs factors {kind} of shapes {shapes}, in the state dict are {found}"
     momentum = entry.get("momentum")
     if momentum is not None and momentum.shape != p.shape:
         return f"has shape {tuple(p.shape)}, its momentum in the state dict {tuple(momentum.shape)}"

@@ -104,7 +104,7 @@ class Passes:
             new = old
             if plan.fit:
                 new = pipeline.fitted(recipe if pair else bare, plan, seen, old, draws, own)
-            return pipeline.directed(bare, new if recipe.fit_first else old, s), *new.Q, *new.L
+            return pipeline.directed(bare, new if recipe.fit_first else old, s), *leaves(State(None, new))
 
         given = [s, *pair, *([h] if whitening else []), *leaves(State(None, state.factors))]
         u, *new = (torch.vmap(one) if stacked else one)(*given)

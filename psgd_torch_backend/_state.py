@@ -17,7 +17,7 @@ from psgd.arrays import Factors
 from psgd.pipeline import State, Tempo, leaves, rebuilt
 from psgd_torch_backend.hessian import Pairs
 
-Entry = dict[str, Any]  # {"step": ..., "momentum": ..., "Q": {"0": ...}, "L": {"0": ...}}
+Entry = dict[str, Any]  # {"step": ..., "momentum": ..., "Q": {"0": ...}, "L": {"0": ...}}, and "P" where it is kept
 COUNTERS = ("step", "since")
 COUNTER_BYTES = 8  # int64, on the host
 
@@ -48,7 +48,8 @@ def to_entry(state: State) -> Entry:
     """The core's state of one parameter as plain nested dictionaries with string keys."""
     entry: Entry = {} if state.momentum is None else {"momentum": state.momentum}
     for name, tensors in state.factors._asdict().items():
-        entry[name] = {str(i): x for i, x in enumerate(tensors)}
+        if tensors or name != "P":
+            entry[name] = {str(i): x for i, x in enumerate(tensors)}
     return entry
 
 
@@ -77,7 +78,7 @@ class Stack:
 
 def _tensors(entry: Entry) -> list[Any]:
     """The tensors of an entry, in the order in which it has them."""
-    return [entry.get("momentum"), *entry.get("Q", {}).values(), *entry.get("L", {}).values()]
+    return [entry.get("momentum"), *(x for name in Factors._fields for x in entry.get(name, {}).values())]
 
 
 def write(old: State, new: State) -> None:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from psgd import noise, pipeline
 from psgd._xp import real_dtype
+from psgd.kron import Kronecker
 from psgd.methods import Method
 from psgd.pipeline import Plan, Recipe, State, Tempo, leaves, rebuilt
 from psgd.schedule import Memory
-from psgd_torch_backend._state import age
+from psgd_torch_backend._state import age, to_entry, to_state
 from psgd_torch_backend.hessian import Pairs
 
 Step = Callable[..., tuple[Tensor, State]]
@@ -73,9 +74,13 @@ class Held(NamedTuple):
     directions: list[Tensor]
 
 
-def begin_momentum(job: Job, p: Tensor) -> None:
-    """Where momentum was switched on after the first step of a parameter, it begins as its gradient."""
-    entry = job.state[p]
+def follow(job: Job, p: Tensor) -> None:
+    """What was switched after the first step of a parameter: momentum begins as its gradient, P as that of Q."""
+    entry, kind = job.state[p], job.recipe.preconditioner
+    if isinstance(kind, Kronecker) and entry.get("Q") and kind.keeps_p != ("P" in entry):
+        with_p = torch.vmap(kind.with_p) if id(p) in job.layered else kind.with_p
+        entry.pop("P", None)
+        entry.update(to_entry(State(None, with_p(to_state(entry).factors))))
     if job.recipe.momentum and "momentum" not in entry:
         momentum = pipeline.init_momentum(job.recipe, p.detach())
         if momentum is not None and p.grad is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from psgd import noise, pipeline
 from psgd.arrays import Factors
 from psgd_torch_backend._state import gathered, new_counters, scatter, to_entry, unscaled
-from psgd_torch_backend._step import Draws, Held, Job, Steps, as_tensors, begin_momentum, on_device
+from psgd_torch_backend._step import Draws, Held, Job, Steps, as_tensors, follow, on_device
 
 LATE = (
     "its first gradient after the first step; one preconditioner is for all parameters, so all must have one from the "
@@ -35,7 +35,7 @@ class Whole:
         if not job.state.get(members[0]):
             _start(job, members)
         for p in members:
-            begin_momentum(job, p)
+            follow(job, p)
         entries = [job.state[p] for p in members]
         plan, state = job.plan(), gathered(entries)
         g = _joined([torch.zeros_like(p) if p.grad is None else p.grad for p in members])

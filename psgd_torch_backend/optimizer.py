@@ -72,7 +72,8 @@ class PSGD(torch.optim.Optimizer):
         max_skips: the error after so many skipped steps in a row.
 
     State of a parameter: "step" (and "since", the steps after the last fit, where the method asks for it), "momentum"
-    (its shape), "Q" and "L" with one entry a factor, keyed "0", "1", ... in the dtype that the method says.
+    (its shape), "Q" and "L" with one entry a factor, keyed "0", "1", ... in the dtype that the method says, "P" as "Q"
+    where it is kept.
 
     Raises: ValueError for hyperparameters out of range or unknown; TypeError for parameters that are not floating
     point; RuntimeError at a step for sparse gradients; FloatingPointError for gradients that are not finite, as
