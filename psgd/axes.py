@@ -5,10 +5,10 @@ A factor of axis i is a matrix (n_i, n_i), or the diagonal of one, (n_i,). A sca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 
-from psgd._xp import by_inverse, conj, matmul, namespace, real
+from psgd._xp import by_inverse, conj, matmul, namespace, real, times
 from psgd.arrays import Factor, Tensor
 from psgd.strips import (
     adjoint_from_left,
@@ -19,54 +19,76 @@ from psgd.strips import (
     upper_from_right,
 )
 
-Act = Callable[[Factor, Tensor, int], Tensor]
+Act = Callable[..., Tensor]  # (factor, tensor, axis, used=) -> tensor
 
 
-def along(q: Factor, x: Tensor, axis: int) -> Tensor:
-    """q applied to axis `axis` of x: the mode product q x_i x."""
-    return _along(q, x, axis, matmul, lambda q, x: matmul(x, q.mT))
+def along(q: Factor, x: Tensor, axis: int, *, used: bool = False) -> Tensor:
+    """q applied to axis `axis` of x: the mode product q x_i x. used: x is not needed any more, as in `times`."""
+    return _along(q, x, axis, used, matmul, lambda q, x: matmul(x, q.mT))
 
 
-def along_upper(q: Factor, x: Tensor, axis: int) -> Tensor:
+def along_upper(q: Factor, x: Tensor, axis: int, *, used: bool = False) -> Tensor:
     """`along`, where a dense q is upper triangular."""
-    return _along(q, x, axis, upper_from_left, upper_from_right)
+    return _along(q, x, axis, used, upper_from_left, upper_from_right)
 
 
 def along_adjoint_of_upper(q: Factor, x: Tensor, axis: int) -> Tensor:
     """q^H applied to axis `axis` of x; a dense q is upper triangular."""
-    return _along(conj(q) if q.ndim < 2 else q, x, axis, adjoint_from_left, adjoint_from_right)
+    return _along(conj(q) if q.ndim < 2 else q, x, axis, False, adjoint_from_left, adjoint_from_right)
 
 
 def _along(
-    q: Factor, x: Tensor, axis: int, from_left: Callable[..., Tensor], from_right: Callable[..., Tensor]
+    q: Factor, x: Tensor, axis: int, used: bool, from_left: Callable[..., Tensor], from_right: Callable[..., Tensor]
 ) -> Tensor:
     """A diagonal q, or a product of a matrix q from the left, x being (..., n, k), or from the right, x (..., n)."""
     xp, shape = namespace(q), tuple(x.shape)
     if q.ndim < 2:
-        return xp.reshape(q, (1,) * axis + q.shape + (1,) * (x.ndim - axis - 1)) * x if x.ndim else q * x
+        q = xp.reshape(q, (1,) * axis + q.shape + (1,) * (x.ndim - axis - 1)) if x.ndim else q
+        return times(x, q) if used else q * x
     if axis == x.ndim - 1:
         return from_right(q, x)
-    before = shape[:axis]
+    before, after = shape[:axis], shape[axis + 1 :]
+    if before and prod(after) < shape[axis]:  # one product of many rows, and not many of few columns
+        order = _last(x, axis)
+        last = xp.permute_dims(x, order)
+        rows = xp.reshape(last, (-1, shape[axis]))
+        return _back(xp.reshape(from_right(q, rows), last.shape), order)
     rows = (prod(before),) if prod(before) > 1 else ()
     return xp.reshape(from_left(q, xp.reshape(x, (*rows, shape[axis], -1))), shape)
 
 
-def along_inverse_adjoint(q: Factor, x: Tensor, axis: int) -> Tensor:
+def along_inverse_adjoint(q: Factor, x: Tensor, axis: int, *, used: bool = False) -> Tensor:
     """q^-H applied to axis `axis` of x; a dense q is upper triangular."""
     if q.ndim < 2:
-        return along(1 / conj(q), x, axis)
-    xp = namespace(q)
-    order = (*(i for i in range(x.ndim) if i != axis), axis)
+        return along(1 / conj(q), x, axis, used=used)
+    xp, order = namespace(q), _last(x, axis)
     last = xp.permute_dims(x, order)
-    solved = xp.reshape(by_inverse(xp.reshape(last, (-1, q.shape[0])), conj(q)), last.shape)
-    return xp.permute_dims(solved, tuple(order.index(i) for i in range(x.ndim)))
+    return _back(xp.reshape(by_inverse(xp.reshape(last, (-1, q.shape[0])), conj(q)), last.shape), order)
+
+
+def _last(x: Tensor, axis: int) -> tuple[int, ...]:
+    """The order of x's axes in which one of them is the last."""
+    return (*(i for i in range(x.ndim) if i != axis), axis)
+
+
+def _back(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """The inverse of a permutation of axes."""
+    return namespace(x).permute_dims(x, tuple(order.index(i) for i in range(x.ndim)))
 
 
 def along_all(qs: Sequence[Factor], x: Tensor, act: Act = along) -> Tensor:
     """Every factor applied to its axis: the Kronecker product of the factors times vec(x)."""
-    for axis, q in enumerate(qs):
-        x = act(q, x, axis)
+    for axis, used in in_turn(qs):
+        x = act(qs[axis], x, axis, used=used)
     return x
+
+
+def in_turn(qs: Sequence[Factor]) -> Iterator[tuple[int, bool]]:
+    """The axes in the order in which factors act, and whether what they act on was made by the one before. The diagonal
+    ones come last, which then take no memory.
+    """
+    for k, axis in enumerate(sorted(range(len(qs)), key=lambda i: -qs[i].ndim)):
+        yield axis, k > 0
 
 
 def gram(x: Tensor, axis: int, *, diagonal: bool) -> Factor:
@@ -74,7 +96,11 @@ def gram(x: Tensor, axis: int, *, diagonal: bool) -> Factor:
     xp = namespace(x)
     if diagonal:
         rest = tuple(i for i in range(x.ndim) if i != axis)
-        return xp.linalg.vector_norm(x, axis=rest) ** 2 if rest else real(x * conj(x))
+        # PyTorch is slow to take norms over any but the last axes.
+        if rest and not axis:
+            return xp.linalg.vector_norm(x, axis=rest) ** 2
+        squares = real(x * conj(x))
+        return xp.sum(squares, axis=rest) if rest else squares
     if axis == x.ndim - 1:
         return gram_of_columns(xp.reshape(x, (-1, x.shape[axis])))
     front = xp.permute_dims(x, (axis, *(i for i in range(x.ndim) if i != axis))) if axis else x

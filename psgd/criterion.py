@@ -13,7 +13,7 @@ from collections.abc import Callable
 from math import prod
 from typing import NamedTuple
 
-from psgd._xp import eps, namespace, number, plus
+from psgd._xp import eps, namespace, number, plus, times
 from psgd.arrays import Scalar, Tensor
 
 Damping = Callable[[Tensor, Tensor, Scalar | float], Tensor]
@@ -28,8 +28,7 @@ class Pair(NamedTuple):
 
 def relative(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
     """x + (amount + eps |x|) e [psgd_torch]: never below rounding, without which unseen directions grow without end."""
-    rounding = eps(x)
-    return plus(x, namespace(x).abs(x) + amount / rounding, e, rounding)
+    return plus(plus(x, amount, e), eps(x), times(namespace(x).abs(x), e), used=True)
 
 
 def proportional(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import inf, prod
 from typing import Any, NamedTuple
 
-from psgd._xp import diagonal, eps, identity, lifted_dtype, make, namespace, number, real, shrinkage, tiny
+from psgd._xp import diagonal, eps, identity, lifted_dtype, make, namespace, number, real, shrinkage, times, tiny
 from psgd.arrays import Factor, Factors, Matrix, Scalar, Tensor
 from psgd.axes import gram
 from psgd.criterion import Pair
@@ -163,7 +163,7 @@ def fit(
     a = geometry.precondition(qs, pair.h, factors.P) if geometry.measure is None else geometry.measure(qs, pair.h)
     b = None if pair.v is None else geometry.refer(qs, pair.v)
     less = shrinkage(a) if b is None else shrinkage(a, b)
-    a, b = a * less, None if b is None else b * less
+    a, b = times(a, less), b if b is None else b * less if b is pair.v else times(b, less)
     moved, bounds = [], []
     for axis, (q, last) in enumerate(zip(qs, factors.L, strict=True)):
         (t1, t2), norm = _terms(geometry, qs, a, b, axis), AxisNorm(bound, draws, axis)

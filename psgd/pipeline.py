@@ -33,6 +33,7 @@ from psgd._xp import (
     plus,
     products,
     real_dtype,
+    times,
 )
 from psgd.arrays import Array, Factors
 from psgd.kron import Kronecker
@@ -49,12 +50,23 @@ Choose = Callable[..., Any]  # (flag, then, otherwise, operand) -> then(operand)
 # ---- the axes of the grid --------------------------------------------------------------
 def power_mean(x: Array, power: int) -> Array:
     """(mean|x|^p)^(1/p), 0-d, at least float32; no power of a finite x overflows."""
-    xp, dtype = namespace(x), lifted_dtype(x)
-    top = cast(largest(x), dtype)
-    unit = xp.where(top > 0, top, xp.ones_like(top))
     if power == 2 and not is_complex(x):
-        return unit * (xp.linalg.vector_norm(cast(x, dtype) / unit) / sqrt(prod(x.shape)))
-    return unit * xp.mean((cast(xp.abs(x), dtype) / unit) ** power) ** (1 / power)
+        return _by_rms(x)[0]
+    unit = _unit(x)
+    return unit * namespace(x).mean((cast(namespace(x).abs(x), unit.dtype) / unit) ** power) ** (1 / power)
+
+
+def _unit(x: Array) -> Array:
+    """max|x|, 0-d, at least float32; 1 where that is 0."""
+    top = cast(largest(x), lifted_dtype(x))
+    return namespace(x).where(top > 0, top, namespace(x).ones_like(top))
+
+
+def _by_rms(x: Array) -> tuple[Array, Array, Array]:
+    """The RMS of a real x, and the two whose product is x: a number, and an array without entries above 1."""
+    unit = _unit(x)
+    part = cast(x, unit.dtype) / unit
+    return unit * (namespace(x).linalg.vector_norm(part) / sqrt(prod(x.shape))), unit, part
 
 
 def trust(limit: Number, us: Sequence[Array]) -> Array:
@@ -70,20 +82,24 @@ def trust(limit: Number, us: Sequence[Array]) -> Array:
 
 @dataclass(frozen=True)
 class Clip:
-    """Bounds on the direction u of a tensor: its RMS, by scaling, then each entry's modulus."""
+    """Bounds on the direction u of a tensor: its RMS, by scaling, then each entry's modulus. After that, a gain."""
 
     rms: float = inf
     entry: float = inf
 
-    def __call__(self, u: Array) -> Array:
+    def __call__(self, u: Array, gain: float = 1.0) -> Array:
         xp = namespace(u)
-        if self.rms < inf:
-            rms = power_mean(u, 2)
-            u = u * xp.astype(self.rms / xp.clip(rms, min=self.rms), real_dtype(u))
+        if self.rms < inf and is_complex(u):
+            u = u * xp.astype(self.rms / xp.clip(power_mean(u, 2), min=self.rms), real_dtype(u))
+        elif self.rms < inf:
+            rms, unit, part = _by_rms(u)
+            factor = unit * (self.rms / xp.clip(rms, min=self.rms))
+            gain, last = (1.0, gain) if self.entry == inf else (gain, 1.0)
+            u = cast(times(part, last * factor), u.dtype)
         if self.entry < inf:
             bounded = not is_complex(u)
             u = xp.clip(u, -self.entry, self.entry) if bounded else u / xp.clip(xp.abs(u) / self.entry, min=1.0)
-        return u
+        return u if gain == 1 else u * gain
 
 
 @dataclass(frozen=True)
@@ -433,8 +449,7 @@ def directed(recipe: Recipe, factors: Factors, smooth: Array) -> Array:
     work = in_dtypes(factors, [smooth.dtype] * len(factors.Q))
     with products(recipe.apply_precision):
         u = recipe.preconditioner.precondition(work, laid_out(recipe, smooth))
-    u = laid_back(recipe, recipe.clip(u), tuple(smooth.shape))
-    return u if recipe.gain == 1 else u * recipe.gain
+    return laid_back(recipe, recipe.clip(u, recipe.gain), tuple(smooth.shape))
 
 
 def averaged(memory: Memory, g: Array, m: Array | None) -> tuple[Array | None, Array]:
@@ -442,18 +457,20 @@ def averaged(memory: Memory, g: Array, m: Array | None) -> tuple[Array | None, A
     if m is None:
         return None, g
     past = number(memory.past, g)
-    m = plus(past * m, 1 - past, g)
+    m = plus(past * m, 1 - past, g, used=True)
     if memory.blend is None:
         return m, m
     keep, fresh = (number(x, g) for x in memory.blend)
     only_old = isinstance(fresh, float) and fresh == 0  # what `corrected` says
-    return m, keep * m if only_old else plus(keep * m, fresh, g)
+    return m, keep * m if only_old else plus(keep * m, fresh, g, used=True)
 
 
 def displacement(p: Array, u: Array, lr: Number, weight_decay: Number) -> Array:
     """-lr (u + weight_decay p): what a step adds to a parameter, in the parameter's dtype."""
     xp = namespace(p)
     u = cast(u, xp.result_type(u.dtype, p.dtype))  # a large u may leave the range of p, where lr u does not
+    lr = number(lr, u)
+    change = -lr * u
     if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
-        u = plus(u, number(weight_decay, u), cast(p, u.dtype))
-    return cast(-number(lr, u) * u, p.dtype)
+        change = plus(change, -lr * number(weight_decay, u), cast(p, u.dtype), used=True)
+    return cast(change, p.dtype)

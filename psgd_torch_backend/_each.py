@@ -12,7 +12,7 @@ from psgd import pipeline
 from psgd.pipeline import leaves, rebuilt
 from psgd_torch_backend._passes import Passes, suited
 from psgd_torch_backend._state import Stack, new_counters, parted, to_entry, to_state, unscaled, write
-from psgd_torch_backend._step import Draws, Held, Job, Steps, as_tensors, follow, gradient_of, on_device
+from psgd_torch_backend._step import Draws, Held, Job, Steps, as_tensors, follow, gradient_of, keep_heap, on_device
 
 Tensors = Tensor | list[Tensor]  # of one shape, stacked or by themselves
 
@@ -32,6 +32,7 @@ class Each:
     def __call__(self, job: Job) -> list[Held]:
         """Step a group; what must wait for the directions of all others comes back."""
         tempo, pairs = job.tempo, job.pairs
+        keep_heap()
         for p in job.params:
             if "Q" not in job.state[p]:
                 job.state[p].update({**new_counters(tempo), **to_entry(_fresh(job, p))})

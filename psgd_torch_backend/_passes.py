@@ -41,7 +41,7 @@ def before(recipe: Recipe, plan: Plan, decay: Tensor, p: Tensor, g: Tensor, m: A
 
 def after(recipe: Recipe, lr: Tensor, decay: Any, p: Tensor, u: Tensor) -> None:
     """The step of a parameter, of bounded length."""
-    u = recipe.clip(u) * recipe.gain
+    u = recipe.clip(u, recipe.gain)
     p.add_(pipeline.displacement(p, u, lr, decay))
 
 
