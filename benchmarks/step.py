@@ -13,6 +13,7 @@ compiler off everybody; "compiled" lets the others compile what they compile by 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -36,10 +37,13 @@ NONE: dict[str, Any] = dict.fromkeys(
 )
 
 
-def beside(framework: str, method: str, parameters: ParameterSet) -> list[Entrant]:
+def beside(framework: str, method: str, parameters: ParameterSet, *, keep_p: bool = False) -> list[Entrant]:
     """Ours, its peers, and who is there for scale."""
     scale = SCALE[framework][1:2] if parameters.numbers > LARGE else SCALE[framework]
-    return [*METHODS[framework, method], *scale]
+    ours, *peers = METHODS[framework, method]
+    if keep_p:
+        ours = replace(ours, settings={**ours.settings, "keep_p": True})
+    return [ours, *peers, *scale]
 
 
 def rested(field: Field, entrant: Entrant, phase: str) -> None:
@@ -60,7 +64,7 @@ def phase_of(
         spec = entrant.spec(framework, compiled=compiled, dtype=dtype, probability=PHASES[phase])
         field.enter(entrant, entrant, spec, laps=2 if parameters.numbers > LARGE else 3)
         rested(field, entrant, phase)
-    ours = METHODS[framework, method][0]
+    ours = next(entrant for entrant in entrants if entrant.ours)
     half = ours.half if dtype == "bfloat16" else {}
     products = floor.of_step(method, {**ours.settings, **half}, parameters.shapes, dtype, fit=phase == "fit")
     field.enter_products("floor", framework, dtype, products)
@@ -136,9 +140,11 @@ def raced(
     dtype: str,
     updates: Sequence[str],
     console: Console,
+    *,
+    keep_p: bool = False,
 ) -> list[dict[str, Any]]:
     """The rows of one method in one mode."""
-    entrants = beside(framework, method, parameters)
+    entrants = beside(framework, method, parameters, keep_p=keep_p)
     wanted = [x for x in updates if x == "every step" or entrants[0].probability]
     seen: dict[str, Mapping[Any, np.ndarray]] = {}
     failures: dict[Any, str] = {}
@@ -150,6 +156,7 @@ def raced(
             failures |= why
     names = versioned(entrants)
     common = {"set": parameters.name, "framework": framework, "mode": mode, "method": method, "dtype": dtype}
+    common |= {"kept": "P" if keep_p else "Q"}
     return [row for x in wanted for row in rows_of(common, entrants, names, seen, failures, x)]
 
 
@@ -161,6 +168,8 @@ def measure(
     dtype: str,
     updates: Sequence[str],
     console: Console,
+    *,
+    keep_p: bool = False,
 ) -> dict[str, Any]:
     """All figures, as plain data."""
     result: dict[str, Any] = {"machine": machine(), "rows": []}
@@ -168,7 +177,8 @@ def measure(
         for framework in frameworks:
             for mode in modes if framework == "torch" else [m for m in modes if m == "compiled"]:
                 for method in [m for m in methods if (framework, m) in METHODS]:
-                    result["rows"] += raced(parameters, framework, mode, method, dtype, updates, console)
+                    which = parameters, framework, mode, method, dtype, updates, console
+                    result["rows"] += raced(*which, keep_p=keep_p)
     return result
 
 
@@ -197,11 +207,13 @@ def in_ms(r: Mapping[str, Any], whose: str) -> str:
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, Cells]:
-    """A table for each set, framework and mode."""
-    keys = ("set", "framework", "mode", "dtype")
+    """A table for each set, framework and mode, and what ours keeps."""
+    keys = ("set", "framework", "mode", "dtype", "kept")
     kinds = dict.fromkeys(tuple(r[k] for k in keys) for r in result["rows"])
     return {
-        f"A step of {', '.join(kind)}": cells([r for r in result["rows"] if tuple(r[k] for k in keys) == kind])
+        f"A step of {', '.join(kind[:-1])}{', P kept' * (kind[-1] == 'P')}": cells(
+            [r for r in result["rows"] if tuple(r[k] for k in keys) == kind]
+        )
         for kind in kinds
     }
 
@@ -223,6 +235,7 @@ def command(
     method: Annotated[list[str] | None, typer.Option(help=f"May be repeated.  [default: {', '.join(USUAL)}]")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16: of parameters and gradients.")] = "float32",
     updates: Annotated[str | None, typer.Option(help='"every step" or steady.  [default: both]')] = None,
+    keep_p: Annotated[bool, typer.Option("--keep-p", help="Let ours keep P between steps.")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Of each race.  [default: by the set]")] = None,
     json_file: JsonFile = None,
     markdown: Markdown = False,
@@ -241,5 +254,6 @@ def command(
         dtype,
         [known("updates", updates, UPDATES)] if updates else UPDATES,
         Console(stderr=True),
+        keep_p=keep_p,
     )
     tell(result, tables(result), json_file, as_markdown=markdown, last=summary(result))
