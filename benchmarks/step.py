@@ -210,12 +210,8 @@ def tables(result: Mapping[str, Any]) -> dict[str, Cells]:
     """A table for each set, framework and mode, and what ours keeps."""
     keys = ("set", "framework", "mode", "dtype", "kept")
     kinds = dict.fromkeys(tuple(r[k] for k in keys) for r in result["rows"])
-    return {
-        f"A step of {', '.join(kind[:-1])}{', P kept' * (kind[-1] == 'P')}": cells(
-            [r for r in result["rows"] if tuple(r[k] for k in keys) == kind]
-        )
-        for kind in kinds
-    }
+    rows = {kind: [r for r in result["rows"] if tuple(r[k] for k in keys) == kind] for kind in kinds}
+    return {f"A step of {', '.join(kind[:-1])}{', P kept' * (kind[-1] == 'P')}": cells(x) for kind, x in rows.items()}
 
 
 def summary(result: Mapping[str, Any]) -> str:
