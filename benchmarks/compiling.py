@@ -12,18 +12,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 
-from benchmarks.peers import METHODS, USUAL, Entrant
+from benchmarks.peers import METHODS, Entrant
 from benchmarks.racing import Field, Worker, field_of, versioned
 from benchmarks.sets import SETS, ParameterSet
-from benchmarks.tables import Cells, JsonFile, Markdown, Quick, Sets, chosen, machine, tell
-from conformance.terminal import known, writable
+from benchmarks.tables import (
+    Cells,
+    Framework,
+    JsonFile,
+    Markdown,
+    Methods,
+    Quick,
+    Sets,
+    chosen,
+    frameworks,
+    machine,
+    methods,
+    tell,
+)
+from conformance.terminal import writable
 
-FRAMEWORKS = ("torch", "jax")
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -96,8 +107,8 @@ def cells(result: Mapping[str, Any]) -> Cells:
 
 def command(
     set_: Sets = None,
-    framework: Annotated[str | None, typer.Option(help="torch or jax.  [default: both]")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="May be repeated.  [default: the usual ones]")] = None,
+    framework: Framework = None,
+    method: Methods = None,
     json_file: JsonFile = None,
     markdown: Markdown = False,
     quick: Quick = False,
@@ -106,8 +117,8 @@ def command(
     writable(json_file)
     result = measure(
         chosen(set_, SETS, quick=quick),
-        [known("framework", framework, FRAMEWORKS)] if framework else FRAMEWORKS,
-        [known("method", name, {name for _, name in METHODS}) for name in method or USUAL],
+        frameworks(framework),
+        methods(method),
         Console(stderr=True),
     )
     tell(result, {"To the first compiled step": cells(result)}, json_file, as_markdown=markdown)

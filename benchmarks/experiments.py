@@ -29,7 +29,7 @@ from rich.console import Console
 import psgd_jax_backend
 import psgd_torch_backend
 from benchmarks.tables import Cells, machine, tables_and_picture
-from conformance.plots import HUES, STYLE, colour, power_of_ten, quiet
+from conformance.plots import HUES, colour, png, power_of_ten, quiet
 from psgd import criterion, noise, pipeline
 from psgd._xp import identity, namespace
 from psgd.arrays import Array, Factors
@@ -412,13 +412,7 @@ def ticked(axis: Any, low: float, high: float) -> None:
 
 def picture(result: dict[str, Any], path: Path) -> None:
     """Write a PNG of the fits, a panel each, with one legend."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    with matplotlib.rc_context(STYLE):
-        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-        figure = Figure(figsize=(10.4, 4.4), layout=layout, facecolor=colour("paper"))
+    with png(path, (10.4, 4.4)) as figure:
         drawn = by_panel(result)
         row = figure.subplots(1, len(drawn))
         for axes, (title, rows) in zip(row, drawn.items(), strict=True):
@@ -429,7 +423,6 @@ def picture(result: dict[str, Any], path: Path) -> None:
         handles, labels = row[0].get_legend_handles_labels()
         look = {"ncols": len(labels), "labelcolor": colour("ink"), "handlelength": 2.4, "columnspacing": 1.3}
         figure.legend(handles, labels, loc="outside lower center", **look)
-        figure.savefig(path, format="png", dpi=160)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

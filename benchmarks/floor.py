@@ -11,11 +11,10 @@ from math import prod
 from typing import Any
 
 from benchmarks.sets import Shape, alike
-from psgd import pipeline
 from psgd.methods import METHODS
-from psgd.outline import Outline, Outlines, Silence
-from psgd.pipeline import Plan, Recipe
-from psgd.schedule import Memory
+from psgd.outline import Outline, Outlines
+from psgd.pipeline import Recipe
+from psgd.summary import take_step
 
 Product = tuple[int, int, int, int]  # batch, m, k, n: of (batch, m, k) by (batch, k, n)
 
@@ -46,11 +45,7 @@ class Recorder(Outlines):
 def of_tensor(recipe: Recipe, shape: Shape, dtype: str, *, fit: bool) -> Counter[Product]:
     """The products of a step of one tensor."""
     xp = Recorder()
-    g = Outline(shape, dtype, xp)
-    state = pipeline.init(recipe, g, None, Silence())
-    plan = Plan(fit, False, False, Memory(0.5), rate=0.1, memory=0.5, damping=0.1, key=None)
-    xp.products.clear()
-    pipeline.step(recipe, plan, g, state, Silence(), pair=(g, g) if recipe.newton else None)
+    take_step(recipe, shape, dtype, xp, fit=fit)
     return xp.products
 
 

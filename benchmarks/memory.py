@@ -12,16 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 
-from benchmarks.peers import METHODS, SCALE, USUAL, Entrant
+from benchmarks.peers import METHODS, SCALE, Entrant
 from benchmarks.racing import Field, field_of, versioned
 from benchmarks.sets import SETS, ParameterSet, alike
-from benchmarks.tables import Cells, JsonFile, Markdown, Quick, Sets, chosen, machine, tell
-from conformance.terminal import known, writable
+from benchmarks.tables import Cells, JsonFile, Markdown, Methods, Quick, Sets, chosen, machine, methods, tell
+from conformance.terminal import writable
 from psgd.summary import in_bytes
 
 ITEM = 4  # bytes of a number in float32
@@ -85,13 +84,12 @@ def cells(result: Mapping[str, Any]) -> Cells:
 
 def command(
     set_: Sets = None,
-    method: Annotated[list[str] | None, typer.Option(help="May be repeated.  [default: the usual ones]")] = None,
+    method: Methods = None,
     json_file: JsonFile = None,
     markdown: Markdown = False,
     quick: Quick = False,
 ) -> None:
     """Measure what optimizers keep, and the most that a step holds beside it."""
     writable(json_file)
-    methods = [known("method", name, {name for _, name in METHODS}) for name in method or USUAL]
-    result = measure(chosen(set_, SETS, quick=quick), methods, Console(stderr=True))
+    result = measure(chosen(set_, SETS, quick=quick), methods(method), Console(stderr=True))
     tell(result, {"Memory": cells(result)}, json_file, as_markdown=markdown)

@@ -21,9 +21,9 @@ from benchmarks import floor
 from benchmarks.peers import METHODS, PERIOD, USUAL
 from benchmarks.racing import Field, field_of
 from benchmarks.sets import GPTS, SETS, ParameterSet
-from benchmarks.tables import Cells, JsonFile, Markdown, Quick, machine, tell
-from conformance.plots import STYLE, colour, hue, quiet
-from conformance.terminal import known, writable
+from benchmarks.tables import Cells, JsonFile, Markdown, Quick, machine, methods, tell
+from conformance.plots import colour, hue, png, quiet
+from conformance.terminal import writable
 from psgd.methods import METHODS as RECORDS
 from psgd.summary import Parameter, rows
 
@@ -134,14 +134,8 @@ def last_line(result: Mapping[str, Any]) -> str:
 
 def picture(result: Mapping[str, Any], path: Path) -> None:
     """Write a PNG: time over the number of layers and over their width."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     panels = by_panel(result)
-    with matplotlib.rc_context(STYLE):
-        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-        figure = Figure(figsize=(10.4, 4.2), layout=layout, facecolor=colour("paper"))
+    with png(path, (10.4, 4.2)) as figure:
         row = figure.subplots(1, len(panels))
         for axes, (name, points) in zip(row, panels.items(), strict=True):
             draw(axes, name, points)
@@ -150,7 +144,6 @@ def picture(result: Mapping[str, Any], path: Path) -> None:
         row[0].set_ylabel("milliseconds a step", color=colour("muted"))
         handles, labels = row[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), labelcolor=colour("ink"))
-        figure.savefig(path, format="png", dpi=160)
 
 
 def draw(axes: Any, name: str, points: Sequence[Mapping[str, Any]]) -> None:
@@ -181,8 +174,8 @@ def command(
 ) -> None:
     """Time a step over the number of layers and their width, and count its share of training."""
     writable(json_file, plot)
-    known("method", method, {name for _, name in METHODS})
-    result = measure(method, Console(stderr=True), quick=quick)
+    (name,) = methods([method])
+    result = measure(name, Console(stderr=True), quick=quick)
     if plot:
         picture(result, plot)
     tell(

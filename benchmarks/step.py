@@ -21,17 +21,29 @@ import typer
 from rich.console import Console
 
 from benchmarks import floor
-from benchmarks.peers import METHODS, PERIOD, RARELY, SCALE, USUAL, Entrant
+from benchmarks.peers import METHODS, PERIOD, RARELY, SCALE, Entrant
 from benchmarks.racing import Field, field_of, versioned
 from benchmarks.sets import SETS, ParameterSet
-from benchmarks.tables import Cells, JsonFile, Markdown, Quick, Sets, chosen, machine, tell
+from benchmarks.tables import (
+    Cells,
+    Framework,
+    JsonFile,
+    Markdown,
+    Methods,
+    Quick,
+    Sets,
+    chosen,
+    frameworks,
+    machine,
+    methods,
+    tell,
+)
 from conformance.terminal import known, writable
 
-FRAMEWORKS, MODES, DTYPES = ("torch", "jax"), ("eager", "compiled"), ("float32", "bfloat16")
+MODES, DTYPES = ("eager", "compiled"), ("float32", "bfloat16")
 UPDATES = ("every step", "steady")
 PHASES = {"fit": 1.0, "rest": RARELY}  # the probability of a fit in each race
 LARGE = 50_000_000  # numbers from which a process more is gigabytes more
-WITHOUT = ", ".join(USUAL)
 NONE: dict[str, Any] = dict.fromkeys(
     ("ours_ms", "peer_ms", "ratio", "quartiles", "ours_quartiles_ms", "peer_quartiles_ms")
 )
@@ -226,9 +238,9 @@ def summary(result: Mapping[str, Any]) -> str:
 
 def command(
     set_: Sets = None,
-    framework: Annotated[str | None, typer.Option(help="torch or jax.  [default: both]")] = None,
+    framework: Framework = None,
     mode: Annotated[str | None, typer.Option(help="eager, or compiled as JAX always is.  [default: both]")] = None,
-    method: Annotated[list[str] | None, typer.Option(help=f"May be repeated.  [default: {', '.join(USUAL)}]")] = None,
+    method: Methods = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16: of parameters and gradients.")] = "float32",
     updates: Annotated[str | None, typer.Option(help='"every step" or steady.  [default: both]')] = None,
     keep_p: Annotated[bool, typer.Option("--keep-p", help="Let ours keep P between steps.")] = False,
@@ -239,14 +251,12 @@ def command(
 ) -> None:
     """Time a step beside other optimizers of the same method, AdamW, Muon, and the bare matrix products."""
     writable(json_file)
-    names = list(dict.fromkeys(name for _, name in METHODS))
     known("dtype", dtype, DTYPES)
-    methods = [known("method", name, names) for name in method or USUAL]
     result = measure(
         chosen(set_, SETS, rounds=rounds, quick=quick),
-        [known("framework", framework, FRAMEWORKS)] if framework else FRAMEWORKS,
+        frameworks(framework),
         [known("mode", mode, MODES)] if mode else MODES,
-        methods,
+        methods(method),
         dtype,
         [known("updates", updates, UPDATES)] if updates else UPDATES,
         Console(stderr=True),

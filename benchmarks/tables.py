@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.peers import METHODS, USUAL
 from benchmarks.sets import ParameterSet
 from conformance.terminal import console, known, markdown, write_json
 
@@ -29,6 +30,9 @@ Sets = Annotated[
 JsonFile = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write all figures here as JSON.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print tables as docs/benchmarks.md has them.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes and few rounds: does it run?")]
+FRAMEWORKS = ("torch", "jax")
+Framework = Annotated[str | None, typer.Option(help="torch or jax.  [default: both]")]
+Methods = Annotated[list[str] | None, typer.Option("--method", help=f"May be repeated.  [default: {', '.join(USUAL)}]")]
 
 
 def chosen(
@@ -38,6 +42,17 @@ def chosen(
     found = [sets[known("set", name, sets)] for name in dict.fromkeys(names or [next(iter(sets))])]
     found = [x.tiny() for x in found] if quick else found
     return [replace(x, rounds=rounds) for x in found] if rounds else found
+
+
+def frameworks(name: str | None) -> Sequence[str]:
+    """The frameworks that a command is asked for."""
+    return [known("framework", name, FRAMEWORKS)] if name else FRAMEWORKS
+
+
+def methods(names: Sequence[str] | None) -> list[str]:
+    """The methods that a command is asked for, of those that others have too."""
+    able = list(dict.fromkeys(name for _, name in METHODS))
+    return [known("method", name, able) for name in names or USUAL]
 
 
 def tell(
@@ -92,10 +107,15 @@ def show(result: Mapping[str, Any], titled: Mapping[str, Cells], console: Consol
     """The machine and the tables."""
     console.print(", ".join(f"{name} {value}" for name, value in result["machine"].items()), highlight=False)
     for title, cells in titled.items():
-        if as_markdown:
-            print("\n" + markdown_table(title, cells))
-        else:
-            console.print(rich_table(title, cells))
+        tell_table(title, cells, console, as_markdown=as_markdown)
+
+
+def tell_table(title: str, cells: Cells, console: Console, *, as_markdown: bool) -> None:
+    """One table."""
+    if as_markdown:
+        print("\n" + markdown_table(title, cells))
+    else:
+        console.print(rich_table(title, cells))
 
 
 def one_table(
@@ -114,10 +134,7 @@ def one_table(
     given = parser.parse_args(arguments)
     result = measured(Console(stderr=True), quick=given.quick)
     title, cells = titled(result)
-    if given.markdown:
-        print(markdown_table(title, cells))
-    else:
-        Console(width=width).print(rich_table(title, cells))
+    tell_table(title, cells, Console(width=width), as_markdown=given.markdown)
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,7 +1,7 @@
 """Real tasks: every method beside AdamW, Muon and SOAP, each at the learning rate that a small search found for it.
 
-    python -m benchmarks.train [--task lm|digits] [--json FILE] [--resume FILE] [--only-seconds] [--markdown]
-                               [--plot FILE.png] [--quick]
+    psgd bench train [--task lm|digits] [--json FILE] [--resume FILE] [--only-seconds] [--markdown] [--plot FILE.png]
+                     [--quick]
 
 All start from the same weights and see the same batches. The rate rises over the first steps and falls to zero along a
 line; weight decay takes the same share of the weights from all, at any rate. Rates are half a decade apart and are
@@ -34,9 +34,10 @@ from torch.nn import functional
 
 import psgd_torch_backend
 from benchmarks import gpt
-from benchmarks.tables import Cells, machine, markdown_table, rich_table
+from benchmarks.racing import turns
+from benchmarks.tables import Cells, machine, tell_table
 from benchmarks.transfer import ADAMW, best, held_images, rate, some_images
-from conformance.plots import DASHES, HUES, STYLE, colour, quiet
+from conformance.plots import DASHES, HUES, colour, png, quiet
 from conformance.terminal import console, known, refuse, writable, write_json
 from psgd.kron import Kronecker
 from psgd.methods import METHODS, Method
@@ -359,10 +360,9 @@ def race(task: Task, rows: Sequence[Mapping[str, Any]], races: Races) -> dict[st
     entrants = {c.name: c for c in contenders()}
     steps = races.uncounted + races.steps
     runs = {row["name"]: Training(task, entrants[row["name"]], row["lr"], steps) for row in rows}
-    names, seconds = list(runs), {name: np.zeros(steps) for name in runs}
+    seconds = {name: np.zeros(steps) for name in runs}
     for t in range(steps):
-        shift = t % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in turns(list(runs), t):
             start = process_time()
             runs[name].step()
             seconds[name][t] = process_time() - start
@@ -500,18 +500,11 @@ def draw(pair: Sequence[Any], task: Task, found: Sequence[Mapping[str, Any]]) ->
 
 def picture(told: Mapping[Task, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Write a PNG: a row for each task, steps to the left and seconds to the right."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    with matplotlib.rc_context(STYLE):
-        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-        figure = Figure(figsize=(11.4, 5.0 * len(told)), layout=layout, facecolor=colour("paper"))
+    with png(path, (11.4, 5.0 * len(told))) as figure:
         for pair, (task, found) in zip(
             figure.subplots(len(told), 2, squeeze=False, sharey="row"), told.items(), strict=True
         ):
             draw(pair, task, found)
-        figure.savefig(path, format="png", dpi=160)
 
 
 # ---- the command -----------------------------------------------------------------------
@@ -573,10 +566,7 @@ def command(
     for each, found in told.items():
         table = cells(found, list(kept.found("refused", task=each.name)))
         title = f"{each.title}, {each.steps} steps"
-        if markdown:
-            print(markdown_table(title, table))
-        else:
-            out.print(rich_table(title, table))
+        tell_table(title, table, out, as_markdown=markdown)
     if plot:
         picture(told, plot)
 

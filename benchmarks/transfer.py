@@ -28,7 +28,7 @@ from torch.nn import functional
 
 import psgd_torch_backend
 from benchmarks.tables import Cells, machine, tables_and_picture
-from conformance.plots import DASHES, STYLE, colour, quiet
+from conformance.plots import DASHES, colour, png, quiet
 from psgd.kron import Kronecker
 from psgd.methods import METHODS, Method
 
@@ -451,13 +451,7 @@ def draw(axes: Any, task: str, result: Mapping[str, Any]) -> None:
 
 def picture(result: Mapping[str, Any], path: Path) -> None:
     """Write a PNG: a panel for each task, with one legend."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    with matplotlib.rc_context(STYLE):
-        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-        figure = Figure(figsize=(10.4, 4.4), layout=layout, facecolor=colour("paper"))
+    with png(path, (10.4, 4.4)) as figure:
         tasks = list(dict.fromkeys(r["task"] for r in result["curves"]))
         row = figure.subplots(1, len(tasks), sharey=True)
         for axes, task in zip(row, tasks, strict=True):
@@ -467,7 +461,6 @@ def picture(result: Mapping[str, Any], path: Path) -> None:
         row[0].set_ylabel("validation loss / AdamW's best", color=colour("muted"))
         handles, labels = row[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", labelcolor=colour("ink"), handlelength=3.2)
-        figure.savefig(path, format="png", dpi=160)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.contenders import LAYERWISE, Contender, Layers, Run, contenders
+from benchmarks.racing import turns
 from benchmarks.tables import Cells, machine, one_table
 from psgd.methods import Method
 
@@ -45,10 +46,9 @@ def timed(run: Run, steps: int) -> float:
 
 def alternated(runs: Mapping[str, Run], rounds: int, steps: int) -> dict[str, np.ndarray]:
     """Seconds a step of each, (rounds,). Each round starts with another one."""
-    names, seen = list(runs), {name: np.zeros(rounds) for name in runs}
+    seen = {name: np.zeros(rounds) for name in runs}
     for i in range(rounds):
-        shift = i % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in turns(list(runs), i):
             seen[name][i] = timed(runs[name], steps)
     return seen
 

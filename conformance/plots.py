@@ -7,7 +7,8 @@ follow the reader's light or dark mode as text does. matplotlib is imported only
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 from io import StringIO
 from itertools import cycle
@@ -134,14 +135,30 @@ def power_of_ten(value: float, position: int) -> str:
     return "10" + f"{round(np.log10(value))}".translate(superscript)
 
 
-def figure_of(panels: Sequence[Draw], comparisons: Sequence[Comparison], size: tuple[float, float]) -> Figure:
-    """A figure with a panel for each drawing function."""
+def blank(size: tuple[float, float]) -> Figure:
+    """An empty figure on the palette's paper, in inches."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from matplotlib.ticker import FuncFormatter, NullLocator
 
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-    figure = Figure(figsize=size, layout=layout, facecolor=colour("paper"))
+    return Figure(figsize=size, layout=layout, facecolor=colour("paper"))
+
+
+@contextmanager
+def png(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """An empty figure to draw on, which is then written as a PNG."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figure = blank(size)
+        yield figure
+        figure.savefig(path, format="png", dpi=160)
+
+
+def figure_of(panels: Sequence[Draw], comparisons: Sequence[Comparison], figure: Figure) -> Figure:
+    """The figure with a panel for each drawing function."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
     for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axes, comparisons)
         quiet(axes)
@@ -169,7 +186,7 @@ def svg(draw: Draw, comparison: Comparison, key: str, alt: str) -> str:
     import matplotlib
 
     with matplotlib.rc_context(STYLE), StringIO() as out:
-        figure = figure_of([draw], [comparison], (5.6, 3.5))
+        figure = figure_of([draw], [comparison], blank((5.6, 3.5)))
         figure.patch.set_visible(False)
         figure.savefig(out, format="svg", metadata={"Date": None})
         text = out.getvalue()
@@ -189,9 +206,7 @@ def picture(comparisons: Sequence[Comparison], path: Path) -> None:
 
     Only free-running comparisons are drawn. Raises ValueError where there is none.
     """
-    import matplotlib
-
     if not free(comparisons):
         raise ValueError("a picture needs a free-running comparison")
-    with matplotlib.rc_context(STYLE):
-        figure_of([draw_losses, draw_divergence], free(comparisons), (10.4, 3.8)).savefig(path, format="png", dpi=160)
+    with png(path, (10.4, 3.8)) as figure:
+        figure_of([draw_losses, draw_divergence], free(comparisons), figure)

@@ -47,10 +47,7 @@ def gram_of_rows(x: Matrix) -> Matrix:
 
 def gram_of_columns(x: Matrix) -> Matrix:
     """x^T conj(x)."""
-    k, n = x.shape
-    if k < n:
-        return matmul(x.mT, conj(x))
-    return hermitian(n, lambda lo, hi: matmul(x[:, lo:hi].mT, conj(x[:, lo:])))
+    return gram_of_rows(x.mT)
 
 
 def gram_of_triangle(q: Matrix) -> Matrix:
