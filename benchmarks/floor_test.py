@@ -33,3 +33,10 @@ def test_a_fit_adds_to_it_and_vectors_multiply_nothing():
 def test_one_preconditioner_of_all_parameters_is_one_vector():
     products = of_step("low_rank_approximation", {"uvd_rank_of_approximation": 3}, [(4, 5), (6,)], "float32", fit=False)
     assert products and all(26 in sides for sides in products)
+
+
+def test_the_kernel_of_a_convolution_is_one_axis():
+    """Its two factors are formed, 3 x 3 each, and act as one of 9 x 9; the axis before is multiplied in one product."""
+    products = of_step("kron", {}, [(16, 32, 3, 3)], "float32", fit=False)
+    assert (16, 32, 9, 9, 1.0) in products and (1, 144, 32, 32, 1.0) in products
+    assert sum(often for *_, k, n, often in products if k == n == 3) == 2.0

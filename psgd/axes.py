@@ -5,7 +5,7 @@ A factor of axis i is a matrix (n_i, n_i), or the diagonal of one, (n_i,). A sca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 from psgd._xp import by_inverse, conj, matmul, namespace, real, times
@@ -19,6 +19,7 @@ from psgd.strips import (
     upper_from_right,
 )
 
+SHORT = 64  # axes that together are no longer than this are multiplied as one
 Act = Callable[..., Tensor]  # (factor, tensor, axis, used=) -> tensor
 
 
@@ -76,19 +77,41 @@ def _back(x: Tensor, order: tuple[int, ...]) -> Tensor:
     return namespace(x).permute_dims(x, tuple(order.index(i) for i in range(x.ndim)))
 
 
-def along_all(qs: Sequence[Factor], x: Tensor, act: Act = along) -> Tensor:
-    """Every factor applied to its axis: the Kronecker product of the factors times vec(x)."""
-    for axis, used in in_turn(qs):
-        x = act(qs[axis], x, axis, used=used)
-    return x
+def along_all(qs: Sequence[Factor | None], x: Tensor, act: Act = along, *, used: bool = False) -> Tensor:
+    """Every factor applied to its axis: the Kronecker product of the factors times vec(x). None leaves an axis alone.
 
-
-def in_turn(qs: Sequence[Factor]) -> Iterator[tuple[int, bool]]:
-    """The axes in the order in which factors act, and whether what they act on was made by the one before. The diagonal
-    ones come last, which then take no memory.
+    used: as in `along`.
     """
-    for k, axis in enumerate(sorted(range(len(qs)), key=lambda i: -qs[i].ndim)):
-        yield axis, k > 0
+    xp, shape = namespace(x), tuple(x.shape)
+    if x.ndim > 2:
+        qs, lengths = _joined(qs, shape)
+        x = xp.reshape(x, lengths)
+    # Diagonal factors come last: what they act on was made by those before, and they take no memory.
+    for axis, q in sorted(((i, q) for i, q in enumerate(qs) if q is not None), key=lambda pair: -pair[1].ndim):
+        x, used = act(q, x, axis, used=used), True
+    return xp.reshape(x, shape)
+
+
+def _joined(qs: Sequence[Factor | None], shape: tuple[int, ...]) -> tuple[list[Factor | None], tuple[int, ...]]:
+    """Dense factors of neighbouring short axes, as those of a convolution's kernel, as one: a single product of some
+    width takes less time than two that are narrow. Also the lengths of the axes that are left.
+    """
+    joined: list[Factor | None] = []
+    lengths: list[int] = []
+    for q, n in zip(qs, shape, strict=True):
+        dense = q is not None and q.ndim == 2
+        if dense and len(joined) > 1 and joined[-1] is not None and joined[-1].ndim == 2 and lengths[-1] * n <= SHORT:
+            joined[-1], lengths[-1] = _kronecker(joined[-1], q), lengths[-1] * n
+        else:
+            joined.append(q)
+            lengths.append(n)
+    return joined, tuple(lengths)
+
+
+def _kronecker(a: Factor, b: Factor) -> Factor:
+    """The Kronecker product of two matrices."""
+    n = a.shape[0] * b.shape[0]
+    return namespace(a).reshape(a[:, None, :, None] * b[None, :, None, :], (n, n))
 
 
 def gram(x: Tensor, axis: int, *, diagonal: bool) -> Factor:

@@ -89,6 +89,13 @@ def test_along_inverse_adjoint(framework: Framework, dtype: str):
     assert_close(framework, got, want)
 
 
+def test_an_axis_without_a_factor_is_left_alone(framework: Framework, dtype: str):
+    x = random_array((3, 2, 4), dtype)
+    q = factors_of((3, 2, 4), 1, dtype)[0]
+    got = computed(framework, dtype, lambda i, x, q: along_all([None, q, None], x), [(x, q)])
+    assert_close(framework, got, [mode_product(q, x, 1)])
+
+
 def test_along_all_is_a_kronecker_product(framework: Framework, dtype: str):
     inputs, want = [], []
     for shape in SHAPES:

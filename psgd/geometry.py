@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from psgd._xp import adjoint, by_inverse, conj, identity, matmul, namespace, plus, real
 from psgd.arrays import Diagonal, Factor, Matrix, Scalar, Tensor
-from psgd.axes import along, along_adjoint_of_upper, along_all, along_inverse_adjoint, along_upper, in_turn, outer
+from psgd.axes import along, along_adjoint_of_upper, along_all, along_inverse_adjoint, along_upper, outer
 from psgd.rotate import polished, procrustes2, symmetrised
 from psgd.spectral import SkewNorm
 from psgd.strips import gram_of_columns, gram_of_triangle, hermitian, triangle_by_triangle
@@ -229,13 +229,13 @@ class Geometry:
 
     def precondition(self, qs: Factors, g: Tensor, ps: Factors = ()) -> Tensor:
         """P g. ps: the factors of P where they are kept; else each is formed, or acts in two products."""
-        for axis, used in in_turn(qs):
-            q = qs[axis]
-            if ps or multiplied_out(q, g):
-                g = along(ps[axis] if ps else self.root.factor(q, axis), g, axis, used=used)
-            else:
-                g = self.root.act(q, g, axis)
-        return g
+        if ps:
+            return along_all(ps, g)
+        formed = [self.root.factor(q, axis) if multiplied_out(q, g) else None for axis, q in enumerate(qs)]
+        twice = [axis for axis, factor in enumerate(formed) if factor is None]
+        for axis in twice:
+            g = self.root.act(qs[axis], g, axis)
+        return along_all(formed, g, used=bool(twice))
 
 
 GEOMETRIES: dict[str, Geometry] = {
