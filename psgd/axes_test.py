@@ -91,9 +91,13 @@ def test_along_inverse_adjoint(framework: Framework, dtype: str):
 
 def test_an_axis_without_a_factor_is_left_alone(framework: Framework, dtype: str):
     x = random_array((3, 2, 4), dtype)
-    q = factors_of((3, 2, 4), 1, dtype)[0]
-    got = computed(framework, dtype, lambda i, x, q: along_all([None, q, None], x), [(x, q)])
-    assert_close(framework, got, [mode_product(q, x, 1)])
+    todo = [(q, axis) for axis in range(3) for q in factors_of(x.shape, axis, dtype)]
+
+    def alone(i: int, x, q):
+        return along_all([q if axis == todo[i][1] else None for axis in range(3)], x)
+
+    got = computed(framework, dtype, alone, [(x, q) for q, _ in todo])
+    assert_close(framework, got, [mode_product(q, x, axis) for q, axis in todo])
 
 
 def test_along_all_is_a_kronecker_product(framework: Framework, dtype: str):
