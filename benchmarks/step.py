@@ -210,6 +210,20 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> Cells:
     return [head, *([r["method"], r["updates"], r["peer"], *told(r)] for r in rows if not r["fastest"])]
 
 
+def leaders(rows: Sequence[Mapping[str, Any]]) -> Cells:
+    """Ours beside the fastest of the same method alone, of everything that was measured."""
+    keys = ("set", "framework", "mode", "dtype", "method")
+    table: Cells = [[*keys, "fits", "beside", "ours / the other", "quartiles", "ours / products"]]
+    for r in rows:
+        if r["fastest"]:
+            low, high = r["quartiles"]
+            method = r["method"] + (", P kept" if r["kept"] == "P" else "")
+            over = "" if r["floor_ratio"] is None else f"{r['floor_ratio']:.2f}"
+            own = *(r[k] for k in keys[:-1]), method, r["updates"], r["peer"]
+            table.append([*own, f"{r['ratio']:.2f}", f"{low:.2f} to {high:.2f}", over])
+    return table
+
+
 def in_ms(r: Mapping[str, Any], whose: str) -> str:
     """Median and quartiles in a cell."""
     if r[f"{whose}_ms"] is None:
@@ -243,6 +257,7 @@ def command(
     method: Methods = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16: of parameters and gradients.")] = "float32",
     updates: Annotated[str | None, typer.Option(help='"every step" or steady.  [default: both]')] = None,
+    fastest: Annotated[bool, typer.Option("--fastest", help="Show the fastest of the same method alone.")] = False,
     keep_p: Annotated[bool, typer.Option("--keep-p", help="Let ours keep P between steps.")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Of each race.  [default: by the set]")] = None,
     json_file: JsonFile = None,
@@ -262,4 +277,5 @@ def command(
         Console(stderr=True),
         keep_p=keep_p,
     )
-    tell(result, tables(result), json_file, as_markdown=markdown, last=summary(result))
+    told = {"A step beside the fastest": leaders(result["rows"])} if fastest else tables(result)
+    tell(result, told, json_file, as_markdown=markdown, last=summary(result))

@@ -86,6 +86,16 @@ def test_every_pairing_has_a_row_and_the_fastest_one_more(ran):
     assert {"processor", "load", "torch", "jax"} <= result["machine"].keys()
 
 
+def test_the_fastest_alone_make_one_table(ran):
+    _, result = ran
+    _, *lines = step.leaders(result["rows"])
+    best = [r for r in result["rows"] if r["fastest"]]
+    assert [line[5:7] for line in lines] == [[r["updates"], r["peer"]] for r in best]
+    assert all(line[7] == f"{r['ratio']:.2f}" for line, r in zip(lines, best, strict=True))
+    (kept,) = step.leaders([{**best[0], "kept": "P"}])[1:]
+    assert kept[4] == f"{METHOD}, P kept"
+
+
 def test_a_row_holds_a_ratio_between_its_quartiles_or_why_there_is_none(ran):
     _, result = ran
     shared = {"set": "gpt-4x256", "framework": "torch", "mode": "eager", "method": METHOD, "dtype": "float32"}
