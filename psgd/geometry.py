@@ -225,7 +225,7 @@ class Geometry:
     @property
     def fits_p(self) -> bool:
         """Are the stored factors those of P, not of Q?"""
-        return self.root is OF_P
+        return self.root == OF_P
 
     def precondition(self, qs: Factors, g: Tensor, ps: Factors = ()) -> Tensor:
         """P g. ps: the factors of P where they are kept; else each is formed, or acts in two products."""
