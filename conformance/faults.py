@@ -137,7 +137,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("balance turned round", rotate.balanced, "xp.exp(mean - r)", "xp.exp(r - mean)", GOLDEN),
     Fault("balance every 99 steps", methods.QuadTorch.tempo, "periodic(100)", "periodic(99)", GOLDEN),
     Fault(
-        "epsilon outside the bracket", criterion.relative, "plus(x, amount, e)", "plus(x, amount * eps(x), e)", GOLDEN
+        "epsilon outside the bracket", criterion.relative, "(x, amount, e)", "(x, amount * eps(x), e)", GOLDEN
     ),
     Fault("epsilon a millionth", spectral.norm_bound, "(scale + small)", "(scale + 1e-6)", GOLDEN),
     Fault("norm bound with one product less", spectral.norm_bound, "products - 1", "products - 2", GOLDEN),
