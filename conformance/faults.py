@@ -136,9 +136,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("rotation may go twice as far", rotate.procrustes2, "= 1 / 8", "= 1 / 4", GOLDEN),
     Fault("balance turned round", rotate.balanced, "xp.exp(mean - r)", "xp.exp(r - mean)", GOLDEN),
     Fault("balance every 99 steps", methods.QuadTorch.tempo, "periodic(100)", "periodic(99)", GOLDEN),
-    Fault(
-        "epsilon outside the bracket", criterion.relative, "(x, amount, e)", "(x, amount * eps(x), e)", GOLDEN
-    ),
+    Fault("epsilon outside the bracket", criterion.relative, "(x, amount, e)", "(x, amount * eps(x), e)", GOLDEN),
     Fault("epsilon a millionth", spectral.norm_bound, "(scale + small)", "(scale + 1e-6)", GOLDEN),
     Fault("norm bound with one product less", spectral.norm_bound, "products - 1", "products - 2", GOLDEN),
     Fault("expectation of the wrong size", geometry.others, "if i != axis", "if i == axis", GOLDEN),
