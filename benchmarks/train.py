@@ -59,9 +59,8 @@ CHOSEN: Mapping[str, Any] = {
     "exact_hessian_vector_product": False,
     "preconditioner_update_probability": lambda steps: Annealed(1.0, 0.1, decay=7 / steps, flat_start=steps // 3),
 }
-UNSPLIT = {
-    "preconditioner_init_scale": 1.0
-}  # where each factor would get all of the automatic scale: matrices run away
+# Where each factor would get all of the automatic scale: matrices run away.
+UNSPLIT = {"preconditioner_init_scale": 1.0}
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("noise forgets its role", noise.words, "(step_key ^ role)", "step_key", NOISE),
     Fault("factor transposed", axes.along, "matmul(x, q.mT)", "matmul(x, q)", GOLDEN),
     Fault("Gram product without conjugate", strips.gram_of_rows, "adjoint(x[lo:, :])", "x[lo:, :].mT", GOLDEN),
-    Fault("inverse of half the factor", axes.along_inverse_adjoint, "reshape(last, (", "reshape(2 * last, (", GOLDEN),
+    Fault("inverse of half the factor", axes.along_inverse_adjoint, "by_inverse(rows,", "by_inverse(2 * rows,", GOLDEN),
     Fault("wrong triangle", strips.triangle_by_triangle, "matmul(xp.triu(a)", "matmul(xp.tril(a)", GOLDEN),
     Fault("half step taken whole", geometry.two_sided_half, "m / 2", "m", GOLDEN),
     Fault("moved from one side", geometry.two_sided, "-m, matmul", "0 * m, matmul", GOLDEN),

@@ -77,18 +77,18 @@ def largest(x: Array) -> Array:
     return xp.maximum(xp.max(x), -xp.min(x))  # eager PyTorch would write |x| down
 
 
-def plus(y: Array, a: Any, x: Array, scale: float = 1.0, *, used: bool = False) -> Array:
-    """y + scale a x, in one pass over memory where the framework has one; `a`: a number, or an array to broadcast.
+def plus(y: Array, a: Any, x: Array, *, used: bool = False) -> Array:
+    """y + a x, in one pass over memory where the framework has one; `a`: a number, or an array to broadcast.
 
     used: y is the caller's own and not needed any more, so that PyTorch may write over it.
     """
     xp = namespace(y)
     # Of half precisions the product is rounded too, everywhere: PyTorch would not, but in a stack.
     if not xp.__name__.endswith("torch") or dtype_name(y.dtype) in HALF:
-        return y + scale * a * x if scale != 1 else y + a * x
+        return y + a * x
     if isinstance(a, (int, float)):
-        return (y.add_ if used else y.add)(x, alpha=scale * a)
-    return y.addcmul(cast(a, y.dtype), x, value=scale)  # torch.vmap has no rule for addcmul_
+        return (y.add_ if used else y.add)(x, alpha=a)
+    return y.addcmul(cast(a, y.dtype), x)  # torch.vmap has no rule for addcmul_
 
 
 def times(x: Array, a: Any) -> Array:

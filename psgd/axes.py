@@ -6,10 +6,11 @@ A factor of axis i is a matrix (n_i, n_i), or the diagonal of one, (n_i,). A sca
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 
 from psgd._xp import by_inverse, conj, matmul, namespace, real, times
-from psgd.arrays import Factor, Tensor
+from psgd.arrays import Factor, Matrix, Tensor
 from psgd.strips import (
     adjoint_from_left,
     adjoint_from_right,
@@ -50,10 +51,7 @@ def _along(
         return from_right(q, x)
     before, after = shape[:axis], shape[axis + 1 :]
     if before and prod(after) < shape[axis]:  # one product of many rows, and not many of few columns
-        order = _last(x, axis)
-        last = xp.permute_dims(x, order)
-        rows = xp.reshape(last, (-1, shape[axis]))
-        return _back(xp.reshape(from_right(q, rows), last.shape), order)
+        return _by_rows(partial(from_right, q), x, axis)
     rows = (prod(before),) if prod(before) > 1 else ()
     return xp.reshape(from_left(q, xp.reshape(x, (*rows, shape[axis], -1))), shape)
 
@@ -62,19 +60,15 @@ def along_inverse_adjoint(q: Factor, x: Tensor, axis: int, *, used: bool = False
     """q^-H applied to axis `axis` of x; a dense q is upper triangular."""
     if q.ndim < 2:
         return along(1 / conj(q), x, axis, used=used)
-    xp, order = namespace(q), _last(x, axis)
+    return _by_rows(lambda rows: by_inverse(rows, conj(q)), x, axis)
+
+
+def _by_rows(work: Callable[[Matrix], Matrix], x: Tensor, axis: int) -> Tensor:
+    """What works on the rows of a matrix, with an axis of x along them."""
+    xp, order = namespace(x), (*(i for i in range(x.ndim) if i != axis), axis)
     last = xp.permute_dims(x, order)
-    return _back(xp.reshape(by_inverse(xp.reshape(last, (-1, q.shape[0])), conj(q)), last.shape), order)
-
-
-def _last(x: Tensor, axis: int) -> tuple[int, ...]:
-    """The order of x's axes in which one of them is the last."""
-    return (*(i for i in range(x.ndim) if i != axis), axis)
-
-
-def _back(x: Tensor, order: tuple[int, ...]) -> Tensor:
-    """The inverse of a permutation of axes."""
-    return namespace(x).permute_dims(x, tuple(order.index(i) for i in range(x.ndim)))
+    done = xp.reshape(work(xp.reshape(last, (-1, x.shape[axis]))), last.shape)
+    return xp.permute_dims(done, tuple(order.index(i) for i in range(x.ndim)))
 
 
 def along_all(qs: Sequence[Factor | None], x: Tensor, act: Act = along, *, used: bool = False) -> Tensor:
@@ -98,9 +92,12 @@ def _joined(qs: Sequence[Factor | None], shape: tuple[int, ...]) -> tuple[list[F
     """
     joined: list[Factor | None] = []
     lengths: list[int] = []
+
+    def dense(q: Factor | None) -> bool:
+        return q is not None and q.ndim == 2
+
     for q, n in zip(qs, shape, strict=True):
-        dense = q is not None and q.ndim == 2
-        if dense and len(joined) > 1 and joined[-1] is not None and joined[-1].ndim == 2 and lengths[-1] * n <= SHORT:
+        if len(joined) > 1 and dense(joined[-1]) and dense(q) and lengths[-1] * n <= SHORT:
             joined[-1], lengths[-1] = _kronecker(joined[-1], q), lengths[-1] * n
         else:
             joined.append(q)

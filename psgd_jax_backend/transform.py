@@ -401,10 +401,10 @@ def _check_state(
 def _to_trees(counters: PSGDState, momenta: list[Any], states: list[State], treedef: Any, recipe: Recipe) -> PSGDState:
     """The state of all leaves, with the counters of another."""
     momentum = treedef.unflatten(momenta) if recipe.momentum else None
-    if recipe.whole:
-        return counters._replace(momentum=momentum, Q=states[0].factors.Q, L=states[0].factors.L)
-    open_, factors = _opened(treedef), [s.factors for s in states]
     kept = Factors._fields if _keeps_p(recipe) else ("Q", "L")
+    if recipe.whole:
+        return counters._replace(momentum=momentum, **{name: getattr(states[0].factors, name) for name in kept})
+    open_, factors = _opened(treedef), [s.factors for s in states]
     columns = {name: open_.unflatten([getattr(own, name) for own in factors]) for name in kept}
     return counters._replace(momentum=momentum, **columns)
 
