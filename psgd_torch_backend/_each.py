@@ -16,6 +16,11 @@ from psgd_torch_backend._step import Draws, Held, Job, Steps, as_tensors, follow
 
 Tensors = Tensor | list[Tensor]  # of one shape, stacked or by themselves
 
+# Numbers of state beyond which a stack is cut. What is that large is bound by its products, and gains no more from
+# company; a step holds several times as much beside it. Other devices than CPUs need more work in a call.
+ROOM = {"cpu": 1 << 21}
+ROOM_ELSEWHERE = 1 << 25
+
 
 class Each:
     """Steps groups; `stacks` are the states of those that step together, by the first of them."""
@@ -80,7 +85,7 @@ class Each:
             columns += map(list, zip(*(job.pairs.by_parameter[id(p)] for p in bucket), strict=True))
         tensors: list[Tensors] = [column[0] if scanned else column for column in columns]
         count = len(tensors[0])
-        size = job.group["stack_batch_size"] or max(count, 1)
+        size = job.group["stack_batch_size"] or at_a_time(count, state, bucket[0].device)
         waiting: list[Held] = []
         for some in (slice(i, i + size) for i in range(0, count, size)):
             batch = rebuilt(state, [x[some] for x in leaves(state)]) if many and size < count else state
@@ -133,6 +138,13 @@ class Each:
             for entry, view in zip(entries, stack.views, strict=True):
                 entry.update(to_entry(view))
         return stack.stacked
+
+
+def at_a_time(count: int, state: pipeline.State, device: torch.device) -> int:
+    """How many of `count` tensors step in one call, where the user did not say: few of large ones, in equal parts."""
+    numbers = sum(x.numel() for x in leaves(state))
+    calls = -(-numbers // ROOM.get(device.type, ROOM_ELSEWHERE))
+    return -(-count // min(calls, count)) if calls and count else 1
 
 
 def together(tensors: Tensors, many: bool) -> Tensor:

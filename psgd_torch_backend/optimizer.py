@@ -66,7 +66,8 @@ class PSGD(torch.optim.Optimizer):
             it is not traced.
         scanned_layers: parameters that hold one layer for each entry of their first axis: the names of some, as a
             tuple, or True for all (of a group). Each layer is preconditioned by itself, as if it were a parameter.
-        stack_batch_size: step at most so many layers in one call, for less memory at a time; None is all of a shape.
+        stack_batch_size: step at most so many layers in one call, for less memory at a time. None: as many as have
+            2 million numbers of state on a CPU, and 33 million elsewhere.
         nonfinite: what to do where a gradient holds a NaN or an infinity, before anything has changed: "skip" the step
             of all groups that say so, as if it had not been, and count it; "raise"; or "propagate", and do not look.
         max_skips: the error after so many skipped steps in a row.

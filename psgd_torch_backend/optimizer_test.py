@@ -9,6 +9,7 @@ import io
 import pickle
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from psgd._xp import namespace
 from psgd.methods import METHODS
 from psgd.schedule import precond_update_prob_schedule
 from psgd_torch_backend import PSGD, Affine, Kron, KronWhiten, Procrustes
+from psgd_torch_backend._each import ROOM, Each
 from psgd_torch_backend._step import BLOCK, Draws
 from psgd_torch_backend.optimizer import SKIPS
 
@@ -691,6 +693,25 @@ def test_stacks_step_in_batches(tensor_class: type[PSGD]):
         run(optimizer, params, range(4))
         results.append([*params, *(x for p in params for x in flat(optimizer.state[p]).values())])
     close(*results)
+
+
+@pytest.mark.parametrize(("room", "sizes"), [(1 << 21, [7]), (1000, [4, 3]), (400, [2, 2, 2, 1]), (1, [1] * 7)])
+def test_large_stacks_are_cut_by_themselves(monkeypatch: pytest.MonkeyPatch, room: int, sizes: list[int]):
+    """Seven matrices of 8 x 8 and their factors, 194 numbers of state each, with the bounds of the factors."""
+    seen = []
+
+    def spied(self: Each, job: Any, plan: Any, draws: Any, many: bool, state: Any, targets: Any, *rest: Any) -> Any:
+        seen.append(len(targets))
+        return batch(self, job, plan, draws, many, state, targets, *rest)
+
+    batch = Each._batch
+    monkeypatch.setattr(Each, "_batch", spied)
+    monkeypatch.setitem(ROOM, "cpu", room)
+    cut, apart = (parameters(*[(8, 8)] * 7, dtype=torch.float64) for _ in range(2))
+    run(Procrustes(cut), cut, range(1))
+    assert seen == sizes
+    run(Procrustes(apart, stack=False), apart, range(1))
+    close(cut, apart)
 
 
 def test_stacks_follow_a_changing_company(tensor_class: type[PSGD]):
