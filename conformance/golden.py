@@ -537,7 +537,8 @@ def _step_scanned(
     xp, whole = namespace(g), stacked(states)
     g = pipeline.working(recipe, g)
     m = None if whole.momentum is None else xp.astype(whole.momentum, g.dtype)
-    seen = pipeline.averaged(plan.momentum, g, m)[1] if recipe.whiten == "momentum" else g
+    momentum = recipe.whiten == "momentum"
+    seen = pipeline.scaled(recipe, plan, pipeline.averaged(plan.momentum, g, m)[1]) if momentum else g
     mean = xp.mean(xp.abs(seen))
     e = draws.normal("damping", seen.shape, seen) if plan.fit else seen
     own = replace(recipe, damping=lambda x, e, amount: x + amount * mean * e, clip=pipeline.Clip())

@@ -34,6 +34,7 @@ from psgd._xp import (
     products,
     real_dtype,
     times,
+    tiny,
 )
 from psgd.arrays import Array, Factors
 from psgd.kron import Kronecker
@@ -50,23 +51,21 @@ Choose = Callable[..., Any]  # (flag, then, otherwise, operand) -> then(operand)
 # ---- the axes of the grid --------------------------------------------------------------
 def power_mean(x: Array, power: int) -> Array:
     """(mean|x|^p)^(1/p), 0-d, at least float32; no power of a finite x overflows."""
-    if power == 2 and not is_complex(x):
-        return _by_rms(x)[0]
     unit = _unit(x)
+    if power == 2 and not is_complex(x):
+        return _rms(cast(x, unit.dtype) / unit, unit)
     return unit * namespace(x).mean((cast(namespace(x).abs(x), unit.dtype) / unit) ** power) ** (1 / power)
 
 
 def _unit(x: Array) -> Array:
-    """max|x|, 0-d, at least float32; 1 where that is 0."""
+    """max|x|, 0-d, at least float32 and a normal number."""
     top = cast(largest(x), lifted_dtype(x))
-    return namespace(x).where(top > 0, top, namespace(x).ones_like(top))
+    return namespace(x).clip(top, min=tiny(top))
 
 
-def _by_rms(x: Array) -> tuple[Array, Array, Array]:
-    """The RMS of a real x, and the two whose product is x: a number, and an array without entries above 1."""
-    unit = _unit(x)
-    part = cast(x, unit.dtype) / unit
-    return unit * (namespace(x).linalg.vector_norm(part) / sqrt(prod(x.shape))), unit, part
+def _rms(part: Array, unit: Array) -> Array:
+    """The RMS of `unit` times a real array without entries above 1."""
+    return unit * (namespace(part).linalg.vector_norm(part) / sqrt(prod(part.shape)))
 
 
 def trust(limit: Number, us: Sequence[Array]) -> Array:
@@ -82,7 +81,10 @@ def trust(limit: Number, us: Sequence[Array]) -> Array:
 
 @dataclass(frozen=True)
 class Clip:
-    """Bounds on the direction u of a tensor: its RMS, by scaling, then each entry's modulus. After that, a gain."""
+    """Bounds on the direction u of a tensor: its RMS, by scaling, then each entry's modulus. After that, a gain.
+
+    u is the caller's own, as in `times`.
+    """
 
     rms: float = inf
     entry: float = inf
@@ -92,8 +94,9 @@ class Clip:
         if self.rms < inf and is_complex(u):
             u = u * xp.astype(self.rms / xp.clip(power_mean(u, 2), min=self.rms), real_dtype(u))
         elif self.rms < inf:
-            rms, unit, part = _by_rms(u)
-            factor = unit * (self.rms / xp.clip(rms, min=self.rms))
+            unit = _unit(u)
+            part = times(cast(u, unit.dtype), 1 / unit)
+            factor = unit * (self.rms / xp.clip(_rms(part, unit), min=self.rms))
             gain, last = (1.0, gain) if self.entry == inf else (gain, 1.0)
             u = cast(times(part, last * factor), u.dtype)
         if self.entry < inf:
@@ -297,8 +300,7 @@ def plan(tempo: Tempo, step: Number, xp: ModuleType, toss: Toss | None = None, s
 def host_plan(tempo: Tempo, step: int, toss: Toss | None = None, since: int | None = None) -> Plan:
     """The plan in Python's own numbers: no array, no device, nothing to wait for."""
     p = plan(tempo, step, np, toss, since)
-    blend = None if p.momentum.blend is None else (float(p.momentum.blend[0]), float(p.momentum.blend[1]))
-    memory = Memory(float(p.momentum.past), blend)
+    memory = p.momentum.each(float)
     decisions = bool(p.fit), bool(p.balance), bool(p.side)
     return Plan(*decisions, memory, float(p.rate), p.memory, p.damping, int(p.key[0]))
 
@@ -386,6 +388,7 @@ def step(
 
     Args:
         g: gradient, in the parameter's shape, any floating dtype; read only.
+        state: PyTorch may write over its momentum.
         draws: where noise comes from; the plan's counter unless replayed.
         choose: how a decision of the plan selects a branch; a framework that traces passes its own conditional.
         pair: (v, H v), in the parameter's shape, to fit to instead of whitening.
@@ -397,15 +400,26 @@ def step(
     momentum, seen, smooth = observed(recipe, plan, g, state.momentum)
     old = state.factors
     new = choose(plan.fit, lambda f: fitted(recipe, plan, seen, f, draws, pair), lambda factors: factors, old)
-    return directed(recipe, new if recipe.fit_first else old, smooth), State(momentum, new)
+    return directed(recipe, plan, new if recipe.fit_first else old, smooth), State(momentum, new)
 
 
 def observed(recipe: Recipe, plan: Plan, g: Array, m: Array | None) -> tuple[Array | None, Array, Array]:
-    """The new momentum; what is fitted to; what is preconditioned. The momentum comes and goes in its own dtype."""
+    """The new momentum; what is fitted to; what is preconditioned. The momentum comes and goes in its own dtype.
+
+    Averages are still to be `scaled`: P is linear, so that a number can wait until it has acted.
+    """
     g = working(recipe, g)
     new, smooth = averaged(plan.momentum, g, None if m is None else cast(m, g.dtype))
     new = new if m is None else cast(new, m.dtype)
     return new, smooth if recipe.whiten == "momentum" else g, smooth
+
+
+def scaled(recipe: Recipe, plan: Plan, x: Array, *, used: bool = False) -> Array:
+    """An average, or P of it, times the scale of averages. used: as in `times`."""
+    scale = plan.momentum.scale if recipe.momentum else None
+    if scale is None or (isinstance(scale, float) and scale == 1):
+        return x
+    return times(x, number(scale, x)) if used else x * number(scale, x)
 
 
 def fitted(
@@ -418,6 +432,8 @@ def fitted(
 ) -> Factors:
     """Factors after a fit to what was seen of a parameter, or to a given pair (v, H v), in their own dtypes."""
     kind, dtypes = recipe.preconditioner, [q.dtype for q in factors.Q]
+    if recipe.whiten == "momentum" and given is None:
+        seen = scaled(recipe, plan, seen)
     seen = laid_out(recipe, seen if given is None else working(recipe, given[1]))
     draws = noise.Counter(plan.key) if draws is None else draws
     factors = in_dtypes(factors, [seen.dtype] * len(dtypes))
@@ -444,33 +460,33 @@ def in_dtypes(factors: Factors, dtypes: Sequence[Any]) -> Factors:
     return factors._replace(Q=q, P=p)
 
 
-def directed(recipe: Recipe, factors: Factors, smooth: Array) -> Array:
+def directed(recipe: Recipe, plan: Plan, factors: Factors, smooth: Array) -> Array:
     """The direction u of a parameter, from its factors and its averaged gradient."""
     work = in_dtypes(factors, [smooth.dtype] * len(factors.Q))
     with products(recipe.apply_precision):
         u = recipe.preconditioner.precondition(work, laid_out(recipe, smooth))
-    return laid_back(recipe, recipe.clip(u, recipe.gain), tuple(smooth.shape))
+    u = recipe.clip(scaled(recipe, plan, u, used=True), recipe.gain)
+    return laid_back(recipe, u, tuple(smooth.shape))
 
 
 def averaged(memory: Memory, g: Array, m: Array | None) -> tuple[Array | None, Array]:
-    """The momentum buffer after g, and what the step uses of it."""
+    """The momentum buffer after g, over the old one, and what the step uses of it, but for the scale."""
     if m is None:
         return None, g
     past = number(memory.past, g)
-    m = plus(past * m, 1 - past, g, used=True)
+    m = plus(times(m, past), 1 - past, g, used=True)
     if memory.blend is None:
         return m, m
     keep, fresh = (number(x, g) for x in memory.blend)
-    only_old = isinstance(fresh, float) and fresh == 0  # what `corrected` says
-    return m, keep * m if only_old else plus(keep * m, fresh, g, used=True)
+    return m, plus(keep * m, fresh, g, used=True)
 
 
 def displacement(p: Array, u: Array, lr: Number, weight_decay: Number) -> Array:
-    """-lr (u + weight_decay p): what a step adds to a parameter, in the parameter's dtype."""
+    """-lr (u + weight_decay p): what a step adds to a parameter, in the parameter's dtype. u is the caller's own."""
     xp = namespace(p)
     u = cast(u, xp.result_type(u.dtype, p.dtype))  # a large u may leave the range of p, where lr u does not
     lr = number(lr, u)
-    change = -lr * u
+    change = times(u, -lr)
     if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
         change = plus(change, -lr * number(weight_decay, u), cast(p, u.dtype), used=True)
     return cast(change, p.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 from math import inf, prod, sqrt
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +76,9 @@ def test_momentum_rules(framework: Framework, rule, beta: float):
     m = framework.array(np.zeros(()), "float64")
     for t, value in enumerate(gradients, start=1):
         g = framework.array(np.asarray(value), "float64")
-        m, smooth = averaged(rule(np, t, beta), g, m)
-        used.append(float(smooth))
+        memory = rule(np, t, beta)
+        m, smooth = averaged(memory, g, m)
+        used.append(float(smooth) * (memory.scale or 1.0))
     assert used == pytest.approx(by_definition(rule, gradients, beta), rel=1e-13)
 
 
@@ -179,13 +181,13 @@ def test_the_default_schedule_fits_at_the_same_steps_on_host_and_device():
     assert host[:500] == list(range(1, 501)) and set(np.diff(host[-20:])) == {34}
 
 
-@pytest.mark.parametrize("rule", [corrected, nesterov])
-def test_blends_are_planned_too(rule):
-    timing = tempo(averaging=rule)
+@pytest.mark.parametrize(("rule", "part"), [(corrected, "scale"), (nesterov, "blend")])
+def test_averages_are_planned_too(rule, part: str):
+    timing, of = tempo(averaging=rule), attrgetter(f"momentum.{part}")
     with jax.enable_x64(True):
-        traced = jax.jit(jax.vmap(lambda t: plan(timing, t, jnp).momentum.blend))(jnp.arange(1, 51))
-    host = [host_plan(timing, t).momentum.blend for t in range(1, 51)]
-    assert np.stack(np.broadcast_arrays(*traced), axis=1) == pytest.approx(np.array(host), rel=1e-13)
+        traced = jax.jit(jax.vmap(lambda t: of(plan(timing, t, jnp))))(jnp.arange(1, 51))
+    host = [of(host_plan(timing, t)) for t in range(1, 51)]
+    assert np.array(traced).T == pytest.approx(np.array(host), rel=1e-13)
 
 
 # ---- clipping and scales ------------------------------------------------------------------

@@ -37,10 +37,17 @@ def at(value: Any, step: Number) -> Number:
 
 # ---- how gradients are averaged --------------------------------------------------------
 class Memory(NamedTuple):
-    """m <- past m + (1 - past) g; the step uses m, or keep m + fresh g where `blend` = (keep, fresh) is given."""
+    """m <- past m + (1 - past) g; the step uses m, or `scale` m, or keep m + fresh g with `blend` = (keep, fresh)."""
 
     past: Number
+    scale: Number | None = None
     blend: tuple[Number, Number] | None = None
+
+    def each(self, number: Callable[[Number], Number]) -> Memory:
+        """The same of other numbers."""
+        scale = None if self.scale is None else number(self.scale)
+        blend = None if self.blend is None else (number(self.blend[0]), number(self.blend[1]))
+        return Memory(number(self.past), scale, blend)
 
 
 def capped_average(xp: ModuleType, t: Number, beta: Number) -> Memory:
@@ -55,12 +62,12 @@ def from_first(xp: ModuleType, t: Number, beta: Number) -> Memory:
 
 def corrected(xp: ModuleType, t: Number, beta: Number) -> Memory:
     """An EMA from zero, divided by its total weight 1 - beta^t [psgd_jax]."""
-    return Memory(beta, (1 / (1 - beta**t), 0.0))
+    return Memory(beta, scale=1 / (1 - beta**t))
 
 
 def nesterov(xp: ModuleType, t: Number, beta: Number) -> Memory:
     """The same, looked at one step ahead [psgd_jax, `nesterov=True`]."""
-    return Memory(beta, (beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta**t)))
+    return Memory(beta, blend=(beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta**t)))
 
 
 # ---- when something happens ------------------------------------------------------------

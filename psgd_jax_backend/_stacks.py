@@ -187,7 +187,7 @@ class Stepper(NamedTuple):
         average = stacked(smooth)
 
         def directed(factors: Factors) -> list[Leaf]:
-            return unstacked(self._each(partial(pipeline.directed, recipe), factors, average))
+            return unstacked(self._each(partial(pipeline.directed, recipe, plan), factors, average))
 
         def fitted(leaves: list[Factors]) -> tuple[list[Factors], list[Leaf]]:
             def one(x: Leaf, own: Factors, pair: Any) -> Factors:

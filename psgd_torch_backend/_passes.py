@@ -33,15 +33,17 @@ def before(recipe: Recipe, plan: Plan, decay: Tensor, p: Tensor, g: Tensor, m: A
     g = g if recipe.decoupled else g + decay * p
     momentum, seen, smooth = pipeline.observed(recipe, plan, g, m)
     if h is not None:
+        seen = pipeline.scaled(recipe, plan, seen) if recipe.whiten == "momentum" else seen
         h.copy_(seen if e is None else recipe.damping(seen, e, number(plan.damping, seen)))
     s.copy_(smooth)
     if m is not None:
         m.copy_(momentum)
 
 
-def after(recipe: Recipe, lr: Tensor, decay: Any, p: Tensor, u: Tensor) -> None:
+def after(recipe: Recipe, plan: Plan, lr: Tensor, decay: Any, p: Tensor, u: Tensor) -> None:
     """The step of a parameter, of bounded length."""
-    u = recipe.clip(u, recipe.gain)
+    u = u.clone()  # not written over, for the compiler would write u too
+    u = recipe.clip(pipeline.scaled(recipe, plan, u), recipe.gain)
     p.add_(pipeline.displacement(p, u, lr, decay))
 
 
@@ -84,6 +86,7 @@ class Passes:
         stacked: `state` and `pair` are stacks. What is written is laid out as the momentum is.
         """
         bare, shape = _bare(recipe), tuple(targets[0].shape)
+        plain = plan._replace(momentum=plan.momentum._replace(scale=None))
         work = pipeline.working(recipe, gradients[0][:0])
         whitening = plan.fit and not pair
         room = (len(targets), *shape) if stacked else shape
@@ -103,13 +106,13 @@ class Passes:
             old = rebuilt(State(None, state.factors), rest).factors
             new = old
             if plan.fit:
-                new = pipeline.fitted(recipe if pair else bare, plan, seen, old, draws, own)
-            return pipeline.directed(bare, new if recipe.fit_first else old, s), *leaves(State(None, new))
+                new = pipeline.fitted(recipe if pair else bare, plain, seen, old, draws, own)
+            return pipeline.directed(bare, plain, new if recipe.fit_first else old, s), *leaves(State(None, new))
 
         given = [s, *pair, *([h] if whitening else []), *leaves(State(None, state.factors))]
         u, *new = (torch.vmap(one) if stacked else one)(*given)
         for p, x in zip(targets, rows(u.contiguous(), len(targets)), strict=True):
-            self.after(recipe, lr, decay if recipe.decoupled else 0.0, p.view(-1), x)
+            self.after(recipe, plan, lr, decay if recipe.decoupled else 0.0, p.view(-1), x)
         return rebuilt(State(None, state.factors), new).factors
 
 

@@ -84,7 +84,8 @@ def _tensors(entry: Entry) -> list[Any]:
 def write(old: State, new: State) -> None:
     """Overwrite the tensors of a state in place; momentum may come in another shape of as many elements."""
     for target, source in zip(leaves(old), leaves(new), strict=True):
-        target.copy_(source.reshape(target.shape))
+        if not (source.data_ptr() == target.data_ptr() != 0):
+            target.copy_(source.reshape(target.shape))
 
 
 def parted(p: torch.Tensor, scanned: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:

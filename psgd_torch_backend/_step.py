@@ -19,7 +19,6 @@ from psgd._xp import real_dtype
 from psgd.kron import Kronecker
 from psgd.methods import Method
 from psgd.pipeline import Plan, Recipe, State, Tempo, leaves, rebuilt
-from psgd.schedule import Memory
 from psgd_torch_backend._state import age, to_entry, to_state
 from psgd_torch_backend.hessian import Pairs
 
@@ -292,12 +291,10 @@ def as_tensors(plan: Plan, *numbers: Any) -> tuple[Any, ...]:
     def tensor(x: Any) -> Tensor:
         return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
 
-    blend = plan.momentum.blend
-    momentum = Memory(tensor(plan.momentum.past), None if blend is None else (tensor(blend[0]), tensor(blend[1])))
     plan = plan._replace(
         balance=torch.tensor(plan.balance, device="cpu"),
         side=torch.tensor(plan.side, device="cpu"),
-        momentum=momentum,
+        momentum=plan.momentum.each(tensor),
         rate=tensor(plan.rate),
         memory=tensor(plan.memory),
         damping=tensor(plan.damping),
