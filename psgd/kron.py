@@ -171,7 +171,7 @@ def fit(
         beta = number(memory, ell)
         last = namespace(q).maximum(beta * last + (1 - beta) * ell, ell)
         # Where there was nothing to see, all of D would be T2, and Q would grow without end.
-        seen = namespace(q).sum(t1 if q.ndim < 2 else diagonal(t1)) > 0
+        seen = namespace(q).max(t1 if q.ndim < 2 else diagonal(t1)) > 0
         m = number(rate, ell) / (last + tiny(last)) * namespace(q).astype(seen, last.dtype)
         moved.append(_moved(geometry, q, d, number(m, q), norm))
         bounds.append(last)

@@ -13,7 +13,7 @@ from psgd._xp import adjoint, conj, matmul, namespace
 from psgd.arrays import Matrix, Tensor
 
 # Narrower strips multiply more slowly than they save; those that are mirrored are copied too.
-NARROWEST, NARROWEST_MIRRORED = 128, 256
+NARROWEST, NARROWEST_MIRRORED = 192, 256
 MOST = 4
 
 
@@ -62,7 +62,7 @@ def triangle_by_triangle(a: Matrix, b: Matrix) -> Matrix:
     if len(cuts) == 1:
         return matmul(xp.triu(a), b)
     for lo, hi in cuts:
-        row = matmul(xp.concat([xp.triu(a[lo:hi, lo:hi]), a[lo:hi, hi:]], axis=1), b[lo:, lo:])
+        row = matmul(xp.triu(a[lo:hi, lo:]), b[lo:, lo:])
         rows.append(xp.concat([xp.zeros_like(a[lo:hi, :lo]), row], axis=1))
     return xp.concat(rows, axis=0)
 
