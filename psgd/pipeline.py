@@ -194,6 +194,11 @@ class Recipe:
     fit_precision: str | None = None
     apply_precision: str | None = None
 
+    @property
+    def keeps_p(self) -> bool:
+        """Is P kept between steps beside the factors that are fitted?"""
+        return isinstance(self.preconditioner, Kronecker) and self.preconditioner.keeps_p
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tempo:
@@ -368,6 +373,12 @@ def init(recipe: Recipe, like: Array, scale: Number | None = None, draws: Draws 
     factors = recipe.preconditioner.init(laid_out(recipe, work), Unasked() if draws is None else draws)
     state = State(init_momentum(recipe, like), in_dtypes(factors, [kept] * len(factors.Q)))
     return state if scale is None else rescaled(recipe, state, scale)
+
+
+def with_p(recipe: Recipe, factors: Factors) -> Factors:
+    """Factors with those of P that belong to Q, where they are kept."""
+    kind = recipe.preconditioner
+    return kind.with_p(factors) if isinstance(kind, Kronecker) else factors
 
 
 def rescaled(recipe: Recipe, state: State, scale: Number) -> State:

@@ -19,7 +19,6 @@ from psgd import noise, pipeline
 from psgd import summary as costs
 from psgd._xp import real_dtype
 from psgd.arrays import Factors
-from psgd.kron import Kronecker
 from psgd.methods import Method
 from psgd.pipeline import Recipe, State, Tempo
 from psgd.summary import Row, Summary
@@ -362,11 +361,11 @@ def _is_of_others(gradients: list[Leaf], momenta: list[Any], factors: Factors, s
 
 
 def _check_kept(method: Method, recipe: Recipe, state: PSGDState) -> None:
-    keeps = _keeps_p(recipe)
-    if keeps != (state.P is not None):
-        has = "has no P" if keeps else "has P"
+    if recipe.keeps_p != (state.P is not None):
+        has = "has no P" if recipe.keeps_p else "has P"
         raise ValueError(
-            f"{method.name}: keep_p={keeps}, but the state {has}; give the state of an `init` with the same keep_p"
+            f"{method.name}: keep_p={recipe.keeps_p}, but the state {has}; give the state of an `init` with the same "
+            "keep_p"
         )
 
 
@@ -401,16 +400,12 @@ def _check_state(
 def _to_trees(counters: PSGDState, momenta: list[Any], states: list[State], treedef: Any, recipe: Recipe) -> PSGDState:
     """The state of all leaves, with the counters of another."""
     momentum = treedef.unflatten(momenta) if recipe.momentum else None
-    kept = Factors._fields if _keeps_p(recipe) else ("Q", "L")
+    kept = Factors._fields if recipe.keeps_p else ("Q", "L")
     if recipe.whole:
         return counters._replace(momentum=momentum, **{name: getattr(states[0].factors, name) for name in kept})
     open_, factors = _opened(treedef), [s.factors for s in states]
     columns = {name: open_.unflatten([getattr(own, name) for own in factors]) for name in kept}
     return counters._replace(momentum=momentum, **columns)
-
-
-def _keeps_p(recipe: Recipe) -> bool:
-    return isinstance(recipe.preconditioner, Kronecker) and recipe.preconditioner.keeps_p
 
 
 def _opened(treedef: Any) -> Any:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from psgd import noise, pipeline
 from psgd._xp import real_dtype
-from psgd.kron import Kronecker
 from psgd.methods import Method
 from psgd.pipeline import Plan, Recipe, State, Tempo, leaves, rebuilt
 from psgd_torch_backend._state import age, to_entry, to_state
@@ -75,11 +74,11 @@ class Held(NamedTuple):
 
 def follow(job: Job, p: Tensor) -> None:
     """What was switched after the first step of a parameter: momentum begins as its gradient, P as that of Q."""
-    entry, kind = job.state[p], job.recipe.preconditioner
-    if isinstance(kind, Kronecker) and entry.get("Q") and kind.keeps_p != ("P" in entry):
-        with_p = torch.vmap(kind.with_p) if id(p) in job.layered else kind.with_p
+    entry, with_p = job.state[p], partial(pipeline.with_p, job.recipe)
+    if entry.get("Q") and job.recipe.keeps_p != ("P" in entry):
         entry.pop("P", None)
-        entry.update(to_entry(State(None, with_p(to_state(entry).factors))))
+        kept = (torch.vmap(with_p) if id(p) in job.layered else with_p)(to_state(entry).factors)
+        entry.update(to_entry(State(None, kept)))
     if job.recipe.momentum and "momentum" not in entry:
         momentum = pipeline.init_momentum(job.recipe, p.detach())
         if momentum is not None and p.grad is not None:
