@@ -120,12 +120,8 @@ def test_each_step_is_the_same_in_every_named_choice(method, settings):
 
 def test_as_users_compile_is_not_as_tests_elsewhere_do(request):
     def program():
-        return (
-            jax.jit(lambda x: jax.numpy.tanh(x) @ jax.numpy.exp(x.T) / (1 + x))
-            .lower(np.ones((8, 8)))
-            .compile()
-            .as_text()
-        )
+        traced = jax.jit(lambda x: jax.numpy.tanh(x) @ jax.numpy.exp(x.T) / (1 + x)).lower(np.ones((8, 8)))
+        return traced.compile().as_text()
 
     if any(f"--{name}={value}" not in os.environ["XLA_FLAGS"] for name, (value, _) in COMPILING.items()):
         pytest.skip("XLA_FLAGS are the user's own")
