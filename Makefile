@@ -28,7 +28,7 @@ venv: $(STAMP) ## make or renew .venv with the pinned dependencies
 demo: $(STAMP) ## run the demonstration and write report.html
 	$(BIN)/psgd demo --report report.html
 
-test: $(STAMP) ## run every test
+test: $(STAMP) ## run every test; with XLA_FLAGS= JAX compiles for them as for users, which takes twice as long
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(STAMP) ## check style, formatting and types; change nothing

@@ -62,6 +62,28 @@ def test_outcomes_of_marked_tests_are_collected(tmp_path, workers):
     ]
 
 
+GROUPED = """
+import os
+import pytest
+
+@pytest.mark.xdist_group("one")
+@pytest.mark.parametrize("x", range(9))
+def test_in_a_group(x):
+    with open("FILE", "a") as file:
+        print(os.environ["PYTEST_XDIST_WORKER"], file=file)
+"""
+
+
+def test_tests_of_a_group_run_in_one_worker(tmp_path):
+    """Or each worker would make anew what they share."""
+    seen = tmp_path / "workers"
+    (tmp_path / "some_test.py").write_text(GROUPED.replace("FILE", str(seen)))
+    command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, tmp_path]
+    done = subprocess.run([*command, "-n", "2", "--dist", "loadgroup"], cwd=ROOT, capture_output=True, text=True)
+    workers = seen.read_text().split()
+    assert len(workers) == 9 and len(set(workers)) == 1, done.stdout
+
+
 def test_a_mark_that_is_no_contract_is_refused(tmp_path):
     (tmp_path / "some_test.py").write_text(TESTS.replace("step: modes", "step: nothing"))
     command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, tmp_path]
