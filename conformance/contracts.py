@@ -123,10 +123,6 @@ def pytest_addoption(parser: Any) -> None:
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """Marks go with the reports, across processes; other tests stay out where only contracts are asked for."""
-    for item in items:
-        # pytest 9.2 does not read a test's name where xdist 3.8, which was asked first, writes its group.
-        if getattr(item, "_nodeid", item.nodeid) != item.nodeid:
-            item._id = type(item.id).parse(item._nodeid)
     kept = []
     for item in items:
         names = [mark.args[0] for mark in item.iter_markers("contract")]
