@@ -87,12 +87,9 @@ class Each:
         count = len(tensors[0])
         size = job.group["stack_batch_size"] or at_a_time(count, state, bucket[0].device)
         waiting: list[Held] = []
-        for i in range(0, count, size):
-            # A single one of several is a tensor by itself, without the axis of a stack.
-            rows: Any = slice(i, i + size) if size > 1 else i
-            batch = rebuilt(state, [x[rows] for x in leaves(state)]) if many else state
-            given = [x[rows] if size > 1 else [x[i]] for x in tensors]
-            waiting += self._batch(job, plan, draws, many and size > 1, batch, *given)
+        for some in (slice(i, i + size) for i in range(0, count, size)):
+            batch = rebuilt(state, [x[some] for x in leaves(state)]) if many and size < count else state
+            waiting += self._batch(job, plan, draws, many, batch, *(x[some] for x in tensors))
         return waiting
 
     def _batch(
