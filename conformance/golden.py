@@ -384,8 +384,8 @@ class Unit:
         """First state, not yet scaled."""
         self.shapes, self.flat = [tuple(tensors[i].shape) for i in self.members], recipe.whole
         if self.scanned:
-            one = pipeline.init(recipe, tensors[self.members[0]][0, ...])
-            self.states = [one] * tensors[self.members[0]].shape[0]
+            layers = tensors[self.members[0]]
+            self.states = [pipeline.init(recipe, layers[k, ...]) for k in range(layers.shape[0])]
         else:
             self.states = [
                 pipeline.init(recipe, self.joined(tensors) if self.flat else tensors[self.members[0]], None, draws)

@@ -34,7 +34,6 @@ from psgd._xp import (
     products,
     real_dtype,
     times,
-    tiny,
 )
 from psgd.arrays import Array, Factors
 from psgd.kron import Kronecker
@@ -58,9 +57,9 @@ def power_mean(x: Array, power: int) -> Array:
 
 
 def _unit(x: Array) -> Array:
-    """max|x|, 0-d, at least float32 and a normal number."""
+    """max|x|, 0-d, at least float32; 1 where that is 0."""
     top = cast(largest(x), lifted_dtype(x))
-    return namespace(x).clip(top, min=tiny(top))
+    return namespace(x).where(top > 0, top, namespace(x).ones_like(top))
 
 
 def _rms(part: Array, unit: Array) -> Array:
@@ -94,7 +93,7 @@ class Clip:
         if self.rms < inf and is_complex(u):
             u = u * xp.astype(self.rms / xp.clip(power_mean(u, 2), min=self.rms), real_dtype(u))
         elif self.rms < inf:
-            unit = _unit(u)
+            unit = xp.clip(cast(largest(u), lifted_dtype(u)), min=1.0)
             part = times(cast(u, unit.dtype), 1 / unit)
             factor = unit * (self.rms / xp.clip(_rms(part, unit), min=self.rms))
             gain, last = (1.0, gain) if self.entry == inf else (gain, 1.0)

@@ -76,7 +76,7 @@ def test_momentum_rules(framework: Framework, rule, beta: float):
     m = framework.array(np.zeros(()), "float64")
     for t, value in enumerate(gradients, start=1):
         g = framework.array(np.asarray(value), "float64")
-        memory = rule(np, t, beta)
+        memory = rule(np, t, beta).each(float)
         m, smooth = averaged(memory, g, m)
         used.append(float(smooth) * (memory.scale or 1.0))
     assert used == pytest.approx(by_definition(rule, gradients, beta), rel=1e-13)
