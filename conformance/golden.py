@@ -536,9 +536,7 @@ def _step_scanned(
     """A step of stacked layers as psgd_jax takes it: the mean in the damping and the RMS clip are the whole stack's."""
     xp, whole = namespace(g), stacked(states)
     g = pipeline.working(recipe, g)
-    m = None if whole.momentum is None else xp.astype(whole.momentum, g.dtype)
-    momentum = recipe.whiten == "momentum"
-    seen = pipeline.scaled(recipe, plan, pipeline.averaged(plan.momentum, g, m)[1]) if momentum else g
+    seen = pipeline.to_fit(recipe, plan, pipeline.observed(recipe, plan, g, whole.momentum)[1])
     mean = xp.mean(xp.abs(seen))
     e = draws.normal("damping", seen.shape, seen) if plan.fit else seen
     own = replace(recipe, damping=lambda x, e, amount: x + amount * mean * e, clip=pipeline.Clip())

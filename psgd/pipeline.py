@@ -432,6 +432,11 @@ def scaled(recipe: Recipe, plan: Plan, x: Array, *, used: bool = False) -> Array
     return times(x, number(scale, x)) if used else x * number(scale, x)
 
 
+def to_fit(recipe: Recipe, plan: Plan, seen: Array) -> Array:
+    """What a fit sees of what was `observed`: a momentum at its scale, a gradient as it is."""
+    return scaled(recipe, plan, seen) if recipe.whiten == "momentum" else seen
+
+
 def fitted(
     recipe: Recipe,
     plan: Plan,
@@ -442,9 +447,7 @@ def fitted(
 ) -> Factors:
     """Factors after a fit to what was seen of a parameter, or to a given pair (v, H v), in their own dtypes."""
     kind, dtypes = recipe.preconditioner, [q.dtype for q in factors.Q]
-    if recipe.whiten == "momentum" and given is None:
-        seen = scaled(recipe, plan, seen)
-    seen = laid_out(recipe, seen if given is None else working(recipe, given[1]))
+    seen = laid_out(recipe, to_fit(recipe, plan, seen) if given is None else working(recipe, given[1]))
     draws = noise.Counter(plan.key) if draws is None else draws
     factors = in_dtypes(factors, [seen.dtype] * len(dtypes))
     if not recipe.balance_last:

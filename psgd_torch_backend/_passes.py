@@ -33,7 +33,7 @@ def before(recipe: Recipe, plan: Plan, decay: Tensor, p: Tensor, g: Tensor, m: A
     g = g if recipe.decoupled else g + decay * p
     momentum, seen, smooth = pipeline.observed(recipe, plan, g, m)
     if h is not None:
-        seen = pipeline.scaled(recipe, plan, seen) if recipe.whiten == "momentum" else seen
+        seen = pipeline.to_fit(recipe, plan, seen)
         h.copy_(seen if e is None else recipe.damping(seen, e, number(plan.damping, seen)))
     s.copy_(smooth)
     if m is not None:
