@@ -874,7 +874,7 @@ def test_steps_keep_no_new_memory(name: str):
 # vectors for factors): 13, 13, 12 and 13 tensors of the gradient's size. They are p and g side by side, the new state,
 # the noise, what it was added to, P h and its steps, and for each factor T1, T2, D and the products that move it.
 # That is what was measured: 3.30, 4.50, 3.05, 3.25; the limit allows one more such tensor.
-PEAKS = {"procrustes": 3.55, "kron_whiten": 4.8, "kron": 3.3, "xmat": 3.5}
+PEAKS = {"procrustes": 3.55, "kron_whiten": 4.75, "kron": 3.3, "xmat": 3.5}
 
 
 @pytest.mark.parametrize("name", PEAKS)
