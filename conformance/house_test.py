@@ -50,6 +50,7 @@ ORDER = [
         "lra",
         "xmat",
         "pipeline",
+        "naming",
         "methods",
         "outline",
         "summary",
