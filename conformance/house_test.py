@@ -42,7 +42,7 @@ ALLOWED = {
 FORBIDDEN = {"conformance": {"benchmarks"}, "benchmarks": set()}
 # A module of the core imports those before it.
 ORDER = [
-    *("arrays", "_xp", "shapes", "noise", "schedule", "spectral", "rotate", "strips", "axes"),
+    *("arrays", "_xp", "shapes", "noise", "schedule", "thin", "spectral", "rotate", "strips", "axes"),
     *(
         "geometry",
         "criterion",

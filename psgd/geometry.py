@@ -22,6 +22,7 @@ from psgd.axes import along, along_adjoint_of_upper, along_all, along_inverse_ad
 from psgd.rotate import polished, procrustes2, symmetrised
 from psgd.spectral import SkewNorm
 from psgd.strips import gram_of_columns, gram_of_triangle, hermitian, triangle_by_triangle
+from psgd.thin import Hermitian, Thin, from_left, from_right, triangle_from_left
 
 Factors = Sequence[Factor]
 
@@ -154,28 +155,30 @@ def unlifted(q: Factor, x: Tensor, axis: int) -> Tensor:
 
 
 # How a dense factor moves.
-def left(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
+def left(q: Matrix, d: Hermitian, m: Scalar) -> Matrix:
     """q <- q - m D q."""
-    return plus(q, -m, matmul(d, q))
+    return plus(q, -m, from_left(d, q))
 
 
-def right(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
+def right(q: Matrix, d: Hermitian, m: Scalar) -> Matrix:
     """q <- q - m q D."""
-    return plus(q, -m, matmul(q, d))
+    return plus(q, -m, from_right(d, q))
 
 
-def triangular(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
+def triangular(q: Matrix, d: Hermitian, m: Scalar) -> Matrix:
     """q <- q - m triu(D) q: q stays upper triangular."""
-    return plus(q, -m, triangle_by_triangle(d, q))
+    return plus(q, -m, (triangle_from_left if isinstance(d, Thin) else triangle_by_triangle)(d, q))
 
 
-def two_sided(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
+def two_sided(q: Matrix, d: Hermitian, m: Scalar) -> Matrix:
     """q <- (1 - m D) q (1 - m D), symmetrised: stays Hermitian and, for m < 1, positive."""
     r = left(q, d, m)
+    if isinstance(d, Thin):
+        return symmetrised(right(r, d, m))
     return symmetrised(hermitian(q.shape[0], lambda lo, hi: plus(r[lo:hi, lo:], -m, matmul(r[lo:hi, :], d[:, lo:]))))
 
 
-def two_sided_half(q: Matrix, d: Matrix, m: Scalar) -> Matrix:
+def two_sided_half(q: Matrix, d: Hermitian, m: Scalar) -> Matrix:
     """`two_sided` by half the step: in P = Q Q it counts twice."""
     return two_sided(q, d, m / 2)
 
@@ -211,7 +214,7 @@ class Geometry:
     balance_first: balances the factors before each fit (the others do it rarely, after).
     """
 
-    move: Callable[[Matrix, Matrix, Scalar], Matrix]
+    move: Callable[[Matrix, Hermitian, Scalar], Matrix]
     move_diagonal: Callable[[Diagonal, Diagonal, Scalar], Diagonal] = scaled
     turn: Callable[[Matrix, SkewNorm], Matrix] | None = None
     root: Root = OF_Q

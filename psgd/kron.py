@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from math import inf, prod
 from typing import Any, NamedTuple
 
-from psgd._xp import diagonal, eps, identity, lifted_dtype, make, namespace, number, real, shrinkage, times, tiny
+from psgd import thin
+from psgd._xp import eps, identity, lifted_dtype, make, namespace, number, real, shrinkage, times, tiny
 from psgd.arrays import Factor, Factors, Matrix, Scalar, Tensor
 from psgd.axes import gram
 from psgd.criterion import Pair
@@ -20,6 +21,7 @@ from psgd.noise import Draws
 from psgd.rotate import balanced
 from psgd.shapes import Shape
 from psgd.spectral import NormBound, general_bound
+from psgd.thin import Thin, diagonal, formed, is_thin
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class AxisNorm(NamedTuple):
     draws: Draws
     axis: int
 
-    def positive(self, t: Factor) -> Scalar:
+    def positive(self, t: Factor | Thin) -> Scalar:
         """Of a positive semidefinite term, dense or diagonal."""
         return self.bound(t, self.draws, f"bound/{self.axis}", positive=True)
 
@@ -93,16 +95,25 @@ class AxisNorm(NamedTuple):
 
 
 # What a step is normalised by: (norm, T1, T2) -> ell and the residual D. T2 may be a number of identities.
-def by_terms(norm: AxisNorm, t1: Factor, t2: Factor | float) -> tuple[Scalar, Factor]:
+def by_terms(norm: AxisNorm, t1: Factor | Thin, t2: Factor | Thin | float) -> tuple[Scalar, Factor | Thin]:
     """ell = ||T1 + T2||: a step is never too long, and short where both terms are large [psgd_jax '2nd']."""
     if isinstance(t2, float):
         # The bound is a sketch: of T1 + c I it is not that of T1, plus c.
-        return norm.positive(t1) + t2, t1 - (t2 if t1.ndim < 2 else t2 * identity(t1, t1.shape[0]))
+        return norm.positive(t1) + t2, _less(t1, t2)
+    t1 = t1 if isinstance(t2, Thin) else formed(t1)
     return norm.positive(t1 + t2), t1 - t2
 
 
-def by_triangle(norm: AxisNorm, t1: Factor, t2: Factor) -> tuple[Scalar, Factor]:
+def _less(t: Factor | Thin, c: float) -> Factor | Thin:
+    """T - c I."""
+    if isinstance(t, Thin):
+        return t.less(c)
+    return t - (c if t.ndim < 2 else c * identity(t, t.shape[0]))
+
+
+def by_triangle(norm: AxisNorm, t1: Factor | Thin, t2: Factor | Thin) -> tuple[Scalar, Factor]:
     """ell = ||triu(T1 - T2)||: every step is as long as it may be, unless the residual is rounding [psgd_jax '1st']."""
+    t1, t2 = formed(t1), formed(t2)
     xp, d = namespace(t1), t1 - t2
     if t1.ndim < 2:
         ell, terms = xp.max(xp.abs(d)), xp.max(real(t1 + t2))
@@ -113,19 +124,22 @@ def by_triangle(norm: AxisNorm, t1: Factor, t2: Factor) -> tuple[Scalar, Factor]
     return xp.astype(ell, lifted_dtype(t1)), d
 
 
-Normaliser = Callable[[AxisNorm, Factor, Any], tuple[Scalar, Factor]]
+Normaliser = Callable[[AxisNorm, Any, Any], tuple[Scalar, Any]]
 
 
-def _terms(geometry: Geometry, qs: Sequence[Factor], a: Tensor, b: Tensor | None, axis: int) -> tuple[Factor, Any]:
+def _terms(geometry: Geometry, qs: Sequence[Factor], a: Tensor, b: Tensor | None, axis: int) -> tuple[Any, Any]:
     """T1 and T2 of one factor; T2 is a number c where it is c times the identity."""
     q = qs[axis]
-    t1 = gram(geometry.lift(q, a, axis), axis, diagonal=q.ndim < 2)
-    if b is None:
-        return t1, geometry.expected(qs, axis)
-    return t1, gram(geometry.lift(q, b, axis), axis, diagonal=q.ndim < 2)
+
+    def term(x: Tensor) -> Factor | Thin:
+        lifted = geometry.lift(q, x, axis)
+        low = q.ndim == 2 and is_thin(tuple(x.shape), axis)
+        return thin.gram(lifted, axis) if low else gram(lifted, axis, diagonal=q.ndim < 2)
+
+    return term(a), geometry.expected(qs, axis) if b is None else term(b)
 
 
-def _moved(geometry: Geometry, q: Factor, d: Factor, m: Scalar, norm: AxisNorm) -> Factor:
+def _moved(geometry: Geometry, q: Factor, d: Factor | Thin, m: Scalar, norm: AxisNorm) -> Factor:
     """One factor after its step along D."""
     if q.ndim < 2:
         return geometry.move_diagonal(q, d, m)

@@ -21,7 +21,7 @@ BYTES = MappingProxyType(
 )
 REAL = MappingProxyType(dict(complex64="float32", complex128="float64"))
 FINFO = MappingProxyType(dict(bfloat16=np.float32, float16=np.float16, float32=np.float32, float64=np.float64))
-ELEMENTWISE = ("clip", "exp", "log", "maximum", "minimum", "sqrt", "where")
+ELEMENTWISE = ("clip", "cumulative_sum", "exp", "log", "maximum", "minimum", "sqrt", "where")
 REDUCTIONS = ("argmax", "max", "mean", "min", "sum")
 OPERATORS = (
     "add",

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from psgd._xp import adjoint, conj, diagonal, lifted_dtype, matmul, namespace, real, tiny
+from psgd._xp import adjoint, conj, lifted_dtype, matmul, namespace, real, tiny
 from psgd.arrays import Factor, Matrix, Rows, Scalar
 from psgd.noise import Draws
+from psgd.thin import Hermitian, Thin, diagonal, from_right, part, row, row_norms
 
 
-def norm_bound(a: Matrix, probes: Rows | None, *, products: int, positive: bool, offset: float = 0.0) -> Scalar:
+def norm_bound(a: Hermitian, probes: Rows | None, *, products: int, positive: bool, offset: float = 0.0) -> Scalar:
     r"""Lower bound on ||a||_2 of a Hermitian or skew-Hermitian matrix.
 
     With S a cheap upper scale of `a` and A = a / S, the row A_j of largest norm starts the probes in the dominant
@@ -22,7 +23,7 @@ def norm_bound(a: Matrix, probes: Rows | None, *, products: int, positive: bool,
         S max_r ||V_r A^m|| / ||V_r A^(m-1)||
 
     Args:
-        a: (n, n). The zero matrix gives 0.
+        a: (n, n), or `Thin` if it is positive. The zero matrix gives 0.
         probes: (k, n) standard normal rows v_r; None starts from A_j alone.
         products: m, at least 1.
         positive: `a` is positive semidefinite: S is its largest diagonal entry, else its largest modulus.
@@ -33,18 +34,17 @@ def norm_bound(a: Matrix, probes: Rows | None, *, products: int, positive: bool,
     Source: psgd_torch `norm_lower_bound_spd`, `norm_lower_bound_skh`; quad_torch `_norm_lower_bound`; of psgd_jax's
     `_norm_lower_bound` the case of a Hermitian matrix.
     """
-    xp, small = namespace(a), tiny(a)
+    xp, small = namespace(part(a)), tiny(part(a))
     scale = xp.max(diagonal(a)) if positive else xp.max(xp.abs(a))
     a = a / (scale + small)
-    largest = xp.argmax(xp.linalg.vector_norm(a, axis=1))
-    row = xp.take(a, xp.reshape(largest, (1,)), axis=0)
-    v = row if probes is None else row + _phases(probes, row) * probes
+    longest = row(a, xp.argmax(row_norms(a)))
+    v = longest if probes is None else longest + _phases(probes, longest) * probes
     for _ in range(products - 1):
-        v = matmul(v, a)
+        v = from_right(a, v)
         v = v / (xp.linalg.vector_norm(v, axis=1, keepdims=True) + small)
     if offset:
         v = v + offset
-    return scale * xp.max(xp.linalg.vector_norm(matmul(v, a), axis=1))
+    return scale * xp.max(xp.linalg.vector_norm(from_right(a, v), axis=1))
 
 
 def _phases(probes: Rows, row: Rows) -> Rows:
@@ -84,26 +84,30 @@ class NormBound:
     products: int = 4
     offset: float = 0.0
 
-    def __call__(self, a: Factor, draws: Draws, role: str, *, positive: bool, skip: Scalar | None = None) -> Scalar:
+    def __call__(
+        self, a: Factor | Thin, draws: Draws, role: str, *, positive: bool, skip: Scalar | None = None
+    ) -> Scalar:
         """`norm_bound` of an (n, n) matrix, or the largest entry of an (n,) or 0-d diagonal; at least float32."""
-        xp = namespace(a)
+        xp, like = namespace(part(a)), part(a)
         if a.ndim < 2:
             bound = xp.max(real(a))
         else:
-            probes = draws.normal(role, (self.probes, a.shape[0]), a, skip) if self.probes else None
+            probes = draws.normal(role, (self.probes, a.shape[0]), like, skip) if self.probes else None
             bound = norm_bound(a, probes, products=self.products, positive=positive, offset=self.offset)
-        return xp.astype(bound, lifted_dtype(a))
+        return xp.astype(bound, lifted_dtype(like))
 
 
 @dataclass(frozen=True)
 class TraceBound(NormBound):
     """The trace for the norm of a positive matrix, exact if its rank is one [psgd_torch DenseNewton]."""
 
-    def __call__(self, a: Factor, draws: Draws, role: str, *, positive: bool, skip: Scalar | None = None) -> Scalar:
+    def __call__(
+        self, a: Factor | Thin, draws: Draws, role: str, *, positive: bool, skip: Scalar | None = None
+    ) -> Scalar:
         if not positive or a.ndim < 2:
             return super().__call__(a, draws, role, positive=positive, skip=skip)
-        xp = namespace(a)
-        return xp.sum(xp.astype(diagonal(a), lifted_dtype(a)))
+        like = part(a)
+        return namespace(like).sum(namespace(like).astype(diagonal(a), lifted_dtype(like)))
 
 
 SkewNorm = Callable[..., Scalar]  # (r, sweep=0, skip=None) -> 0-d bound on the norm of a skew-Hermitian r

@@ -1,0 +1,145 @@
+"""Hermitian matrices of low rank, held by their thin factors and never formed.
+
+Of an axis that is much longer than all others together, as that of a vector is, the terms T1 = x x^H and T2 = y y^H
+have as few columns x, y as the others have entries. Every product with them, their sum or their difference, then costs
+O(n^2) instead of O(n^3). Each function here takes a matrix of either kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from psgd import _xp
+from psgd._xp import adjoint, conj, make, matmul, namespace, plus, real
+from psgd.arrays import Array, Diagonal, Matrix, Rows, Scalar, Tensor
+
+RATIO = 8  # so many times as long as all other axes together is long enough: products with few columns are slow
+BLOCK = 64  # rows of a triangle that are multiplied whole
+
+
+@dataclass(frozen=True)
+class Thin:
+    """left right^H - shift I, Hermitian; left and right are (n, k) with few columns k."""
+
+    left: Array
+    right: Array
+    shift: float = 0.0
+
+    ndim = 2
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, n)."""
+        return (self.left.shape[0],) * 2
+
+    def __add__(self, other: Thin) -> Thin:
+        xp = namespace(self.left)
+        left, right = (xp.concat(pair, axis=1) for pair in ((self.left, other.left), (self.right, other.right)))
+        return Thin(left, right, self.shift + other.shift)
+
+    def __sub__(self, other: Thin) -> Thin:
+        return self + Thin(-other.left, other.right, -other.shift)
+
+    def __truediv__(self, number: Scalar) -> Thin:
+        return Thin(self.left / number, self.right, self.shift)  # the bounds on norms, which divide, know no shift
+
+    def less(self, shift: float) -> Thin:
+        """Itself - shift I."""
+        return Thin(self.left, self.right, self.shift + shift)
+
+
+Hermitian = Any  # a Matrix, or Thin
+
+
+def is_thin(shape: tuple[int, ...], axis: int) -> bool:
+    """Is an axis of a tensor so long that its Gram matrices are of low rank?"""
+    return bool(shape) and RATIO * prod(shape) <= shape[axis] ** 2
+
+
+def gram(x: Tensor, axis: int) -> Thin:
+    """x contracted with its conjugate over every axis but one."""
+    front = namespace(x).permute_dims(x, (axis, *(i for i in range(x.ndim) if i != axis))) if axis else x
+    columns = namespace(x).reshape(front, (x.shape[axis], -1))
+    return Thin(columns, columns)
+
+
+def part(a: Hermitian) -> Array:
+    """An array of the matrix, to ask for namespace and dtype."""
+    return a.left if isinstance(a, Thin) else a
+
+
+def formed(a: Hermitian) -> Matrix:
+    """The matrix itself."""
+    if not isinstance(a, Thin):
+        return a
+    product = matmul(a.left, adjoint(a.right))
+    return plus(product, -a.shift, _xp.identity(product, product.shape[0])) if a.shift else product
+
+
+def diagonal(a: Hermitian) -> Diagonal:
+    """The real diagonal."""
+    if not isinstance(a, Thin):
+        return _xp.diagonal(a)
+    return namespace(a.left).sum(real(a.left * conj(a.right)), axis=1) - a.shift
+
+
+def row_norms(a: Hermitian) -> Diagonal:
+    """The lengths of the rows; of what is thin without its shift."""
+    if not isinstance(a, Thin):
+        return namespace(a).linalg.vector_norm(a, axis=1)
+    xp, inner = namespace(a.left), matmul(adjoint(a.right), a.right)
+    return xp.sqrt(xp.clip(xp.sum(real(matmul(a.left, inner) * conj(a.left)), axis=1), min=0.0))
+
+
+def row(a: Hermitian, index: Scalar) -> Rows:
+    """The row of an index, (1, n); of what is thin without its shift."""
+    xp, index = namespace(part(a)), namespace(part(a)).reshape(index, (1,))
+    if not isinstance(a, Thin):
+        return xp.take(a, index, axis=0)
+    return matmul(xp.take(a.left, index, axis=0), adjoint(a.right))
+
+
+def from_left(a: Hermitian, x: Matrix) -> Matrix:
+    """a x."""
+    if not isinstance(a, Thin):
+        return matmul(a, x)
+    return _shifted(a, matmul(a.left, matmul(adjoint(a.right), x)), x)
+
+
+def from_right(a: Hermitian, x: Matrix) -> Matrix:
+    """x a."""
+    if not isinstance(a, Thin):
+        return matmul(x, a)
+    return _shifted(a, matmul(matmul(x, a.left), adjoint(a.right)), x)
+
+
+def _shifted(a: Thin, product: Matrix, x: Matrix) -> Matrix:
+    return plus(product, -a.shift, x, used=True) if a.shift else product
+
+
+def triangle_from_left(a: Thin, q: Matrix) -> Matrix:
+    """triu(a) q of an upper-triangular q: in row i, a_i times the sum of conj(b_j) q_j over the rows j from i.
+
+    The sums are taken block by block: within a block of rows as a product, beyond it of whole blocks.
+    """
+    xp, n = namespace(q), q.shape[0]
+    blocks = -(-n // BLOCK)
+    left, right, rows = (_in_blocks(x, blocks) for x in (a.left, a.right, q))
+    sums = matmul(adjoint(right), rows)  # (blocks, k, n)
+    later = xp.concat([xp.zeros_like(sums[:1, :, :]), xp.flip(sums, axis=0)[:-1, :, :]], axis=0)
+    later = xp.flip(xp.cumulative_sum(later, axis=0), axis=0)
+    within = xp.triu(matmul(left, adjoint(right)))
+    out = matmul(xp.concat([within, left], axis=2), xp.concat([rows, later], axis=1))
+    return _shifted(a, xp.reshape(out, (-1, n))[:n, :], q)
+
+
+def _in_blocks(x: Matrix, blocks: int) -> Tensor:
+    """The rows of a matrix in blocks of one height, (blocks, height, columns), the last filled up with zeros."""
+    xp, (n, columns) = namespace(x), x.shape
+    height = min(BLOCK, n)
+    missing = blocks * height - n
+    if missing:
+        x = xp.concat([x, make(x, "zeros", (missing, columns))], axis=0)
+    return xp.reshape(x, (blocks, height, columns))
