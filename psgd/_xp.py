@@ -74,7 +74,8 @@ def largest(x: Array) -> Array:
     xp = namespace(x)
     if is_complex(x) or not xp.__name__.endswith("torch"):
         return xp.max(xp.abs(x))
-    return xp.maximum(xp.max(x), -xp.min(x))  # eager PyTorch would write |x| down
+    ends = xp.aminmax(x)  # in one pass; eager PyTorch would write |x| down
+    return xp.maximum(ends.max, -ends.min)
 
 
 def plus(y: Array, a: Any, x: Array, *, used: bool = False) -> Array:
@@ -148,7 +149,7 @@ def cast(x: Array, dtype: Any) -> Array:
 
 def number(value: Any, like: Array) -> Any:
     """A number of the plan beside an array: cast to the array's real dtype unless it is Python's own."""
-    return value if isinstance(value, (int, float)) else namespace(like).astype(value, real_dtype(like))
+    return value if isinstance(value, (int, float)) else cast(value, real_dtype(like))
 
 
 def make(like: Array, function: str, *args: Any, dtype: Any = None) -> Array:

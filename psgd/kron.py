@@ -12,7 +12,7 @@ from math import inf, prod
 from typing import Any, NamedTuple
 
 from psgd import thin
-from psgd._xp import eps, identity, lifted_dtype, make, namespace, number, real, shrinkage, times, tiny
+from psgd._xp import cast, eps, identity, lifted_dtype, make, namespace, number, real, shrinkage, times, tiny
 from psgd.arrays import Factor, Factors, Matrix, Scalar, Tensor
 from psgd.axes import gram
 from psgd.criterion import Pair
@@ -121,7 +121,7 @@ def by_triangle(norm: AxisNorm, t1: Factor | Thin, t2: Factor | Thin) -> tuple[S
         ell, terms = general_bound(xp.triu(d)), xp.max(diagonal(t1 + t2))
     seen = ell > 4 * eps(d) * terms
     ell, d = (xp.where(seen, x, xp.zeros_like(x)) for x in (ell, d))
-    return xp.astype(ell, lifted_dtype(t1)), d
+    return cast(ell, lifted_dtype(t1)), d
 
 
 Normaliser = Callable[[AxisNorm, Any, Any], tuple[Scalar, Any]]

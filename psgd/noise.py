@@ -47,16 +47,21 @@ def shifted(x: Array, k: int) -> Array:
     return (x >> k) & ((1 << (32 - k)) - 1)
 
 
-def mix(x: Array) -> Array:
-    """A bijection of int32 whose every output bit depends on every input bit."""
-    x = (x ^ shifted(x, 16)) * M1
-    x = (x ^ shifted(x, 15)) * M2
+def mix(x: Any) -> Any:
+    """A bijection of int32 whose every output bit depends on every input bit; x: an array, or a Python integer."""
+    x = wrapped((x ^ shifted(x, 16)) * M1)
+    x = wrapped((x ^ shifted(x, 15)) * M2)
     return x ^ shifted(x, 16)
 
 
 def signed(word: int) -> int:
     """The low 32 bits of a Python integer, read as int32."""
     return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+def wrapped(x: Any) -> Any:
+    """An int32 array as it is, for it has wrapped around; a Python integer as it would have."""
+    return signed(x) if isinstance(x, int) else x
 
 
 def key(xp: ModuleType, seed: Any, step: Any) -> Array:
@@ -68,6 +73,11 @@ def key(xp: ModuleType, seed: Any, step: Any) -> Array:
     else:
         s = xp.reshape(xp.astype(seed, xp.int32), (1,))
     return mix(mix(s + GOLDEN) + t * GOLDEN)
+
+
+def host_key(seed: int, step: int) -> int:
+    """The number in `key`, by Python's own integers, which take a fraction of the time."""
+    return mix(signed(mix(signed(seed + GOLDEN)) + step * GOLDEN))
 
 
 def role_number(role: str) -> int:
@@ -101,8 +111,10 @@ def signs(step_key: Array, role: int, n: int, dtype: Any, first: int = 0) -> Arr
     return xp.astype(xp.reshape(bits | 1, (-1,))[:n], dtype)
 
 
-def uniform(step_key: Array, role: str) -> Array:
-    """One number in [0, 1) with 24 bits, a 0-d float32 array: a coin."""
+def uniform(step_key: Any, role: str) -> Any:
+    """One number in [0, 1) with 24 bits, a coin: a 0-d float32 array, or a Python number of a key that is one."""
+    if isinstance(step_key, int):
+        return shifted(mix(mix(step_key ^ role_number(role))), 8) * 2.0**-24
     xp = namespace(step_key)
     top = shifted(words(step_key, role_number(role), 1), 8)
     return xp.reshape(xp.astype(top, xp.float32) * 2.0**-24, ())

@@ -281,12 +281,14 @@ def rebuilt(state: State, arrays: Sequence[Array]) -> State:
     return State(momentum, Factors(*(tuple(next(rest) for _ in arrays) for arrays in state.factors)))
 
 
-def plan(tempo: Tempo, step: Number, xp: ModuleType, toss: Toss | None = None, since: Number | None = None) -> Plan:
+def plan(
+    tempo: Tempo, step: Number, xp: ModuleType, toss: Toss | None = None, since: Number | None = None, key: Any = None
+) -> Plan:
     """The plan of a step (from 1), from the namespace of `step`. `toss` replays recorded coins.
 
-    since: steps after the last fit, this one included, where the tempo `counts` them.
+    since: steps after the last fit, this one included, where the tempo `counts` them. key: of the step, where known.
     """
-    key = noise.key(xp, tempo.seed, step)
+    key = noise.key(xp, tempo.seed, step) if key is None else key
     moment = Moment(step, partial(noise.uniform, key) if toss is None else toss, since)
     t = step * 1.0  # an integer array would take its precision with it
     return Plan(
@@ -303,10 +305,10 @@ def plan(tempo: Tempo, step: Number, xp: ModuleType, toss: Toss | None = None, s
 
 def host_plan(tempo: Tempo, step: int, toss: Toss | None = None, since: int | None = None) -> Plan:
     """The plan in Python's own numbers: no array, no device, nothing to wait for."""
-    p = plan(tempo, step, np, toss, since)
+    p = plan(tempo, step, np, toss, since, noise.host_key(tempo.seed, step))
     memory = p.momentum.each(float)
     decisions = bool(p.fit), bool(p.balance), bool(p.side)
-    return Plan(*decisions, memory, float(p.rate), p.memory, p.damping, int(p.key[0]))
+    return Plan(*decisions, memory, float(p.rate), p.memory, p.damping, p.key)
 
 
 class Unasked:
@@ -321,7 +323,7 @@ class Unasked:
 
 def first_key(tempo: Tempo) -> int:
     """The key of step 0, for a preconditioner that begins at random, as Python's own number."""
-    return int(noise.key(np, tempo.seed, 0)[0])
+    return noise.host_key(tempo.seed, 0)
 
 
 # ---- the work on one tensor ------------------------------------------------------------

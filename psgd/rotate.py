@@ -7,7 +7,7 @@ from functools import reduce
 from operator import and_
 from typing import Any
 
-from psgd._xp import adjoint, diagonal, lifted_dtype, matmul, namespace, number, plus, real_dtype, tiny
+from psgd._xp import adjoint, cast, diagonal, lifted_dtype, matmul, namespace, number, plus, real_dtype, tiny
 from psgd.arrays import Factor, Matrix, Scalar
 from psgd.spectral import SkewNorm
 
@@ -27,24 +27,22 @@ def balanced(qs: Sequence[Factor], when: bool | Scalar = True) -> tuple[Factor, 
     if when is False or len(qs) < 2:
         return tuple(qs)
     xp, dtype = namespace(qs[0]), lifted_dtype(qs[0])
-    sizes = [xp.astype(xp.max(xp.abs(q)), dtype) for q in qs]
+    sizes = [cast(xp.max(xp.abs(q)), dtype) for q in qs]
     ok = reduce(and_, [r > 0 for r in sizes]) & when
     logs = [xp.log(xp.where(ok, r, xp.ones_like(r))) for r in sizes]
     mean = sum(logs) / len(qs)
-    return tuple(q * xp.astype(xp.exp(mean - r), real_dtype(q)) for q, r in zip(qs, logs, strict=True))
+    return tuple(q * cast(xp.exp(mean - r), real_dtype(q)) for q, r in zip(qs, logs, strict=True))
 
 
 def _unit_skew(q: Matrix, norm: SkewNorm, **sweep: Any) -> Matrix:
     """R = (q^H - q) / ||q^H - q||, the direction of steepest ascent of Re tr(exp(aR) q) over rotations."""
-    xp = namespace(q)
     r = adjoint(q) - q
-    return r / (xp.astype(norm(r, **sweep), real_dtype(q)) + tiny(q))
+    return r / (cast(norm(r, **sweep), real_dtype(q)) + tiny(q))
 
 
 def _trace(a: Matrix) -> Scalar:
     """Re tr a, lifted from half precision."""
-    xp = namespace(a)
-    return xp.sum(xp.astype(diagonal(a), lifted_dtype(a)))
+    return namespace(a).sum(cast(diagonal(a), lifted_dtype(a)))
 
 
 def procrustes2(q: Matrix, norm: SkewNorm, largest: float = 1 / 8) -> Matrix:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from psgd import pipeline
 from psgd.pipeline import leaves, rebuilt
+from psgd_torch_backend._noise import Draws
 from psgd_torch_backend._passes import Passes, suited
 from psgd_torch_backend._state import Stack, new_counters, parted, to_entry, to_state, unscaled, write
-from psgd_torch_backend._step import Draws, Held, Job, Steps, as_tensors, follow, gradient_of, keep_heap, on_device
+from psgd_torch_backend._step import Held, Job, Steps, as_tensors, follow, gradient_of, host_plan, keep_heap, on_device
 
 Tensors = Tensor | list[Tensor]  # of one shape, stacked or by themselves
 
@@ -50,7 +51,7 @@ class Each:
         for (age, since, *_), bucket in sorted(_buckets(job).items(), key=lambda item: -item[1][0].numel()):
             when = age, since, bucket[0].device
             if when not in plans:
-                plan = pipeline.host_plan(tempo, age, since=since)
+                plan = host_plan(tempo, age, since)
                 plan = on_device(plan if pairs is None else plan._replace(fit=pairs.fit), bucket[0].device)
                 plans[when] = plan, Draws(plan.key)
             plan, draws = plans[when]

@@ -33,8 +33,8 @@ def age(entries: Sequence[Entry]) -> tuple[int, int | None]:
     """Steps of parameters so far, and those after their last fit, by the oldest of them."""
     if not entries:
         return 0, 0
-    oldest = max(entries, key=lambda entry: int(entry["step"]))
-    return int(oldest["step"]), int(oldest["since"]) if "since" in oldest else None
+    steps, oldest = max(((int(entry["step"]), entry) for entry in entries), key=lambda pair: pair[0])
+    return steps, int(oldest["since"]) if "since" in oldest else None
 
 
 def unscaled(entry: Entry, pairs: Pairs | None) -> bool:

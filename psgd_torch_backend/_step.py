@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from psgd import noise, pipeline
 from psgd._xp import real_dtype
 from psgd.methods import Method
 from psgd.pipeline import Plan, Recipe, State, Tempo, leaves, rebuilt
+from psgd_torch_backend._noise import Opaque
 from psgd_torch_backend._state import age, to_entry, to_state
 from psgd_torch_backend.hessian import Pairs
 
@@ -59,8 +60,14 @@ class Job(NamedTuple):
     def plan(self) -> Plan:
         """The plan of the group's next step."""
         steps, since = age([self.state[p] for p in self.group["params"] if self.state.get(p)])
-        plan = pipeline.host_plan(self.tempo, steps + 1, since=None if since is None else since + 1)
+        plan = host_plan(self.tempo, steps + 1, None if since is None else since + 1)
         return plan if self.pairs is None else plan._replace(fit=self.pairs.fit)
+
+
+@lru_cache(maxsize=64)
+def host_plan(tempo: Tempo, step: int, since: int | None) -> Plan:
+    """The plan of a step, made once: it is asked before the closure is called, and for each parameter."""
+    return pipeline.host_plan(tempo, step, since=since)
 
 
 class Held(NamedTuple):
@@ -147,54 +154,6 @@ def keep_heap() -> None:
     torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8, device="cpu")
 
 
-# Thirty passes over so many numbers stay in a core's cache.
-BLOCK = 1 << 17
-
-
-def _in_blocks(draw: noise.Numbers, step_key: Tensor, role: int, n: int, dtype: torch.dtype) -> Tensor:
-    """`noise.normal` or `noise.signs`; on a CPU block by block and by NumPy, which takes a quarter of the time."""
-    if step_key.device.type != "cpu":
-        return draw(step_key, role, n, dtype)
-    numbers = torch.empty(n, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device="cpu")
-    key, blocks = step_key.numpy(), numbers.numpy()
-    for i in range(0, n, BLOCK):
-        blocks[i : i + BLOCK] = draw(key, role, min(BLOCK, n - i), blocks.dtype, i)
-    return numbers.to(dtype)
-
-
-@torch.library.custom_op("psgd::noise", mutates_args=())
-def _noise(signs: bool, step_key: Tensor, role: int, n: int, dtype: torch.dtype) -> Tensor:
-    """The same, opaque to the compiler: tracing its integer arithmetic would double the time to compile."""
-    return _in_blocks(noise.signs if signs else noise.normal, step_key, role, n, dtype)
-
-
-@_noise.register_fake
-def _(signs: bool, step_key: Tensor, role: int, n: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty((n,), dtype=dtype, device=step_key.device)
-
-
-class Draws(noise.Counter):
-    """The draws of a step, each role once: a shorter draw is the beginning of a longer one."""
-
-    def __init__(self, step_key: Tensor) -> None:
-        super().__init__(step_key)
-        self._longest: dict[Any, Tensor] = {}
-
-    def numbers(self, draw: noise.Numbers, role: str, n: int, dtype: torch.dtype) -> Tensor:
-        drawn = self._longest.get((draw, role, dtype))
-        if drawn is None or len(drawn) < n:
-            drawn = _in_blocks(draw, self.step_key, noise.role_number(role), n, dtype)
-            self._longest[draw, role, dtype] = drawn
-        return drawn[:n]
-
-
-class _Opaque(noise.Counter):
-    """The same draws, by the opaque operation."""
-
-    def numbers(self, draw: noise.Numbers, role: str, n: int, dtype: torch.dtype) -> Tensor:
-        return _noise(draw is noise.signs, self.step_key, noise.role_number(role), n, dtype)
-
-
 def make_step(recipe: Recipe, *, stacked: bool, layout: Sequence[int] | None = None) -> Step:
     """(plan, lr, weight_decay, p, g, state, draws, pair) -> (what to add to p, new state), of tensors or of stacks.
 
@@ -215,7 +174,7 @@ def make_step(recipe: Recipe, *, stacked: bool, layout: Sequence[int] | None = N
         draws: noise.Draws | None = None,
         pair: Any = None,
     ) -> tuple[Tensor, State]:
-        draws = _Opaque(plan.key) if draws is None else draws
+        draws = Opaque(plan.key) if draws is None else draws
         given = 0 if pair is None else 2
 
         def one(p: Tensor, g: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from psgd import noise, pipeline
 from psgd.arrays import Factors
+from psgd_torch_backend._noise import Draws
 from psgd_torch_backend._state import gathered, new_counters, scatter, to_entry, unscaled
-from psgd_torch_backend._step import Draws, Held, Job, Steps, as_tensors, follow, on_device
+from psgd_torch_backend._step import Held, Job, Steps, as_tensors, follow, on_device
 
 LATE = (
     "its first gradient after the first step; one preconditioner is for all parameters, so all must have one from the "

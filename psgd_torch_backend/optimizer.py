@@ -295,7 +295,8 @@ class PSGD(torch.optim.Optimizer):
 
     def _vectors(self, named: list[tuple[str, Tensor]]) -> list[Tensor]:
         """v of each parameter: a function of seed, step and the parameter's name."""
-        keys = {id(p): self._job(group).plan().key for group in self.param_groups for p in group["params"]}
+        plans = [(self._job(group).plan(), group["params"]) for group in self.param_groups]
+        keys = {id(p): plan.key for plan, params in plans for p in params}
         return [hessian.vector(keys[id(p)], name, p) for name, p in named]
 
     def _check_gradients(self, job: Job) -> None:

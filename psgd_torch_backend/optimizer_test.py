@@ -23,7 +23,7 @@ from psgd.methods import METHODS
 from psgd.schedule import precond_update_prob_schedule
 from psgd_torch_backend import PSGD, Affine, Kron, KronWhiten, Procrustes
 from psgd_torch_backend._each import ROOM, Each
-from psgd_torch_backend._step import BLOCK, Draws
+from psgd_torch_backend._noise import BLOCK, Draws
 from psgd_torch_backend.optimizer import SKIPS
 
 CLASSES = {name: getattr(psgd_torch_backend, made.title) for name, made in METHODS.items()}
