@@ -21,7 +21,7 @@ from psgd.noise import Draws
 from psgd.rotate import balanced
 from psgd.shapes import Shape
 from psgd.spectral import NormBound, general_bound
-from psgd.thin import Thin, diagonal, formed, is_thin
+from psgd.thin import Thin, diagonal, formed
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _terms(geometry: Geometry, qs: Sequence[Factor], a: Tensor, b: Tensor | None
 
     def term(x: Tensor) -> Factor | Thin:
         lifted = geometry.lift(q, x, axis)
-        low = q.ndim == 2 and is_thin(tuple(x.shape), axis)
+        low = q.ndim == 2 and thin.is_thin(tuple(x.shape), axis)
         return thin.gram(lifted, axis) if low else gram(lifted, axis, diagonal=q.ndim < 2)
 
     return term(a), geometry.expected(qs, axis) if b is None else term(b)

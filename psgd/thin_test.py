@@ -104,7 +104,7 @@ def test_a_fit_to_thin_terms_is_the_fit(kind: str, shape, axis: int, dtype: str,
         draws = noise.Counter(noise.key(np, 0, 1))
         made = kron.fit(geometry, bound, start, pair, 0.5, 0.9, draws, normaliser)
         with monkeypatch.context() as patch:
-            patch.setattr(kron, "is_thin", lambda shape, axis: False)
+            patch.setattr(thin, "is_thin", lambda shape, axis: False)
             wanted = kron.fit(geometry, bound, start, pair, 0.5, 0.9, draws, normaliser)
         assert any((q != s).any() for q, s in zip(made.Q, start.Q, strict=True))
         for own, whole in zip((*made.Q, *made.L), (*wanted.Q, *wanted.L), strict=True):
