@@ -17,7 +17,6 @@ import pytest
 from conformance import tolerances
 from conformance.drivers import DRIVERS
 from conformance.problems import PROBLEMS
-from conformance.stubs import STUBS
 from psgd.geometry import GEOMETRIES, mean_unknown
 from psgd.kron import Kronecker
 from psgd.lra import Normaliser
