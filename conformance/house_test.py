@@ -43,7 +43,19 @@ FORBIDDEN = {"conformance": {"benchmarks"}, "benchmarks": set()}
 # A module of the core imports those before it.
 ORDER = [
     *("arrays", "_xp", "shapes", "noise", "schedule", "spectral", "rotate", "strips", "axes"),
-    *("geometry", "criterion", "kron", "lra", "xmat", "pipeline", "naming", "methods", "outline", "summary", "__init__"),
+    *(
+        "geometry",
+        "criterion",
+        "kron",
+        "lra",
+        "xmat",
+        "pipeline",
+        "naming",
+        "methods",
+        "outline",
+        "summary",
+        "__init__",
+    ),
 ]
 # Where the names of methods and geometries belong: their own pages, and the replay of recorded runs, which maps the
 # names that other programs gave to their recordings.

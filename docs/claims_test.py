@@ -1,7 +1,6 @@
 """What the documents say of the code is so: names, files, commands, counts, and numbers that stand in the code."""
 
 import ast
-import builtins
 import importlib
 import re
 import shlex
@@ -13,18 +12,22 @@ from math import log
 
 import numpy as np
 import pytest
+import torch
 import typer
 from docs_test import CHANGELOG, DOCUMENTS, ROOT, TABLES, TELLERS, blocks, names, prose, with_tables
 
 import psgd_jax_backend
 import psgd_torch_backend
+from benchmarks import floor
 from conformance import cli, compare, faults, mesh, soak
 from conformance.contracts import CONTRACTS
 from conformance.drivers import DRIVERS
 from conformance.problems import PROBLEMS
 from conformance.stubs import STUBS
+from psgd import strips
 from psgd.geometry import GEOMETRIES
 from psgd.methods import METHODS
+from psgd_torch_backend import _each, _passes, _step
 
 PACKAGES = ("psgd", "psgd_torch_backend", "psgd_jax_backend", "conformance", "benchmarks")
 FOLDERS = (*PACKAGES, "docs", "examples")
@@ -57,19 +60,20 @@ def test_files_that_are_named_exist(path):
 
 
 # ---- names --------------------------------------------------------------------------------
-# Names of others, which are not where `outside` looks: of other packages' code, of options of compilers, of what a
-# published package has and ours does not.
+# What documents call by its last name alone.
+BORROWED = (
+    *(f"torch.optim.lr_scheduler.{name}" for name in ("CyclicLR", "LambdaLR", "OneCycleLR")),
+    *("torch.amp.GradScaler", "torch.distributed.tensor.DTensor", "torch.nn.parallel.DistributedDataParallel"),
+    *(f"optax.{name}" for name in ("MultiSteps", "inject_hyperparams", "multi_transform")),
+    *(f"jax.{name}" for name in ("jit", "shard_map", "value_and_grad", "vmap", "lax.optimization_barrier")),
+    *("jax.experimental.shard_alike.shard_alike", "numpy.diag", "numpy.eye", "numpy.moveaxis"),
+)
+# Names of packages that are slow to load or not there, and what a published package has and ours does not.
 STRANGERS = {
     *("PSGDKron", "Trainer", "ZeroRedundancyOptimizer", "unscale_", "backward", "capturable", "b2", "eps_root"),
     *("cycle_momentum", "compiler_options", "max_consecutive_errors", "flax", "Partitioned", "Variable", "TrainState"),
     *("create", "apply_gradients", "apply_fn", "Gram"),
 }
-MODULES = (
-    *("torch", "torch.nn", "torch.nn.utils", "torch.optim", "torch.optim.lr_scheduler", "torch.linalg", "torch.amp"),
-    *("torch.nn.parallel", "torch.distributed.tensor"),
-    *("jax", "jax.lax", "jax.numpy", "jax.sharding", "jax.experimental.shard_alike", "optax"),
-    *("numpy", "equinox", "array_api_compat"),
-)
 SHORT = {"eqx": "equinox", "lax": "jax.lax"}  # as code calls them
 
 
@@ -94,12 +98,6 @@ def defined():
     return found
 
 
-@cache
-def outside(name):
-    """Is it a name of Python's or of a package that we work with?"""
-    return hasattr(builtins, name) or any(hasattr(importlib.import_module(module), name) for module in MODULES)
-
-
 def resolved(dotted):
     """The object of a dotted name that begins with a module; None where there is none."""
     parts = dotted.split(".")
@@ -117,7 +115,12 @@ def resolved(dotted):
 
 
 def is_known(name):
-    return name in defined() or name in STRANGERS or outside(name)
+    return (
+        name == "None"
+        or name in defined()
+        or name in STRANGERS
+        or name in {whole.rpartition(".")[2] for whole in BORROWED}
+    )
 
 
 def missing(span):
@@ -143,11 +146,12 @@ def is_word(name):
     return len(name) > 2 and not re.search(r"_\w?$", name) and name != name.upper()
 
 
-def test_strangers_are_named_and_strange():
-    said = " ".join(span for path in DOCUMENTS for span in spans(path))
-    for name in STRANGERS:
-        assert name not in defined() and not outside(name), f"{name} is known without being named here"
-        assert name in said, f"no document names {name} any more"
+@pytest.mark.parametrize("name", [*STRANGERS, *BORROWED])
+def test_names_of_others_are_said_and_theirs(name):
+    assert name in STRANGERS or resolved(name) is not None
+    last = name.rpartition(".")[2]
+    assert last not in defined(), f"{last} is a name of ours too: it need not be here"
+    assert any(last in span for path in DOCUMENTS for span in spans(path)), f"no document names {last} any more"
 
 
 ABSENT = {"jax.tree_unflatten", "math.max"}  # said to be so, of others' calls
@@ -288,19 +292,18 @@ COUNTED = {
 SOME = 5  # so many, and fewer, may be a part of them
 
 
-def as_number(word):
-    word = word.lower().replace(",", "")
-    tens = {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
-    return int(word) if word.isdigit() else WORDS.index(word) if word in WORDS else tens.get(word)
+TENS = {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
+NUMBERS = {**{word: n for n, word in enumerate(WORDS)}, **TENS}
+NUMBER = rf"(\d[\d,]*|{'|'.join(NUMBERS)})"
 
 
 @each_document
 def test_counts_are_those_of_the_registries(path):
     text = re.sub(r"\s+", " ", prose(path))
     for noun, count in COUNTED.items():
-        for said in re.finditer(rf"\b([\w,]+) (?:\w+ )?{noun}\b", text):
-            number = as_number(said[1])
-            assert number is None or number <= SOME or number == count, f"{said[0]}: there are {count}"
+        for said in re.finditer(rf"\b{NUMBER} (?:\w+ )?{noun}\b", text, re.IGNORECASE):
+            number = NUMBERS.get(said[1].lower()) or int(said[1].replace(",", ""))
+            assert number <= SOME or number == count, f"{said[0]}: there are {count}"
 
 
 def test_every_method_has_its_row_where_all_were_measured():
@@ -329,6 +332,39 @@ def test_what_a_new_method_makes_stale_is_what_contributing_tells(monkeypatch):
     assert f"{WORDS[len(by_hand)]} files are written by hand and {WORDS[len(made)]} by the two commands" in told
 
 
+# ---- what is compiled ---------------------------------------------------------------------
+def compiled_parts(method, shape, monkeypatch, **settings):
+    """What a step of one parameter compiles on a CPU with `compile=True`."""
+    compiled = []
+    for module in (_step, _passes):
+        monkeypatch.setattr(module, "compiled", lambda f: compiled.append(f.__name__) or f)
+    p = torch.nn.Parameter(torch.zeros(shape))
+    optimizer = getattr(psgd_torch_backend, method.title)([p], compile=True, **settings)
+    p.grad = torch.ones(shape)
+    pair = {"Hvp": [p.grad], "vector": [p.grad], "update_preconditioner": False}
+    optimizer.step(**(pair if method().recipe().newton else {}))
+    return compiled
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_compile_true_compiles_on_a_cpu_what_documents_say(name, monkeypatch):
+    method, large = METHODS[name], (_passes.LARGE // 8, 8)
+    if method().recipe().whole:
+        assert compiled_parts(method, (4, 3), monkeypatch) == ["step"]
+        return
+    assert compiled_parts(method, (4, 3), monkeypatch) == []
+    assert compiled_parts(method, large, monkeypatch) == ["before", "after"]
+    bounds = {f.name: 1.0 for f in fields(method) if f.name in ("grad_clip_max_norm", "update_global_norm_clip")}
+    if bounds:
+        assert compiled_parts(method, large, monkeypatch, **bounds) == []
+
+
+def test_documents_name_the_methods_that_compile_whole_steps():
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "from-adamw-in-pytorch.md").read_text())
+    named = re.search(r"A method with one preconditioner of all parameters \(([^)]*)\) has one vector", text)[1]
+    assert set(re.findall(r"\w+", named)) == {m.title for m in METHODS.values() if m().recipe().whole}
+
+
 # ---- versions -----------------------------------------------------------------------------
 def test_versions_of_others_are_those_that_are_installed_to_be_measured():
     """In the tables of benchmarks, and in the notes to them."""
@@ -352,12 +388,40 @@ def refusal(method, **wrong):
     return str(raised.value)
 
 
+def operations(method, shape, fit, **settings):
+    """Of the products of a step of one tensor."""
+    return floor.flops(floor.of_step(method, settings, (shape,), "float32", fit=fit))
+
+
+def counted_in_strips():
+    """GFLOP of a fit and of what a step does besides: as it is, and without strips."""
+    found = []
+    for most in (strips.MOST, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(strips, "MOST", most)
+            both, rest = (operations("kron", (1024, 256), fit) / 1e9 for fit in (True, False))
+            found.append((f"{both - rest:.1f}", f"{rest:.2f}"))
+    return zip(*found, strict=True)
+
+
+def counted_with_p():
+    """What a step of a square matrix takes with P kept, over one without."""
+    return {
+        (
+            method,
+            fit,
+        ): f"{operations(method, (1024, 1024), fit, keep_p=True) / operations(method, (1024, 1024), fit):.2g}"
+        for method in ("quad", "procrustes")
+        for fit in (True, False)
+    }
+
+
+@cache
 def numbers():
     """(page, what it says), with the numbers from the code."""
     from benchmarks import experiments, gpt, peers, scale, sets, train, transfer, ways
-    from psgd import pipeline, rotate, strips
+    from psgd import pipeline, rotate
     from psgd_jax_backend import _sharding, _stacks
-    from psgd_torch_backend import _each, _passes
 
     def count(model):
         return f"{sum(p.numel() for p in model.parameters()):,}"
@@ -370,6 +434,7 @@ def numbers():
     flat, period = schedule.flat_start, int(np.ceil(1 / schedule.min_prob))
     peak = float(np.finfo(np.float32).max) ** 0.375
     mirrored = strips.NARROWEST_MIRRORED
+    (fit, applied), kept = counted_in_strips(), counted_with_p()
     sweeps, tolerance = rotate.polished.__defaults__
     share = scale.share_of_training("kron")["share"]
     rates = ", ".join(f"{transfer.rate(k):.2g}" for k in search.begun[:-1])
@@ -446,6 +511,10 @@ def numbers():
         ("performance.md", f"below {2 * mirrored} rows, or where"),
         ("performance.md", f"triangles below {2 * strips.NARROWEST} rows are multiplied whole"),
         ("performance.md", f"in {WORDS[strips.MOST]} strips"),
+        ("performance.md", f"a fit of `kron` to 1024 x 256 takes {fit[0]} instead of {fit[1]} GFLOP"),
+        ("performance.md", f"applying it {applied[0]} instead of {applied[1]}"),
+        ("performance.md", f"a step that fits is {kept['quad', True]} of `quad` and {kept['procrustes', True]} of"),
+        ("performance.md", f"one that does not {kept['quad', False]} of both"),
         ("performance.md", f"as many as have {_each.ROOM['cpu'] // 10**6} million numbers of state"),
         ("performance.md", f"takes {100 * share:.1f} % of the operations"),
         ("performance.md", f"at {scale.TOKENS:,} tokens"),
