@@ -27,6 +27,7 @@ from conformance.stubs import STUBS
 from psgd import strips
 from psgd.geometry import GEOMETRIES
 from psgd.methods import METHODS
+from psgd.summary import Parameter, rows
 from psgd_torch_backend import _each, _passes, _step
 
 PACKAGES = ("psgd", "psgd_torch_backend", "psgd_jax_backend", "conformance", "benchmarks")
@@ -310,8 +311,8 @@ def test_every_method_has_its_row_where_all_were_measured():
     """Walks on meshes, and long runs: each method by its name, and nobody else."""
     for page, column in (("sharding.md", 0), ("soak.md", 1)):
         text = (ROOT / "docs" / page).read_text().split("<!-- counts -->")[0]
-        rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.rstrip().endswith("pass |")]
-        assert {row[column] for row in rows} == set(METHODS), page
+        lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.rstrip().endswith("pass |")]
+        assert {line[column] for line in lines} == set(METHODS), page
 
 
 def section(page, heading):
@@ -514,6 +515,26 @@ def numbers():
         ("performance.md", f"takes {100 * share:.1f} % of the operations"),
         ("performance.md", f"at {scale.TOKENS:,} tokens"),
     ]
+
+
+def of_a_matrix(method, **settings):
+    """What is kept of it, and what a step and a fit take."""
+    (found,) = rows(METHODS[method](**settings), [Parameter("w", (1024, 1024))])
+    return found
+
+
+def test_what_is_said_of_costs_by_half_and_by_times():
+    page = (ROOT / "docs" / "from-adamw-in-pytorch.md").read_text()
+    assert '`memory_save_mode="one_diag"` halves the cost of `Kron`; its state is then 8 bytes' in page
+    usual, spared = of_a_matrix("kron"), of_a_matrix("kron", memory_save_mode="one_diag")
+    assert [spared.apply / usual.apply, spared.fit / usual.fit] == pytest.approx([0.5, 0.5], rel=0.01)
+    assert round(spared.state / 1024**2) == 8
+    page = re.sub(r"\s+", " ", (ROOT / "docs" / "from-adamw-in-optax.md").read_text())
+    assert "a fit of dense factors costs two to four times what the rest of a step does" in page
+    for name, method in METHODS.items():
+        if not method().recipe().whole:
+            row = of_a_matrix(name)
+            assert 2 <= row.fit / row.apply <= 4, name
 
 
 @pytest.mark.parametrize("page", sorted({page for page, _ in numbers()}))
