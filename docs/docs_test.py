@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from psgd.kron import Kronecker
 from psgd.lra import Normaliser
 from psgd.methods import METHODS
 from psgd.spectral import TraceBound
+from psgd.summary import Parameter, in_flops, rows
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -124,6 +126,49 @@ def geometries():
     return table(head, [row(name, g) for name, g in GEOMETRIES.items()])
 
 
+PRINTED = {" <- ": " ← ", " - ": " − ", "^-H": "⁻ᴴ", "^H": "ᴴ", "^-1": "⁻¹", "^2": "²", "|": r"\|"}
+
+
+def equation(rule: Callable | str) -> str:
+    """What a rule is, by the first sentence of its own documentation, without its source."""
+    if isinstance(rule, str):
+        return "by the factors of P"
+    text = re.sub(r" \[[^\]]*\]", "", " ".join(rule.__doc__.split())).split(". ")[0].rstrip(".")
+    for plain, printed in PRINTED.items():
+        text = text.replace(plain, printed)
+    return text
+
+
+def verbs():
+    columns = {
+        "factor of P": lambda g: g.root.factor,
+        "measure, refer": lambda g: (g.measure or "P x", g.refer),
+        "lift": lambda g: g.lift,
+        "E T2": lambda g: g.expected,
+        "move": lambda g: g.move,
+        "diagonal": lambda g: g.move_diagonal,
+        "turn": lambda g: g.turn or (),
+    }
+    # Those too of which a method has its own.
+    used = [*GEOMETRIES.values(), *(x for x in map(geometry_of, METHODS.values()) if x is not None)]
+    lines = []
+    for verb, rule in columns.items():
+        found = [rule(g) for g in used]
+        found = [x for one in found for x in (one if isinstance(one, tuple) else (one,))]
+        lines += [(verb, called(x), equation(x)) for x in dict.fromkeys(found)]
+    return table(("verb", "rule", "what it is"), lines)
+
+
+def geometry_of(method):
+    return getattr(method().recipe().preconditioner, "geometry", None)
+
+
+def dampings():
+    rules = dict.fromkeys(method().recipe().damping for method in METHODS.values())
+    told = (equation(rule).replace("amount", "λ").replace("eps", "ε") for rule in rules)
+    return table(("rule", "h becomes"), [(called(rule), text) for rule, text in zip(rules, told, strict=True)])
+
+
 def geometry_name(geometry):
     """The registered geometry that a method uses, perhaps with another way to apply P or to take the mean over v."""
     kept = {name: getattr(geometry, name) for name in ("root", "expected", "probed")}
@@ -148,6 +193,7 @@ def point(method):
     return {
         "momentum": averaging(recipe, tempo),
         "fits to": recipe.whiten,
+        "complex numbers": "yes" if method.complex_parameters else "refused",
         "trigger": called(tempo.fit),
         "damping": f"{called(recipe.damping)}, {tempo.damping:g}",
         "criterion": "newton" if recipe.newton else "whitening",
@@ -216,8 +262,55 @@ def drivers():
     return table(("driver", "what it is", "gradients"), [row(*item) for item in DRIVERS.items()])
 
 
+def costs():
+    """Of a matrix, as it is told of every model, by the defaults and with a momentum where there may be one."""
+    size = 1024
+    matrix = Parameter("w", (size, size))
+
+    def kept(method):
+        (row,) = rows(method, [matrix])
+        return f"{row.state / size**2:,.0f}"
+
+    def line(method):
+        made = method()
+        (row,) = rows(made, [matrix])
+        later = getattr(made, "momentum", 1) == 0
+        state = kept(made) + (f"; with momentum {kept(replace(made, momentum=0.9))}" if later else "")
+        return code(method.title), state, in_flops(row.apply), in_flops(row.fit)
+
+    def square(method):
+        """Has it a number for every pair of numbers?"""
+        made = method().recipe()
+        return made.whole and any(q == (size, size) for q in made.preconditioner.shapes((size,)))
+
+    shown = (method for method in METHODS.values() if not square(method))
+    return table(("method", "state", "step", "a fit adds"), map(line, shown))
+
+
+def defaults():
+    """What a user of another optimizer has to know of the defaults."""
+
+    def own(made, wanted):
+        """The first hyperparameter of a wanted name, with its default."""
+        found = (f.name for f in fields(made) if re.search(wanted, f.name))
+        return next((f"{code(name)}, {getattr(made, name):g}" for name in found), "")
+
+    def line(method):
+        made = method()
+        clip = made.recipe().clip
+        bounds = {"RMS": clip.rms, "entry": clip.entry}
+        bounded = ", ".join(f"{what} {x:g}" for what, x in bounds.items() if x < inf)
+        longest = own(made, "max_size")
+        rates = f"{made.lr:g}", f"{made.weight_decay:g}"
+        return code(method.title), *rates, own(made, "^(momentum|b1)$"), longest, bounded
+
+    head = ("method", "rate", "weight decay", "momentum", "longest dense axis", "bound on its direction")
+    return table(head, map(line, METHODS.values()))
+
+
 TABLES = {
-    "mathematics.md": {"geometries": geometries, "grid": grid},
+    "mathematics.md": {"geometries": geometries, "verbs": verbs, "dampings": dampings, "grid": grid},
+    "from-adamw-in-pytorch.md": {"costs": costs, "defaults": defaults},
     "conformance.md": {"bounds": bounds, "problems": problems, "drivers": drivers},
 }
 
@@ -238,15 +331,9 @@ def test_tables_are_what_the_registries_say(name):
     assert path.read_text() == with_tables(name), f"run `python docs/docs_test.py`, which mends docs/{name}"
 
 
-def test_every_rule_of_a_geometry_has_its_equation():
-    text = (ROOT / "docs" / "mathematics.md").read_text().split("<!-- end -->", 1)[1]
-    rules = {getattr(g, f.name) for g in GEOMETRIES.values() for f in fields(g)}
-    for rule in filter(callable, rules):
-        assert called(rule) in text, f"docs/mathematics.md does not say what {rule.__name__} is"
-
-
 MATHEMATICS = ROOT / "docs" / "mathematics.md"
-TELLERS = [path for path in (README, MATHEMATICS) if path in DOCUMENTS]
+CHANGELOG = ROOT / "docs" / "CHANGELOG.md"
+TELLERS = [path for path in (README, CHANGELOG, MATHEMATICS) if path in DOCUMENTS]
 
 
 @pytest.mark.parametrize("path", TELLERS, ids=names(TELLERS))

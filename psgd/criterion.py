@@ -1,6 +1,6 @@
 """The criteria: which pair (v, h) a preconditioner is fitted to, and how h is damped.
 
-Whitening: h is a gradient (or its momentum), v is standard normal and independent of it; P whitens h.
+Whitening: h is a gradient (or its momentum), v is random, E v v^H = I, and independent of it; P whitens h.
 Newton:    h = H v is a Hessian-vector product; P approaches |H|^-1.
 
 A preconditioner that knows E T2 over v needs no v in whitening (`Pair.v` is None); the others get the damping noise as

@@ -211,7 +211,7 @@ class Geometry:
     lift: (q, x, axis) -> x, what factor q adds before the Gram products.
     expected: (factors, axis) -> E T2 over v ~ N(0, I); a number stands for so many times the identity.
     probed: factors -> must whitening draw v, rather than take `expected`?
-    balance_first: balances the factors before each fit (the others do it rarely, after).
+    balance_first: balances the factors before each fit; the others do it rarely, when the recipe and the tempo say.
     """
 
     move: Callable[[Matrix, Hermitian, Scalar], Matrix]

@@ -251,7 +251,7 @@ class QuadTorch(Method):
     preconditioner_init_scale: float | None = setting(
         None, "first scale of each factor; None takes it from the first gradients", "(0, inf)"
     )
-    noise_scale: float = setting(1e-9, "noise added to what is whitened, times a standard normal", "[0, inf)")
+    noise_scale: float = setting(1e-9, "noise added to what is whitened, times a random sign", "[0, inf)")
     dtype: Any = setting(None, "dtype of all state, or its name; None is the parameter's", kind="dtype")
     keep_p: bool = keeping()
 
