@@ -2,10 +2,10 @@
 
     python -m benchmarks.tiny [--json FILE] [--markdown] [--quick]
 
-Two numbers in Rosenbrock's valley, `DenseNewton` with its defaults and in a geometry that does not rotate. *Bare* is the
-default written out for this case alone, with PyTorch's generator for noise and without anything that an optimizer
-checks, keeps or can be told. psgd-torch's `Newton`, of its release on the package index, takes part where it is
-installed. Everyone runs in alternated rounds; a ratio is the median over rounds of that to *bare*, by processor time.
+Two numbers in Rosenbrock's valley, by the dense Newton method with its defaults and in a geometry that does not rotate.
+*Bare* is the default written out for this case alone, with PyTorch's generator for noise and without anything that an
+optimizer checks, keeps or can be told. psgd-torch's `Newton`, of its release on the package index, takes part where it
+is installed. Everyone runs in alternated rounds, by processor time; a ratio to *bare* is the median over rounds.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+import psgd_torch_backend
 from benchmarks.racing import turns
 from benchmarks.tables import Cells, machine, one_table
-from psgd_torch_backend import DenseNewton
+from psgd.geometry import GEOMETRIES
+from psgd.kron import Kronecker
+from psgd.methods import METHODS, Method
 
 Closure = Callable[[], Tensor]
 Step = Callable[[Closure], Any]
@@ -87,11 +90,20 @@ def valley(x: Tensor) -> Tensor:
     return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
 
 
+def of_one_matrix() -> type[Method]:
+    """The registered method that fits all parameters as one vector, by a dense factor."""
+    recipes = {method: method().recipe() for method in METHODS.values()}
+    return next(m for m, r in recipes.items() if r.whole and r.newton and isinstance(r.preconditioner, Kronecker))
+
+
 def steps() -> dict[str, Callable[[Tensor], Step]]:
     """Who takes part: a parameter -> its step."""
+    method = of_one_matrix()
+    made = getattr(psgd_torch_backend, method.title)
+    still = next(name for name, g in GEOMETRIES.items() if g.turn is None)
     ours: dict[str, Callable[[Tensor], Step]] = {
-        f"DenseNewton, {dQ}": lambda p, dQ=dQ: DenseNewton([p], lr=1.0, dQ=dQ).step  # type: ignore[misc]
-        for dQ in (DenseNewton.method().dQ, "QEQ")  # type: ignore[attr-defined]
+        f"{method.title}, {dQ}": lambda p, dQ=dQ: made([p], lr=1.0, dQ=dQ).step  # type: ignore[misc]
+        for dQ in (method().dQ, still)  # type: ignore[attr-defined]
     }
     try:
         newton = import_module("psgd_torch.psgd").Newton

@@ -47,6 +47,7 @@ from psgd import (
     shapes,
     spectral,
     strips,
+    thin,
     xmat,
 )
 from psgd._xp import namespace
@@ -125,6 +126,7 @@ FAULTS: tuple[Fault, ...] = (
     # the core
     Fault("one shift of the noise is off by one", noise.mix, "shifted(x, 15)", "shifted(x, 14)", NOISE),
     Fault("noise forgets the step", noise.key, "t * GOLDEN", "0 * t", NOISE),
+    Fault("noise forgets the step on the host", noise.host_key, "step * GOLDEN", "0 * step", NOISE),
     Fault("noise forgets its role", noise.words, "(step_key ^ role)", "step_key", NOISE),
     Fault("factor transposed", axes.along, "matmul(x, q.mT)", "matmul(x, q)", GOLDEN),
     Fault("Gram product without conjugate", strips.gram_of_rows, "adjoint(x[lo:, :])", "x[lo:, :].mT", GOLDEN),
@@ -139,6 +141,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("epsilon outside the bracket", criterion.relative, "(x, amount, e)", "(x, amount * eps(x), e)", GOLDEN),
     Fault("epsilon a millionth", spectral.norm_bound, "(scale + small)", "(scale + 1e-6)", GOLDEN),
     Fault("norm bound with one product less", spectral.norm_bound, "products - 1", "products - 2", GOLDEN),
+    Fault("a thin difference is a sum", thin.Thin.__sub__, "-other.left", "other.left", GOLDEN),
+    Fault("a thin triangle is summed from above", thin.triangle_from_left, "xp.triu", "xp.tril", GOLDEN),
     Fault("expectation of the wrong size", geometry.others, "if i != axis", "if i == axis", GOLDEN),
     Fault("inverse weighed by itself", geometry.inverse_gram, "if i == axis else", "if i != axis else", GOLDEN),
     Fault("probe where none is needed", geometry.mean_dear, "len(dense) > 1", "len(dense) > 0", GOLDEN),
@@ -182,8 +186,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "torch: noise of the next step",
         _each.Each.__call__,
-        "pipeline.host_plan(tempo, age, since=since)",
-        "pipeline.host_plan(tempo, age + 1, since=since)._replace(fit=True)",
+        "host_plan(tempo, age, since)",
+        "host_plan(tempo, age + 1, since)._replace(fit=True)",
         LOCKED,
     ),
     Fault("torch: decay forgotten", _each.Each._batch, 'group["weight_decay"]', "0.0", LOCKED),
@@ -244,6 +248,8 @@ def _noise_differs() -> str | None:
         got = noise.words(noise.key(np, seed, step), noise.role_number(role), len(expected))
         if got.tolist() != list(expected):
             return f"words of {role!r}, seed {seed}, step {step}"
+        if noise.host_key(seed, step) != noise.key(np, seed, step)[0]:
+            return f"key on the host, seed {seed}, step {step}"
     return None
 
 

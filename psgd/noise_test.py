@@ -119,6 +119,16 @@ def test_seed_may_be_a_number_or_an_array(framework: Framework, seed: int):
         assert int(noise.key(xp, array, 1000)[0]) == int(noise.key(np, seed, 1000)[0])
 
 
+@pytest.mark.parametrize("seed", [0, 7, 4294967295])
+def test_python_integers_give_the_bits_of_arrays(seed: int):
+    """Of keys and of coins, which the host decides by."""
+    for step in (0, 1, 2, 12_345, 2_147_483_647):
+        key = noise.key(np, seed, step)
+        assert noise.host_key(seed, step) == int(key[0])
+        for role in ("fit", "balance", "side"):
+            assert noise.uniform(int(key[0]), role) == float(noise.uniform(key, role))
+
+
 def test_role_numbers_are_fnv_1a():
     published = {"": 0x811C9DC5, "a": 0xE40C292C, "foobar": 0xBF9CF968}
     assert {role: noise.role_number(role) & 0xFFFFFFFF for role in published} == published
