@@ -51,6 +51,7 @@ ORDER = [
         "xmat",
         "pipeline",
         "naming",
+        "calls",
         "methods",
         "outline",
         "summary",

@@ -685,12 +685,16 @@ class LraJax(PsgdJax):
 
     also = "lra"
 
-    uvd_rank_of_approximation: int = setting(10, "rank; 0 is a diagonal preconditioner", "[0, inf)", "whole")
+    uvd_rank_of_approximation: int = setting(
+        10, "rank; 0 is a diagonal preconditioner; of n parameters in all at most n - 1", "[0, inf)", "whole"
+    )
 
     def recipe(self) -> Recipe:
         normaliser = lra.BY_RESIDUAL if self.step_normalizer_order == "1st" else lra.BY_TERMS
         return Recipe(
-            preconditioner=LRA(self.uvd_rank_of_approximation, normaliser, lra.aligned_if_long, lra.spread_by_rank),
+            preconditioner=LRA(
+                self.uvd_rank_of_approximation, normaliser, lra.aligned_if_long, lra.spread_by_rank, capped=True
+            ),
             whole=True,
             damping=criterion.undamped,
             balance_last=False,
