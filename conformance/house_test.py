@@ -53,6 +53,7 @@ ORDER = [
         "naming",
         "calls",
         "methods",
+        "documentation",
         "outline",
         "summary",
         "portable",
@@ -355,7 +356,7 @@ def test_a_new_method_is_one_dataclass(monkeypatch: pytest.MonkeyPatch):
     assert METHODS["toy"] is Toy
     optimizer, transformation = face(Toy, "somewhere"), alias(Toy, "somewhere")
     for made in (optimizer, transformation):
-        assert "boldness: how boldly factors move in (0, 1) (default 0.5)" in made.__doc__
+        assert "boldness: how boldly factors move (in (0, 1); default 0.5)" in made.__doc__
         assert made.__module__ == "somewhere"
     assert (optimizer.__name__, transformation.__name__) == ("Toy", "toy")
     ours = torch_run(lambda params: optimizer(params, lr=0.1, boldness=0.25))

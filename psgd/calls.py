@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
-from inspect import signature
 from operator import index
 from typing import Any, TypeVar
 
@@ -28,7 +27,7 @@ def step_may_come_second(helper: Helper) -> Helper:
 
     A second argument that is not callable is the step. What is neither is refused, before anything is computed.
     """
-    name, order = helper.__name__, f"({', '.join(list(signature(helper).parameters)[:3])}, ...)"
+    name, orders = helper.__name__, "(key, loss_fn, params, ...) or (key, train_step, loss_fn, params, ...)"
 
     @wraps(helper)
     def taken(key: Any, *given: Any, **named: Any) -> Any:
@@ -38,12 +37,24 @@ def step_may_come_second(helper: Helper) -> Helper:
             named, given = {"train_step": given[0], **named}, given[1:]
         step, loss_fn = named.get("train_step"), given[0] if given else named.get("loss_fn")
         if not (is_step(step) and callable(loss_fn)):
-            wrong = ("loss_fn", loss_fn, "a function") if is_step(step) else ("train_step", step, "a whole number, from 0")
+            wrong = (
+                ("loss_fn", loss_fn, "a function") if is_step(step) else ("train_step", step, "a whole number, from 0")
+            )
             what, value, wanted = wrong
             shown = repr(value) if isinstance(value, (int, float, str)) else f"of type {type(value).__name__}"
-            raise TypeError(
-                f"{name}: {what} is {shown} and must be {wanted}; give {order}, or (key, train_step, loss_fn, params, ...)"
-            )
+            raise TypeError(f"{name}: {what} is {shown} and must be {wanted}; give {orders}")
         return helper(key, *given, **named)
 
     return taken  # type: ignore[return-value]
+
+
+def by_name(owner: str, positions: Sequence[str], args: Sequence[Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, those too that were given by position."""
+    if len(args) > len(positions):
+        order = f"{', '.join(positions)} by position and the others by name" if positions else "arguments by name alone"
+        raise TypeError(f"{owner} takes {order}; {len(args)} were given by position, as {args[len(positions)]!r}")
+    placed = dict(zip(positions, args, strict=False))
+    twice = [name for name in placed if name in given]
+    if twice:
+        raise TypeError(f"{owner}: {twice[0]} is given twice, by position and by name; leave one out")
+    return placed | given

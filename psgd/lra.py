@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod, sqrt
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from psgd._xp import cast, identity, lifted_dtype, make, matmul, namespace, number, shrinkage, solve, tiny
 from psgd.arrays import Array, Factors, Scalar, Tensor
@@ -152,6 +152,8 @@ class LRA:
     None to scale them to a norm of sqrt(0.1). keep: how U and V are kept alike at each fit. capped: a rank that n
     numbers are too few for is n - 1 [psgd_jax takes any], and not refused [psgd_torch].
     """
+
+    equation: ClassVar[str] = "P = Q^T Q,  Q = (I + U V^T) diag(d)"
 
     rank: int
     normaliser: Normaliser = RUNNING

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, replace
 from math import inf
 from numbers import Real
-from textwrap import indent
 from typing import Any, ClassVar
 
 from psgd import criterion, lra, xmat
@@ -145,7 +144,7 @@ class Method:
 
     lr: float = setting(1e-3, "learning rate", "[0, inf)")
     weight_decay: float = setting(
-        0.0, "decoupled weight decay: p loses lr * weight_decay of itself each step", "[0, inf)"
+        0.0, "decoupled weight decay: p loses the learning rate times weight_decay of itself each step", "[0, inf)"
     )
     seed: int = setting(0, "seed of the noise", "[0, 4294967295]", "whole", structural=False)
 
@@ -190,16 +189,6 @@ def method(name: str, title: str, source: str) -> Callable[[type[Method]], type[
         return made
 
     return register
-
-
-def documented(method: type[Method], example: str, note: str = "") -> str:
-    """A docstring of a method: its summary, each hyperparameter with default and range, a note, source and example."""
-    lines = [method.summary, "", "Args:"]
-    for f in fields(method):
-        within = f" in {f.metadata['within']}" if f.metadata["within"] else ""
-        lines.append(f"    {f.name}: {f.metadata['doc']}{within} (default {f.default!r}).")
-    lines += ["", note] if note else []
-    return "\n".join([*lines, "", f"Source: {method.source}.", "", "Example:", indent(example, "    ")])
 
 
 def is_positive(value: Any) -> bool:
@@ -248,7 +237,7 @@ class QuadTorch(Method):
     )
 
     weight_decay: float = setting(
-        0.1, "decoupled weight decay: p loses lr * weight_decay of itself each step", "[0, inf)"
+        0.1, "decoupled weight decay: p loses the learning rate times weight_decay of itself each step", "[0, inf)"
     )
     lr_style: str | None = setting(
         "adam",
@@ -497,7 +486,9 @@ class Kwns4(Whitening):
     lr: float = setting(2e-4, "learning rate", "[0, inf)")
     weight_decay: float = setting(0.05, "weight decay", "[0, inf)")
     decoupled_weight_decay: bool = setting(
-        True, "p loses lr * weight_decay of itself; False adds weight_decay * p to the gradient", kind="flag"
+        True,
+        "p loses the learning rate times weight_decay of itself; False adds weight_decay * p to the gradient",
+        kind="flag",
     )
     momentum: float = setting(0.9, "weight of the past in the average of gradients, at most", "[0, 1)")
     whiten_grad: bool = setting(False, "whiten the gradient; False whitens the momentum", kind="flag")
@@ -676,7 +667,7 @@ class PsgdJax(Method):
             side=coin("side", 0.5),
             counts=True,
             trust=inf if self.update_global_norm_clip is None else self.update_global_norm_clip,
-            seed=self.seed or 0,
+            seed=0 if self.seed is None else self.seed,
         )
 
 

@@ -11,6 +11,7 @@ from psgd_jax_backend.transform import scale_by_psgd, summary
 globals().update({name: alias(method, __name__) for name, method in METHODS.items()})
 globals().update({method.also: alias(method, __name__, method.also) for method in METHODS.values() if method.also})
 globals().update({f"scale_by_{name}": scaling(method, __name__) for name, method in METHODS.items()})
+globals().update({f"scale_by_{m.also}": scaling(m, __name__, m.also) for m in METHODS.values() if m.also})
 
 __all__ = [
     "PSGDState",
@@ -23,4 +24,5 @@ __all__ = [
     *METHODS,
     *(method.also for method in METHODS.values() if method.also),
     *(f"scale_by_{name}" for name in METHODS),
+    *(f"scale_by_{method.also}" for method in METHODS.values() if method.also),
 ]

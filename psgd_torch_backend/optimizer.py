@@ -13,25 +13,18 @@ from torch import Tensor
 
 from psgd import pipeline
 from psgd._xp import dtype_name
-from psgd.methods import Method, documented
+from psgd.documentation import entries, filled
+from psgd.methods import Method
 from psgd.summary import Parameter, Summary, counters, rows, summary
 from psgd_torch_backend import _loading as loading
 from psgd_torch_backend import hessian
+from psgd_torch_backend._arguments import ADAPTER_DEFAULTS, ADAPTER_SENTENCES, RAISES, documentation
 from psgd_torch_backend._each import Each
 from psgd_torch_backend._state import COUNTER_BYTES
 from psgd_torch_backend._step import Group, Job, finite, in_full, sharded, take
 from psgd_torch_backend._whole import Whole
 from psgd_torch_backend.hessian import Pairs
 
-ADAPTER_DEFAULTS: dict[str, Any] = {
-    "maximize": False,
-    "stack": True,
-    "compile": False,
-    "scanned_layers": False,
-    "stack_batch_size": None,
-    "nonfinite": "skip",
-    "max_skips": pipeline.MAX_SKIPS,
-}
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 SKIPS = ("skipped", "skipped_in_a_row")
 # What a group may hold beside hyperparameters: its parameters, and what torch's own schedulers keep there.
@@ -57,28 +50,15 @@ class PSGD(torch.optim.Optimizer):
 
     Args:
         params: an iterable of parameters, of (name, parameter) pairs, or of groups; every argument is legal in a group.
-        maximize: ascend instead of descend.
-        stack: step parameters of equal shape together (`torch.vmap`); the numbers are the same, many small
-            layers are faster.
-        compile: compile the step with `torch.compile`. True: on a CPU the passes over large tensors, once for all
-            shapes, which takes seconds, and elsewhere as "whole": the whole step, once for each layout of parameters.
-            Where no compiler works it stays eager, with one warning. `torch.compile(optimizer.step)` changes nothing:
-            it is not traced.
-        scanned_layers: parameters that hold one layer for each entry of their first axis: the names of some, as a
-            tuple, or True for all (of a group). Each layer is preconditioned by itself, as if it were a parameter.
-        stack_batch_size: step at most so many layers in one call, for less memory at a time. None: as many as have
-            2 million numbers of state on a CPU, and 33 million elsewhere.
-        nonfinite: what to do where a gradient holds a NaN or an infinity, before anything has changed: "skip" the step
-            of all groups that say so, as if it had not been, and count it; "raise"; or "propagate", and do not look.
-        max_skips: the error after so many skipped steps in a row.
+        {adapter}
 
     State of a parameter: "step" (and "since", the steps after the last fit, where the method asks for it), "momentum"
     (its shape), "Q" and "L" with one entry a factor, keyed "0", "1", ... in the dtype that the method says, "P" as "Q"
     where it is kept.
 
-    Raises: ValueError for hyperparameters out of range or unknown; TypeError for parameters that are not floating
-    point; RuntimeError at a step for sparse gradients; FloatingPointError for gradients that are not finite, as
-    `nonfinite` says. State and parameters then stay as they were.
+    Raises:
+        {raises}
+        State and parameters then stay as they were.
     """
 
     method: ClassVar[type[Method]]
@@ -199,9 +179,20 @@ class PSGD(torch.optim.Optimizer):
                 returns the loss, or a sequence that begins with it, and does not call `backward`: the optimizer
                 differentiates it, twice where the step fits. With `exact_hessian_vector_product=False` it is called
                 again at perturbed parameters, which are then put back, bit for bit, whatever it raises.
-            Hvp, vector, update_preconditioner: instead of whitening, or of a closure, fit to products of the Hessian
-                with a vector, as `hessian_helper` returns them: one tensor for each parameter, in the order of the
-                parameters or by their names; and whether to fit at this step.
+            Hvp: instead of whitening, or of a closure, fit to products of the Hessian with a vector, as
+                `hessian_helper` returns them: one tensor for each parameter, in the order of the parameters or by
+                their names.
+            vector: that vector, in the same form.
+            update_preconditioner: whether to fit at this step.
+
+        Returns:
+            what the closure returned; None without one.
+
+        Raises:
+            ValueError: for products that do not go with the parameters.
+            RuntimeError: for gradients that are sparse or of another shape than their parameter; for a closure that
+                does not return a loss where one is needed.
+            FloatingPointError: for gradients that are not finite, as `nonfinite` and `max_skips` say.
         """
         given = {"Hvp": Hvp, "vector": vector, "update_preconditioner": update_preconditioner}
         # What can be compiled of a step `compile=True` compiles; the rest decides on the host.
@@ -335,6 +326,9 @@ class PSGD(torch.optim.Optimizer):
         """What is kept of each parameter and what a step costs; `print` it, or read its rows.
 
         Known from the shapes, before the first step and without the state. Counters are 8 bytes each.
+
+        Returns:
+            a `psgd.summary.Summary`.
         """
         lines, counted = [], 0
         for group in self.param_groups:
@@ -348,7 +342,11 @@ class PSGD(torch.optim.Optimizer):
 
     # ---- saving and copying ------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """State and groups as plain data. Functions given as hyperparameters stay behind: give them again to load."""
+        """State and groups as plain data. Functions given as hyperparameters stay behind: give them again to load.
+
+        Returns:
+            a dictionary, as of any torch optimizer, that `load_state_dict` takes.
+        """
 
         def strip(_: Any, state: dict[str, Any]) -> None:
             state["param_groups"] = [
@@ -368,8 +366,12 @@ class PSGD(torch.optim.Optimizer):
 
         Hyperparameters that were not saved, as functions of the step are not, stay this optimizer's own.
 
-        Raises: ValueError, naming the first mismatch, where the state is that of other parameters or another optimizer;
-        everything then stays as it was.
+        Args:
+            state_dict: of an optimizer of the same class, over parameters of the same shapes.
+
+        Raises:
+            ValueError: naming the first mismatch, where the state is that of other parameters or another optimizer;
+                everything then stays as it was.
         """
         loaded: dict[str, Any] = {}
 
@@ -419,9 +421,12 @@ class PSGD(torch.optim.Optimizer):
         for group, theirs in zip(self.param_groups, saved["param_groups"], strict=True):
             job = self._job({**group, **self._complete({k: theirs[k] for k in self._names()})})
             shapes = (self._whole if job.recipe.whole else self._each).shapes
+            # One preconditioner is of the parameters that had a gradient.
+            kept = [p for p, index in zip(group["params"], theirs["params"], strict=True) if saved["state"].get(index)]
+            held = job._replace(group={**job.group, "params": kept})
             for (name, p), index in zip(job.named, theirs["params"], strict=True):
                 entry = saved["state"].get(index)
-                wrong = loading.complaint(job, p, entry, shapes(job, p)) if entry else ""
+                wrong = loading.complaint(job, p, entry, shapes(held, p)) if entry else ""
                 if wrong:
                     raise ValueError(f"{cls}: {name} {wrong}; nothing was loaded")
 
@@ -452,24 +457,7 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, tuple) else value
 
 
-EXAMPLE = """\
->>> import torch
->>> from psgd_torch_backend import {name}
->>> model, x = torch.nn.Linear(4, 3), torch.ones(8, 4)
->>> optimizer = {name}(model.named_parameters(), lr=0.01)
-{steps}
->>> print(optimizer.summary())  # doctest: +SKIP"""
-STEPS = {
-    False: """\
->>> for _ in range(3):
-...     optimizer.zero_grad()
-...     loss = (model(x) - 1).square().mean()
-...     loss.backward()
-...     optimizer.step()""",
-    True: """\
->>> for _ in range(3):
-...     loss = optimizer.step(lambda: (model(x) - 1).square().mean())""",
-}
+PSGD.__doc__ = filled(PSGD.__doc__, adapter=entries(ADAPTER_SENTENCES), raises=entries(RAISES))
 
 
 def face(method: type[Method], module: str) -> type[PSGD]:
@@ -481,10 +469,11 @@ def face(method: type[Method], module: str) -> type[PSGD]:
         inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD),
         inspect.Parameter("lr", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=settings["lr"].default),
     ]
+    signature = inspect.Signature([*first, *keyword])
     body = {
         "method": method,
-        "__doc__": documented(method, EXAMPLE.format(name=method.title, steps=STEPS[method().recipe().newton])),
+        "__doc__": documentation(method, signature.parameters.values()),
         "__module__": module,
-        "__signature__": inspect.Signature([*first, *keyword]),
+        "__signature__": signature,
     }
     return type(method.title, (PSGD,), body)
