@@ -202,16 +202,18 @@ def scaled_twice_half(q: Diagonal, d: Diagonal, m: Scalar) -> Diagonal:
 class Geometry:
     """One row of the table of geometries.
 
-    move: (q, D, m) -> q of a dense factor; then turn: (q, norm of a skew matrix) -> q, a rotation, or None.
-    move_diagonal: the same of a diagonal factor; all products elementwise.
-    root: what the factors of P are of the stored ones.
-    measure: (factors, h) -> a; None is P h.
-    refer: (factors, v) -> b.
-    lift: (q, x, axis) -> x, what factor q adds before the Gram products.
-    expected: (factors, axis) -> E T2 over v ~ N(0, I); a number stands for so many times the identity.
-    probed: factors -> must whitening draw v, rather than take `expected`?
-    balance_first: balances the factors before each fit (the others do it rarely, after).
-    moved: how a dense factor moves, to be read.
+    Args:
+        move: (q, D, m) -> q of a dense factor.
+        move_diagonal: the same of a diagonal factor; all products elementwise.
+        turn: after a dense factor has moved: (q, norm of a skew matrix) -> q, a rotation, or None.
+        root: what the factors of P are of the stored ones.
+        measure: (factors, h) -> a; None is P h.
+        refer: (factors, v) -> b.
+        lift: (q, x, axis) -> x, what factor q adds before the Gram products.
+        expected: (factors, axis) -> E T2 over v ~ N(0, I); a number stands for so many times the identity.
+        probed: factors -> must whitening draw v, rather than take `expected`?
+        balance_first: balances the factors before each fit (the others do it rarely, after).
+        moved: how a dense factor moves, to be read.
     """
 
     move: Callable[[Matrix, Matrix, Scalar], Matrix]

@@ -130,6 +130,19 @@ class Method:
     """Base of the named methods: checks hyperparameters, compares by value, describes itself.
 
     `lr` and `weight_decay` are applied by the adapter, in each framework's own way: p <- p - lr (u + weight_decay p).
+
+    Args:
+        lr: learning rate.
+        weight_decay: decoupled weight decay.
+        seed: seed of the noise.
+
+    Raises:
+        ValueError: for a hyperparameter that is unknown or out of range.
+
+    Example:
+        >>> from psgd import METHODS
+        >>> METHODS["quad"](momentum=0.9).recipe().momentum
+        True
     """
 
     name: ClassVar[str]

@@ -50,7 +50,9 @@ class PSGD(torch.optim.Optimizer):
 
     Args:
         params: an iterable of parameters, of (name, parameter) pairs, or of groups; every argument is legal in a group.
+        lr: learning rate.
         {adapter}
+        hyperparameters: those of the method.
 
     State of a parameter: "step" (and "since", the steps after the last fit, where the method asks for it), "momentum"
     (its shape), "Q" and "L" with one entry a factor, keyed "0", "1", ... in the dtype that the method says, "P" as "Q"
@@ -97,7 +99,15 @@ class PSGD(torch.optim.Optimizer):
         return {f.name: _plain(getattr(method, f.name)) for f in fields(method)} | tensors | flags
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group, with its own hyperparameters where it has them, also between steps."""
+        """Add a group, with its own hyperparameters where it has them, also between steps.
+
+        Args:
+            param_group: "params", as the class takes them, and any of its arguments.
+
+        Raises:
+            ValueError: for an argument that is out of range or unknown.
+            TypeError: for parameters that the method does not take.
+        """
         if isinstance(param_group, dict):
             own = {k: v for k, v in param_group.items() if k not in NOT_HYPERPARAMETERS}
             shared = {k: v for k, v in self.defaults.items() if k in self._names() and k not in own}
@@ -464,6 +474,8 @@ def face(method: type[Method], module: str) -> type[PSGD]:
     """The optimizer class of a method: its name, signature and documentation come from the method's record."""
     settings = {f.name: f for f in fields(method)}
     defaults = {name: f.default for name, f in settings.items() if name != "lr"} | ADAPTER_DEFAULTS
+    if method().recipe().whole:
+        del defaults["scanned_layers"]  # there is one preconditioner for all parameters
     keyword = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=x) for name, x in defaults.items()]
     first = [
         inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD),
