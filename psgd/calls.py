@@ -48,11 +48,13 @@ def step_may_come_second(helper: Helper) -> Helper:
     return taken  # type: ignore[return-value]
 
 
-def by_name(owner: str, positions: Sequence[str], args: Sequence[Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, those too that were given by position."""
+def by_name(
+    owner: str, positions: Sequence[str], args: Sequence[Any], given: dict[str, Any], why: str = ""
+) -> dict[str, Any]:
+    """Arguments by name, those too that were given by position. why: there are no more positions, for an error."""
     if len(args) > len(positions):
         order = f"{', '.join(positions)} by position and the others by name" if positions else "arguments by name alone"
-        raise TypeError(f"{owner} takes {order}; {len(args)} were given by position, as {args[len(positions)]!r}")
+        raise TypeError(f"{owner} takes {order}{why}; name {args[len(positions)]!r} and what follows it")
     placed = dict(zip(positions, args, strict=False))
     twice = [name for name in placed if name in given]
     if twice:

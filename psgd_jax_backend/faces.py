@@ -16,7 +16,7 @@ import optax
 from psgd.calls import by_name
 from psgd.documentation import WIDTH, documented
 from psgd.methods import Method
-from psgd.naming import did_you_mean
+from psgd.naming import unknown
 from psgd_jax_backend._arguments import ADAPTER, Default
 from psgd_jax_backend._state import Tree, states
 from psgd_jax_backend.transform import scale_by_psgd
@@ -82,14 +82,13 @@ def _checked(
     """
     names = [p.name for p in parameters]
     positions = [p.name for p in parameters if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
-    given = {name: Default.meant(value) for name, value in by_name(method.name, positions, args, given).items()}
+    why = "" if len(method.positional) > 1 else f", since the order of {method.source} is another"
+    given = {name: Default.meant(value) for name, value in by_name(function, positions, args, given, why).items()}
     if "seed" in given:
         given["seed"] = _seed(given["seed"])
     for name in given:
         if name not in names and name not in ADAPTER:
-            meant = OPTAX_NAMES.get(name)
-            meant = f"; did you mean {meant!r}?" if meant in names else did_you_mean(name, names)
-            raise ValueError(f"{method.name}: unknown argument {name!r}; it has {', '.join(names)}{meant}")
+            raise ValueError(unknown(method.name, name, names))
     for name in _static(method):
         if isinstance(given.get(name), jax.Array):
             raise ValueError(

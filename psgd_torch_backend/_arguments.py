@@ -48,13 +48,15 @@ ADAPTER = {
 ADAPTER_DEFAULTS = {name: argument.default for name, argument in ADAPTER.items()}
 ADAPTER_SENTENCES = {name: f"{argument.doc} (default {argument.default!r})." for name, argument in ADAPTER.items()}
 OTHERS = {
-    "params": "an iterable of parameters, of (name, parameter) pairs, or of groups; every argument is legal in a group",
+    "params": "an iterable of parameters, of (name, parameter) pairs, or of groups, or one parameter. Every argument "
+    "is legal in a group, and what else a group holds stays in it; only a misspelt argument is refused",
     "lr": "learning rate, a number or a tensor that holds one, in [0, inf)",
     **{name: argument.doc for name, argument in ADAPTER.items()},
 }
 RAISES = {
-    "ValueError": "for an argument that is out of range or unknown.",
-    "TypeError": "for parameters that the method does not take, such as whole numbers or DTensors.",
+    "ValueError": "for an argument that is out of range or unknown, also as the key of a group where it is misspelt.",
+    "TypeError": "for parameters that the method does not take, such as whole numbers or DTensors; for more arguments "
+    "by position than have a place.",
     "RuntimeError": "from `step`, for gradients that are sparse or of another shape than their parameter.",
     "FloatingPointError": "from `step`, for gradients that are not finite, as `nonfinite` and `max_skips` say.",
 }
