@@ -200,7 +200,7 @@ def hessian_helper(
     words = noise.signed(key >> 32), noise.signed(key)
     step_key = int(noise.key(namespace(own[0]), *words)[0])
     coin = float(noise.uniform(torch.tensor([step_key], dtype=torch.int32), "fit"))
-    early = train_step is not None and train_step < 2
+    early = train_step is not None and int(train_step) < 2
     update = preconditioner_update_probability >= 1 or coin < preconditioner_update_probability or early
 
     def closure() -> Any:
