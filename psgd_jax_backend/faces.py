@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import GradientTransformationExtraArgs as Made
 
 from psgd.calls import by_name
 from psgd.documentation import WIDTH, documented
@@ -21,7 +22,6 @@ from psgd_jax_backend._arguments import ADAPTER, Default
 from psgd_jax_backend._state import Tree, states
 from psgd_jax_backend.transform import scale_by_psgd
 
-Made = optax.GradientTransformationExtraArgs
 # The learning rate by optax's name for it.
 OPTAX_NAMES = {"lr": "learning_rate"}
 
