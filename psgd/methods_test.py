@@ -274,7 +274,7 @@ def test_rules_of_lra():
             METHODS["low_rank_approximation"](**given).recipe(),
             METHODS["low_rank_approximation"]().tempo(),
         )
-        assert recipe.preconditioner == LRA(4, normaliser, lra.aligned_if_long, lra.spread_by_rank)
+        assert recipe.preconditioner == LRA(4, normaliser, lra.aligned_if_long, lra.spread_by_rank, capped=True)
         assert recipe.start == StartScale(2) and recipe.damping is criterion.undamped and not recipe.balance_last
         assert balances(timing, 0.0, 0.00999, 0.01) == [True, True, False]
     for name in ("lra_whiten", "lra_newton", "low_rank_approximation"):

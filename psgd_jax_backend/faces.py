@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from optax import GradientTransformationExtraArgs as Made
 
@@ -66,7 +65,7 @@ def _parameters(method: type[Method], *left_out: str) -> list[Parameter]:
 
 def _seed(value: Any) -> Any:
     """A seed; of a JAX key, as psgd_jax takes, its last word."""
-    if not isinstance(value, (jax.Array, np.ndarray)):
+    if not hasattr(value, "dtype"):
         return value
     typed = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
     words = jax.random.key_data(value) if typed else value
