@@ -71,3 +71,15 @@ def double_precision(*names: str) -> Iterator[None]:
         return
     with import_module("jax").enable_x64(True):
         yield
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch compute in one thread while in the block: on small tensors more of them only wait for each other."""
+    torch = import_module("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import Field, fields
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
+import psgd_jax_backend
+import psgd_torch_backend
 from psgd.methods import METHODS, Method
-from psgd_jax_backend.faces import ADAPTER
-from psgd_torch_backend.optimizer import ADAPTER_DEFAULTS
+from psgd_torch_backend._arguments import ADAPTER
+from psgd_torch_backend._groups import arguments as by_position_and_name
+from psgd_torch_backend._groups import keys
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = '"""Made from `psgd.METHODS` by `make stubs`; not to be edited."""\n\n'
@@ -61,38 +65,46 @@ def shown(default: Any) -> str:
     return repr(default).replace("'", '"')
 
 
-TYPES = {"compile": "bool | str", "scanned_layers": "bool | tuple[str, ...]", "stack_batch_size": "int | None"}
-
-
-def type_of(default: Any, name: str = "") -> str:
-    """The annotation of an adapter's argument, by its name or its default."""
-    return TYPES.get(name) or ("Any" if default is None else type(default).__name__)
-
-
 def default(method: type[Method], name: str) -> Any:
     return next(f.default for f in fields(method) if f.name == name)
 
 
 def torch_face(method: type[Method]) -> str:
     """The class of a method."""
-    own = "".join(f"    {line}" for line in arguments(method, "lr").splitlines(keepends=True))
-    flags = "".join(f"        {flag}: {type_of(on, flag)} = {shown(on)},\n" for flag, on in ADAPTER_DEFAULTS.items())
+    own, (placed, named) = keys(method), by_position_and_name(method)
+    written = {key: "        " + argument(f).lstrip().replace(f.name, key, 1) for key, f in own.items()}
+    written["lr"] = f"        lr: float | Tensor = {default(method, 'lr')},\n"
+    there = signature(getattr(psgd_torch_backend, method.title)).parameters
+    flags = "".join(f"        {flag}: {x.type} = {shown(x.default)},\n" for flag, x in ADAPTER.items() if flag in there)
+    # A hyperparameter with a key of its own may also be given by its name.
+    other = "".join(f"        {f.name}: {f.type} = ...,\n" for key, f in own.items() if key != f.name)
     return (
-        f"\nclass {method.title}(PSGD):\n    def __init__(\n        self,\n        params: Iterable[Any],\n"
-        f"        lr: float | Tensor = {default(method, 'lr')},\n        *,\n{own}{flags}    ) -> None: ...\n"
+        f"\nclass {method.title}(PSGD):\n    def __init__(\n        self,\n        params: Iterable[Any] | Tensor,\n"
+        f"{''.join(written[key] for key in placed)}        *,\n{''.join(written[key] for key in named)}"
+        f"{other}{flags}    ) -> None: ...\n"
     )
 
 
+def parameter(p: Parameter) -> str:
+    """A parameter of a function, as its signature has it."""
+    kind = p.annotation if isinstance(p.annotation, str) else "ScalarOrSchedule"
+    value = shown(p.default)
+    default = 'float("inf")' if value == "inf" else "..." if callable(getattr(p.default, "value", None)) else value
+    return f"    {p.name}: {kind} = {default},\n"
+
+
+def jax_function(name: str) -> str:
+    """A function of a method."""
+    parameters = list(signature(getattr(psgd_jax_backend, name)).parameters.values())
+    lines = [(p.kind is Parameter.KEYWORD_ONLY, parameter(p)) for p in parameters]
+    placed, named = ("".join(line for by_name, line in lines if by_name is kind) for kind in (False, True))
+    return f"@_face\ndef {name}(\n{placed}    *,\n{named}) -> GradientTransformationExtraArgs: ...\n"
+
+
 def jax_face(method: type[Method]) -> str:
-    """The two functions of a method."""
-    result = ") -> GradientTransformationExtraArgs: ...\n"
-    rate = f"    learning_rate: ScalarOrSchedule = {default(method, 'lr')},\n    *,\n"
-    mapping = "".join(f"    {p.name}: {type_of(p.default)} = {shown(p.default)},\n" for p in ADAPTER)
-    mask = f"    {method.mask_name}: Any = None,\n"
+    """The functions of a method."""
     names = [method.name, method.also] if method.also else [method.name]
-    whole = "".join(f"@_face\ndef {name}(\n{rate}{arguments(method, 'lr')}{mask}{mapping}{result}" for name in names)
-    part = f"@_face\ndef scale_by_{method.name}(\n    *,\n{arguments(method, 'lr', 'weight_decay')}{mapping}{result}"
-    return whole + part
+    return "".join(jax_function(prefix + name) for prefix in ("", "scale_by_") for name in names)
 
 
 def stub(head: str, face: Callable[[type[Method]], str]) -> str:

@@ -78,16 +78,18 @@ class Root(NamedTuple):
     """What the factors of P are of those that are stored.
 
     factor: (q, axis) -> the factor of P of an axis. act: (q, g, axis) -> the same applied to g, without forming it.
+    equation: what P is of Q, to be read.
     """
 
     factor: Callable[[Factor, int], Factor]
     act: Callable[[Factor, Tensor, int], Tensor]
+    equation: str
 
 
-OF_Q = Root(inner, inner_along)
-OF_UPPER_Q = Root(inner_of_upper, inner_of_upper_along)
-OF_HERMITIAN_Q = Root(square, square_along)
-OF_P = Root(stored, along)
+OF_Q = Root(inner, inner_along, "P = Q^H Q")
+OF_UPPER_Q = Root(inner_of_upper, inner_of_upper_along, "P = Q^H Q")
+OF_HERMITIAN_Q = Root(square, square_along, "P = Q Q")
+OF_P = Root(stored, along, "P = Q")
 
 
 # Where things are measured.
@@ -203,15 +205,18 @@ def scaled_twice_half(q: Diagonal, d: Diagonal, m: Scalar) -> Diagonal:
 class Geometry:
     """One row of the table of geometries.
 
-    move: (q, D, m) -> q of a dense factor; then turn: (q, norm of a skew matrix) -> q, a rotation, or None.
-    move_diagonal: the same of a diagonal factor; all products elementwise.
-    root: what the factors of P are of the stored ones.
-    measure: (factors, h) -> a; None is P h.
-    refer: (factors, v) -> b.
-    lift: (q, x, axis) -> x, what factor q adds before the Gram products.
-    expected: (factors, axis) -> E T2 over v ~ N(0, I); a number stands for so many times the identity.
-    probed: factors -> must whitening draw v, rather than take `expected`?
-    balance_first: balances the factors before each fit; the others do it rarely, when the recipe and the tempo say.
+    Args:
+        move: (q, D, m) -> q of a dense factor.
+        move_diagonal: the same of a diagonal factor; all products elementwise.
+        turn: after a dense factor has moved: (q, norm of a skew matrix) -> q, a rotation, or None.
+        root: what the factors of P are of the stored ones.
+        measure: (factors, h) -> a; None is P h.
+        refer: (factors, v) -> b.
+        lift: (q, x, axis) -> x, what factor q adds before the Gram products.
+        expected: (factors, axis) -> E T2 over v ~ N(0, I); a number stands for so many times the identity.
+        probed: factors -> must whitening draw v, rather than take `expected`?
+        balance_first: balances the factors before each fit; the others do it rarely, when the recipe and the tempo say.
+        moved: how a dense factor moves, to be read.
     """
 
     move: Callable[[Matrix, Hermitian, Scalar], Matrix]
@@ -224,6 +229,16 @@ class Geometry:
     expected: Callable[[Factors, int], Factor | float] = isotropic
     probed: Callable[[Factors], bool] = mean_known
     balance_first: bool = False
+    moved: str = ""
+
+    @property
+    def equation(self) -> str:
+        """What the factor of an axis is, to be read."""
+        return (
+            f"{self.root.equation} along each axis,  {self.moved}"
+            if self.moved
+            else f"{self.root.equation} along each axis"
+        )
 
     @property
     def fits_p(self) -> bool:
@@ -249,11 +264,12 @@ GEOMETRIES: dict[str, Geometry] = {
         refer=inverse_adjoint,
         expected=inverse_gram,
         probed=mean_unknown,
+        moved="Q <- Q - m triu(D) Q",
     ),
-    "QEP": Geometry(move=left, lift=along, expected=lifted_isotropic, balance_first=True),
-    "QEQ": Geometry(move=right),
-    "Q0.5EQ1.5": Geometry(move=left, turn=procrustes2),
-    "QUAD": Geometry(move=two_sided_half, move_diagonal=scaled_twice_half),
-    "PRO4P": Geometry(move=left, turn=polished, root=OF_P),
-    "QUAD4P": Geometry(move=two_sided, move_diagonal=scaled_twice, root=OF_P),
+    "QEP": Geometry(move=left, lift=along, expected=lifted_isotropic, balance_first=True, moved="Q <- Q - m D Q"),
+    "QEQ": Geometry(move=right, moved="Q <- Q - m Q D"),
+    "Q0.5EQ1.5": Geometry(move=left, turn=procrustes2, moved="Q <- Q - m D Q, then turned towards Hermitian"),
+    "QUAD": Geometry(move=two_sided_half, move_diagonal=scaled_twice_half, moved="Q <- (1 - m D/2) Q (1 - m D/2)"),
+    "PRO4P": Geometry(move=left, turn=polished, root=OF_P, moved="Q <- Q - m D Q, then turned towards Hermitian"),
+    "QUAD4P": Geometry(move=two_sided, move_diagonal=scaled_twice, root=OF_P, moved="Q <- (1 - m D) Q (1 - m D)"),
 }

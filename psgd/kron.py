@@ -209,6 +209,11 @@ class Kronecker:
     keep_p: bool = False
 
     @property
+    def equation(self) -> str:
+        """What P is, to be read."""
+        return self.geometry.equation
+
+    @property
     def keeps_p(self) -> bool:
         """Is P kept beside the factors that are fitted?"""
         return self.keep_p and not self.geometry.fits_p

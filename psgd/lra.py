@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod, sqrt
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from psgd._xp import cast, identity, lifted_dtype, make, matmul, namespace, number, shrinkage, solve, tiny
 from psgd.arrays import Array, Factors, Scalar, Tensor
@@ -140,27 +140,38 @@ BY_RESIDUAL = Normaliser(of_difference, norm_of_difference)
 
 
 # ---- the preconditioner ------------------------------------------------------------------
+def _rank(factors: Factors) -> int:
+    return factors.Q[0].shape[-1]
+
+
 @dataclass(frozen=True)
 class LRA:
     """Q = (I + U V^T) diag(d); see the module. Keeps `Q` = (U, V, d), and `L` of each where the normaliser runs.
 
-    rank: r; 0 is a diagonal preconditioner. spread: n -> the deviation of the entries with which U and V begin, or None
-    to scale them to a norm of sqrt(0.1). keep: how U and V are kept alike at each fit.
+    rank: r; 0 is a diagonal preconditioner. spread: (n, r) -> the deviation of the entries with which U and V begin, or
+    None to scale them to a norm of sqrt(0.1). keep: how U and V are kept alike at each fit. capped: a rank that n
+    numbers are too few for is n - 1 [psgd_jax takes any], and not refused [psgd_torch].
     """
+
+    equation: ClassVar[str] = "P = Q^T Q,  Q = (I + U V^T) diag(d)"
 
     rank: int
     normaliser: Normaliser = RUNNING
     keep: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = aligned
     spread: Callable[[int, int], float] | None = None
+    capped: bool = False
+
+    def rank_for(self, n: int) -> int:
+        """The rank of the preconditioner of a vector of length n: below n."""
+        return min(self.rank, max(n - 1, 0)) if self.capped else self.rank
 
     def init(self, like: Tensor, draws: Draws) -> Factors:
         """U and V small and random, from the roles "U" and "V"; d = 1."""
         n = like.shape[0]
-        if n and not self.rank < n:
-            raise ValueError(
-                f"a low-rank preconditioner of rank {self.rank} needs more than {n} numbers; lower its rank"
-            )
-        u, v = (self._begun(draws.normal(role, (n, self.rank), like)) for role in ("U", "V"))
+        rank = self.rank_for(n)
+        if n and not rank < n:
+            raise ValueError(f"a low-rank preconditioner of rank {rank} needs more than {n} numbers; lower its rank")
+        u, v = (self._begun(draws.normal(role, (n, rank), like)) for role in ("U", "V"))
         zeros = (make(like, "zeros", (), dtype=lifted_dtype(like)) for _ in range(3))
         return Factors((u, v, make(like, "ones", (n,))), tuple(zeros) if self.normaliser.running else ())
 
@@ -172,7 +183,8 @@ class LRA:
     def shapes(self, shape: Shape) -> tuple[Shape, ...]:
         """The shapes of U, V and d."""
         n = prod(shape)
-        return ((n, self.rank), (n, self.rank), (n,))
+        rank = self.rank_for(n)
+        return ((n, rank), (n, rank), (n,))
 
     def rescaled(self, factors: Factors, scale: Scalar | float) -> Factors:
         """Q times `scale`: in d."""
@@ -181,7 +193,7 @@ class LRA:
 
     def balanced(self, factors: Factors, when: bool | Scalar) -> Factors:
         """U and V of equal norm, where `when` is true."""
-        if when is False or not self.rank:
+        if when is False or not _rank(factors):
             return factors
         xp, (u, v, d) = namespace(factors.Q[0]), factors.Q
         nu, nv = norm(u), norm(v)
@@ -210,12 +222,13 @@ class LRA:
         V <- V - m ((I + V U^T) (x x^T - y y^T) U)
         """
         (u, v, d), h, probe, lows = factors.Q, pair.h, pair.v, list(factors.L)
-        if self.rank:
+        rank = _rank(factors)
+        if rank:
             u, v = self.keep(u, v)
         x, y, z, m = self._images(u, v, d, h, probe)
         less = shrinkage(x, y)
         x, h, y, z, probe = (t * less for t in (x, h, y, z, probe))
-        ph = d * (x + times(v, dot(u, x))) if self.rank else d * x
+        ph = d * (x + times(v, dot(u, x))) if rank else d * x
 
         def length(which: int, ell: Scalar, moved: bool | Scalar = True) -> Any:
             if self.normaliser.running:
@@ -226,7 +239,7 @@ class LRA:
             return number(number(rate, ell) / (ell + tiny(ell)), d)
 
         new_d = d - length(2, self.normaliser.diagonal(Residual(ph, h, probe, z))) * (ph * h - probe * z) * d
-        if self.rank:
+        if rank:
             other = select(side, v, u)
             wx, wy = dot(other, x), dot(other, y)
             ell = self.normaliser.side(x, y, times(other, wx), times(other, wy))
@@ -237,9 +250,10 @@ class LRA:
     def _images(self, u: Tensor, v: Tensor, d: Tensor, h: Tensor, probe: Tensor) -> tuple[Tensor, ...]:
         """x = Q h, y = Q^-T v, z = P^-1 v and M."""
         x, y = d * h, probe / d
-        if not self.rank:
+        rank = u.shape[-1]
+        if not rank:
             return x, y, y / d, u
-        m = identity(u, self.rank) + matmul(v.mT, u)
+        m = identity(u, rank) + matmul(v.mT, u)
         x = x + times(u, dot(v, x))
         y = y - times(v, solve(m.mT, dot(u, y)))
         return x, y, (y - times(u, solve(m, dot(v, y)))) / d, m
@@ -268,7 +282,7 @@ class LRA:
         """P g = d (I + V U^T) (I + U V^T) d g."""
         u, v, d = factors.Q
         y = d * g
-        if self.rank:
+        if _rank(factors):
             y = y + times(u, dot(v, y))
             y = y + times(v, dot(u, y))
         return d * y

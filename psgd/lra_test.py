@@ -262,6 +262,19 @@ def test_how_it_begins(order: str):
     assert list(begun(kind, 1000).L) == [0] * (3 if order == "running" else 0)
 
 
+@pytest.mark.parametrize(("rank", "n", "capped"), [(10, 3, 2), (3, 3, 2), (3, 4, 3), (10, 1, 0), (10, 0, 0), (0, 5, 0)])
+def test_a_rank_that_is_capped_is_what_the_length_allows(rank: int, n: int, capped: int):
+    kind, allowed = LRA(rank, lra.BY_TERMS, capped=True), LRA(capped, lra.BY_TERMS)
+    factors = begun(kind, n)
+    assert [q.shape for q in factors.Q] == list(kind.shapes((n,))) == list(allowed.shapes((n,)))
+    if n:
+        other, given = begun(allowed, n), (pair(n), 0.5, 0.0, None, True)
+        for ours, theirs in ((kind.fit(factors, *given), allowed.fit(other, *given)), (factors, other)):
+            assert all(map(np.array_equal, ours.Q, theirs.Q))
+            assert np.array_equal(kind.precondition(ours, normals(n)), allowed.precondition(theirs, normals(n)))
+            assert all(map(np.array_equal, kind.balanced(ours, True).Q, allowed.balanced(theirs, True).Q))
+
+
 @pytest.mark.parametrize(
     ("rank", "n", "fits"), [(0, 0, True), (0, 1, True), (1, 1, False), (3, 3, False), (3, 4, True)]
 )

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, replace
 from math import inf
 from numbers import Real
-from textwrap import indent
 from typing import Any, ClassVar
 
 from psgd import criterion, lra, xmat
@@ -19,6 +18,7 @@ from psgd._xp import PRECISIONS, dtype_name
 from psgd.geometry import GEOMETRIES, OF_HERMITIAN_Q, Geometry, inverse_gram, mean_dear
 from psgd.kron import DenseRule, Kronecker, by_terms, by_triangle
 from psgd.lra import LRA
+from psgd.naming import did_you_mean, unknown
 from psgd.pipeline import Clip, Recipe, StartScale, Tempo
 from psgd.schedule import (
     Annealed,
@@ -51,6 +51,7 @@ def setting(
     *,
     scheduled: bool = False,
     structural: bool | None = None,
+    group_key: str | None = None,
 ) -> Any:
     """A hyperparameter: its default, its sentence and what it may be.
 
@@ -59,10 +60,17 @@ def setting(
     scheduled: it may also be a function of the step, or the four numbers of one that `Annealed` is.
     structural: it shapes the program, as a bound on sizes does, and must be known before anything is traced; so does,
     unless told, what is no number, a whole number, and a default that is a function of the step.
+    group_key: what PyTorch's groups call it, where its schedulers look for another name.
     """
     metadata = {"doc": doc, "within": within, "kind": kind, "names": names, "scheduled": scheduled}
     metadata["structural"] = (kind != "number" or callable(default)) if structural is None else structural
+    metadata["group_key"] = group_key
     return field(default=default, metadata=metadata)
+
+
+def group_key(f: Field[Any]) -> str:
+    """What a group of a PyTorch optimizer calls a hyperparameter."""
+    return f.metadata["group_key"] or f.name
 
 
 def outside(value: float, within: str) -> bool:
@@ -126,11 +134,35 @@ def normalised(f: Field[Any], value: Any) -> Any:
     return value
 
 
+def checked(owner: str, f: Field[Any], value: Any, name: str = "") -> Any:
+    """A value of a hyperparameter as it is kept; an error that says what is wrong with it. name: it was given as."""
+    value = normalised(f, value)
+    wrong = complaint(f, value)
+    if wrong:
+        choices = [x for x in f.metadata["names"]() if isinstance(x, str)] if f.metadata["kind"] == "name" else []
+        meant = did_you_mean(value, choices) if isinstance(value, str) else ""
+        raise ValueError(f"{owner}: {name or f.name}={value!r} {wrong}; the default is {f.default!r}{meant}")
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """Base of the named methods: checks hyperparameters, compares by value, describes itself.
 
     `lr` and `weight_decay` are applied by the adapter, in each framework's own way: p <- p - lr (u + weight_decay p).
+
+    Args:
+        lr: learning rate.
+        weight_decay: decoupled weight decay.
+        seed: seed of the noise.
+
+    Raises:
+        ValueError: for a hyperparameter that is unknown or out of range.
+
+    Example:
+        >>> from psgd import METHODS
+        >>> METHODS["quad"](momentum=0.9).recipe().momentum
+        True
     """
 
     name: ClassVar[str]
@@ -140,28 +172,26 @@ class Method:
     complex_parameters: ClassVar[bool] = False
     also: ClassVar[str] = ""  # another name of the optax function
     mask_name: ClassVar[str] = "weight_decay_mask"  # of the optax function's mask of weight decay
+    # Arguments by position, in the published order after the parameters; an adapter takes those that it has.
+    positional: ClassVar[tuple[str, ...]] = ("lr",)
 
     lr: float = setting(1e-3, "learning rate", "[0, inf)")
     weight_decay: float = setting(
-        0.0, "decoupled weight decay: p loses lr * weight_decay of itself each step", "[0, inf)"
+        0.0, "decoupled weight decay: p loses the learning rate times weight_decay of itself each step", "[0, inf)"
     )
     seed: int = setting(0, "seed of the noise", "[0, 4294967295]", "whole", structural=False)
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = normalised(f, getattr(self, f.name))
-            object.__setattr__(self, f.name, value)
-            wrong = complaint(f, value)
-            if wrong:
-                raise ValueError(f"{self.name}: {f.name}={value!r} {wrong}; the default is {f.default!r}")
+            object.__setattr__(self, f.name, checked(self.name, f, getattr(self, f.name)))
 
     @classmethod
     def of(cls, **hyperparameters: Any) -> Method:
         """A method from keyword arguments, with an error that names the unknown ones."""
         known = [f.name for f in fields(cls)]
-        unknown = sorted(set(hyperparameters) - set(known))
-        if unknown:
-            raise ValueError(f"{cls.name}: unknown hyperparameter {unknown[0]!r}; it has {', '.join(known)}")
+        strange = sorted(set(hyperparameters) - set(known))
+        if strange:
+            raise ValueError(unknown(cls.name, strange[0], known))
         return cls(**hyperparameters)
 
     def recipe(self) -> Recipe:
@@ -190,16 +220,6 @@ def method(name: str, title: str, source: str) -> Callable[[type[Method]], type[
     return register
 
 
-def documented(method: type[Method], example: str, note: str = "") -> str:
-    """A docstring of a method: its summary, each hyperparameter with default and range, a note, source and example."""
-    lines = [method.summary, "", "Args:"]
-    for f in fields(method):
-        within = f" in {f.metadata['within']}" if f.metadata["within"] else ""
-        lines.append(f"    {f.name}: {f.metadata['doc']}{within} (default {f.default!r}).")
-    lines += ["", note] if note else []
-    return "\n".join([*lines, "", f"Source: {method.source}.", "", "Example:", indent(example, "    ")])
-
-
 def is_positive(value: Any) -> bool:
     """Is a number positive, or unknown yet?"""
     return not isinstance(value, Real) or float(value) > 0
@@ -214,6 +234,12 @@ def skewest() -> Any:
 def keeping() -> Any:
     """The hyperparameter `keep_p`."""
     return setting(False, "keep P between steps beside its factors Q: fewer products, twice their memory", kind="flag")
+
+
+def past() -> Any:
+    """The hyperparameter `b1`."""
+    doc = "weight of the past in the average of gradients"
+    return setting(0.9, doc, "[0, 1)", group_key="momentum")
 
 
 def precise(default: str | None, what: str) -> Any:
@@ -232,9 +258,21 @@ class QuadTorch(Method):
     """
 
     geometry: ClassVar[Geometry]
+    # Of quad_torch 0.4, its last release, which has no `preconditioner_init_scale`.
+    positional = (
+        "lr",
+        "lr_style",
+        "momentum",
+        "weight_decay",
+        "max_size_dense",
+        "max_skew_dense",
+        "preconditioner_lr",
+        "noise_scale",
+        "dtype",
+    )
 
     weight_decay: float = setting(
-        0.1, "decoupled weight decay: p loses lr * weight_decay of itself each step", "[0, inf)"
+        0.1, "decoupled weight decay: p loses the learning rate times weight_decay of itself each step", "[0, inf)"
     )
     lr_style: str | None = setting(
         "adam",
@@ -483,7 +521,9 @@ class Kwns4(Whitening):
     lr: float = setting(2e-4, "learning rate", "[0, inf)")
     weight_decay: float = setting(0.05, "weight decay", "[0, inf)")
     decoupled_weight_decay: bool = setting(
-        True, "p loses lr * weight_decay of itself; False adds weight_decay * p to the gradient", kind="flag"
+        True,
+        "p loses the learning rate times weight_decay of itself; False adds weight_decay * p to the gradient",
+        kind="flag",
     )
     momentum: float = setting(0.9, "weight of the past in the average of gradients, at most", "[0, 1)")
     whiten_grad: bool = setting(False, "whiten the gradient; False whitens the momentum", kind="flag")
@@ -513,11 +553,39 @@ class Kwns4(Whitening):
 PSGD_JAX_BOUND = NormBound(probes=0, products=2)
 
 
+def order_of_psgd_jax(*own: str) -> tuple[str, ...]:
+    """The published order of its functions with a coin, with the arguments that only one of them has."""
+    before = ("lr", "preconditioner_update_probability", "b1", "nesterov", "weight_decay", "mask")
+    after = ("precond_lr", "precond_init_scale", "update_global_norm_clip", "step_normalizer_order", "seed")
+    return (*before, *own, *after, "mu_dtype", "precision")
+
+
 @method("kron", "Kron", "psgd_jax `kron`")
 class KronJax(Method):
     """Whitening of tensors of any order by triangular factors (geometry EQ), fitted more and more rarely."""
 
-    b1: float = setting(0.9, "weight of the past in the average of gradients", "[0, 1)")
+    positional = (
+        "lr",
+        "b1",
+        "weight_decay",
+        "weight_decay_mask",
+        "preconditioner_update_probability",
+        "max_size_triangular",
+        "min_ndim_triangular",
+        "memory_save_mode",
+        "momentum_into_precond_update",
+        "preconditioner_lr",
+        "preconditioner_init_scale",
+        "mu_dtype",
+        "precond_dtype",
+        "precond_update_precision",
+        "precond_grads_precision",
+        "scanned_layers",
+        "lax_map_scanned_layers",
+        "lax_map_batch_size",
+    )
+
+    b1: float = past()
     preconditioner_update_probability: Any = setting(
         Annealed(),
         "share of the steps that fit, at even distances; a number, or a function of the step such as "
@@ -583,12 +651,13 @@ class PsgdJax(Method):
     """What psgd_jax's methods with a coin share: whitening of the gradient, a bounded step, two normalisers."""
 
     mask_name = "mask"
+    positional = order_of_psgd_jax()
 
     lr: float = setting(0.01, "learning rate", "[0, inf)")
     preconditioner_update_probability: Any = setting(
         1.0, "probability of a fit, by one coin a step; the first two steps always fit", "(0, 1]", scheduled=True
     )
-    b1: float = setting(0.9, "weight of the past in the average of gradients", "[0, 1)")
+    b1: float = past()
     nesterov: bool = setting(False, "look one step ahead with the average", kind="flag")
     precond_lr: Any = setting(0.1, "step size of the factors", "(0, inf)", scheduled=True)
     precond_init_scale: float | None = setting(
@@ -633,13 +702,15 @@ class PsgdJax(Method):
             side=coin("side", 0.5),
             counts=True,
             trust=inf if self.update_global_norm_clip is None else self.update_global_norm_clip,
-            seed=self.seed or 0,
+            seed=0 if self.seed is None else self.seed,
         )
 
 
 @method("affine", "Affine", "psgd_jax `affine`")
 class Affine(PsgdJax):
     """Whitening of matrices, tensors as the most square of them, by a triangular factor on either side."""
+
+    positional = order_of_psgd_jax("max_size_triangular", "max_skew_triangular")
 
     max_size_triangular: float = setting(4096, "longest side that gets a dense factor", "[0, inf]", "whole")
     max_skew_triangular: float = setting(
@@ -684,13 +755,18 @@ class LraJax(PsgdJax):
     """Whitening of all parameters as one vector, by a low-rank preconditioner."""
 
     also = "lra"
+    positional = order_of_psgd_jax("uvd_rank_of_approximation")
 
-    uvd_rank_of_approximation: int = setting(10, "rank; 0 is a diagonal preconditioner", "[0, inf)", "whole")
+    uvd_rank_of_approximation: int = setting(
+        10, "rank; 0 is a diagonal preconditioner; of n parameters in all at most n - 1", "[0, inf)", "whole"
+    )
 
     def recipe(self) -> Recipe:
         normaliser = lra.BY_RESIDUAL if self.step_normalizer_order == "1st" else lra.BY_TERMS
         return Recipe(
-            preconditioner=LRA(self.uvd_rank_of_approximation, normaliser, lra.aligned_if_long, lra.spread_by_rank),
+            preconditioner=LRA(
+                self.uvd_rank_of_approximation, normaliser, lra.aligned_if_long, lra.spread_by_rank, capped=True
+            ),
             whole=True,
             damping=criterion.undamped,
             balance_last=False,

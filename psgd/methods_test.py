@@ -16,7 +16,7 @@ from psgd import criterion, lra, xmat
 from psgd.geometry import GEOMETRIES
 from psgd.kron import by_terms, by_triangle
 from psgd.lra import LRA
-from psgd.methods import METHODS, Method, documented
+from psgd.methods import METHODS, Method
 from psgd.pipeline import Clip, Recipe, StartScale, Tempo, host_plan, init
 from psgd.schedule import Annealed, Moment, corrected, nesterov
 from psgd.spectral import NormBound, TraceBound
@@ -128,6 +128,30 @@ def test_defaults_are_the_published_ones(name: str):
     defaults = {f.name: f.default for f in fields(METHODS[name])}
     assert defaults.pop("keep_p", False) is False  # which is of this package
     assert defaults == PUBLISHED[name]
+
+
+# As quad_torch 0.4.5 and psgd_jax 0.2.9 take them. psgd_torch begins with its preconditioner: there the rate alone.
+WITH_A_COIN = (
+    "lr preconditioner_update_probability b1 nesterov weight_decay mask {} precond_lr precond_init_scale "
+    "update_global_norm_clip step_normalizer_order seed mu_dtype precision"
+)
+QUAD_ORDER = "lr lr_style momentum weight_decay max_size_dense max_skew_dense preconditioner_lr noise_scale dtype"
+ORDER = {
+    "procrustes": QUAD_ORDER,
+    "quad": QUAD_ORDER,
+    "kron": "lr b1 weight_decay weight_decay_mask preconditioner_update_probability max_size_triangular "
+    "min_ndim_triangular memory_save_mode momentum_into_precond_update preconditioner_lr preconditioner_init_scale "
+    "mu_dtype precond_dtype precond_update_precision precond_grads_precision scanned_layers lax_map_scanned_layers "
+    "lax_map_batch_size",
+    "affine": WITH_A_COIN.format("max_size_triangular max_skew_triangular"),
+    "xmat": WITH_A_COIN.format(""),
+    "low_rank_approximation": WITH_A_COIN.format("uvd_rank_of_approximation"),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_positions_are_the_published_ones(name: str):
+    assert METHODS[name].positional == tuple(ORDER.get(name, "lr").split())
 
 
 def balances(timing: Tempo, *tosses: float) -> list[bool]:
@@ -250,7 +274,7 @@ def test_rules_of_lra():
             METHODS["low_rank_approximation"](**given).recipe(),
             METHODS["low_rank_approximation"]().tempo(),
         )
-        assert recipe.preconditioner == LRA(4, normaliser, lra.aligned_if_long, lra.spread_by_rank)
+        assert recipe.preconditioner == LRA(4, normaliser, lra.aligned_if_long, lra.spread_by_rank, capped=True)
         assert recipe.start == StartScale(2) and recipe.damping is criterion.undamped and not recipe.balance_last
         assert balances(timing, 0.0, 0.00999, 0.01) == [True, True, False]
     for name in ("lra_whiten", "lra_newton", "low_rank_approximation"):
@@ -496,13 +520,10 @@ def test_recipes_are_static(name: str):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_describes_itself(name: str):
+def test_a_method_says_what_it_is(name: str):
     made = METHODS[name]
-    text = documented(made, ">>> 1 + 1")
     assert issubclass(made, Method) and made.name == name and made.title.isidentifier()
-    assert made.summary.endswith(".") and text.startswith(made.summary) and made.source in text
-    for f in fields(made):
-        assert f"    {f.name}: {f.metadata['doc']}" in text and f"(default {f.default!r})" in text
+    assert made.summary.endswith(".") and made.source
 
 
 @pytest.mark.parametrize("method", ["kron_whiten", "kron_newton", "dense_newton"])

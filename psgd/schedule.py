@@ -141,14 +141,25 @@ def precond_update_prob_schedule(
     """The probability of a fit that `kron` starts with: often at first, then every 34th step.
 
     Args:
-        max_prob, min_prob: first and last probability, 0 < min_prob <= max_prob <= 1.
+        max_prob: first probability, at most 1.
+        min_prob: last probability, above 0 and at most `max_prob`.
         decay: rate of the exponential fall, per step, at least 0.
         flat_start: steps before the fall.
 
-    Returns: a schedule, step -> probability. Raises: ValueError for numbers out of range.
+    Returns:
+        a schedule, step -> probability.
 
-    >>> [round(float(precond_update_prob_schedule()(t)), 3) for t in (1, 500, 1500, 4500)]
-    [1.0, 1.0, 0.368, 0.03]
+    Raises:
+        ValueError: for numbers out of range.
+
+    Equation: p(t) = min(max(max_prob exp(-decay (t - flat_start)), min_prob), max_prob)
+
+    Source: psgd_jax `precond_update_prob_schedule`.
+
+    Example:
+        >>> from psgd import precond_update_prob_schedule
+        >>> [round(float(precond_update_prob_schedule()(t)), 3) for t in (1, 500, 1500, 4500)]
+        [1.0, 1.0, 0.368, 0.03]
     """
     if not 0 < min_prob <= max_prob <= 1:
         raise ValueError(f"min_prob={min_prob!r} and max_prob={max_prob!r} must satisfy 0 < min_prob <= max_prob <= 1")

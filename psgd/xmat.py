@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 from psgd._xp import eps, make, namespace, number, shrinkage, tiny
 from psgd.arrays import Factors, Scalar, Tensor
@@ -45,6 +46,8 @@ def by_residual(x: Tensor, y: Tensor, da: Tensor, db: Tensor) -> Steps:
 @dataclass(frozen=True)
 class XShaped:
     """Q = diag(a) + adiag(b); see the module. Keeps `Q` = (a, b), each (n,), and no bounds."""
+
+    equation: ClassVar[str] = "P = Q^T Q,  Q = diag(a) + adiag(b)"
 
     normaliser: Callable[[Tensor, Tensor, Tensor, Tensor], Steps] = by_terms
 

@@ -193,10 +193,20 @@ def state_sharding(tx: optax.GradientTransformation, params: Tree) -> Tree:
         tx: any transformation with PSGD methods in it.
         params: arrays, or `jax.ShapeDtypeStruct`s with a sharding, all on one mesh. Nothing is allocated.
 
-    Returns: a tree of `NamedSharding`s as the state, for `jax.jit(tx.init, out_shardings=...)`, for the arguments and
+    Returns:
+        a tree of `NamedSharding`s as the state, for `jax.jit(tx.init, out_shardings=...)`, for the arguments and
         results of a training step, and to restore a checkpoint on another mesh.
 
-    Raises: ValueError for parameters without a `NamedSharding`, or on several meshes.
+    Raises:
+        ValueError: for parameters without a `NamedSharding`, or on several meshes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jax.sharding import NamedSharding, PartitionSpec
+        >>> from psgd_jax_backend import kron, state_sharding
+        >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+        >>> params = {"w": jax.device_put(jnp.zeros((4, 3)), NamedSharding(mesh, PartitionSpec("data")))}
+        >>> state = jax.jit(kron().init, out_shardings=state_sharding(kron(), params))(params)
     """
     shardings = {jax.tree_util.keystr(path): x.sharding for path, x in jax.tree_util.tree_leaves_with_path(params)}
     for name, sharding in shardings.items():

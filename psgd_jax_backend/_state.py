@@ -17,10 +17,17 @@ Tree = Any
 
 
 class PSGDState(NamedTuple):
-    """count: steps done. since: steps done after the last fit, or None where the method does not ask. skipped: steps
-    that were skipped, in all and in a row, (2,), or None where none are. momentum: a tree as the parameters', or None.
-    Q, L: such a tree with a tuple of arrays, one for each factor, in place of every leaf; one such tuple for a
-    preconditioner of all parameters. P: as Q, or None where it is not kept.
+    """The state of a method: only arrays.
+
+    Args:
+        count: steps done.
+        since: steps done after the last fit, or None where the method does not ask.
+        skipped: steps that were skipped, in all and in a row, (2,), or None where none are.
+        momentum: a tree as the parameters', or None.
+        Q: such a tree with a tuple of arrays, one for each factor, in place of every leaf; one such tuple for a
+            preconditioner of all parameters.
+        L: as Q, the running bounds of its factors.
+        P: as Q, or None where it is not kept.
     """
 
     count: Leaf  # type: ignore[assignment]  # a tuple's method; optax's own states have the name too
@@ -79,8 +86,19 @@ class Guard(NamedTuple):
 def check_skips(state: Tree, max_skips: int = pipeline.MAX_SKIPS) -> None:
     """Raise FloatingPointError if an optimizer has skipped `max_skips` steps in a row; waits for its state.
 
-    Inside `jax.jit` nothing can be raised, so call this outside, every so many steps. `state`: of any transformation
-    with PSGD methods in it.
+    Inside `jax.jit` nothing can be raised, so call this outside, every so many steps.
+
+    Args:
+        state: of any transformation with PSGD methods in it.
+        max_skips: how many are too many.
+
+    Raises:
+        FloatingPointError: if there were so many.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from psgd_jax_backend import check_skips, kron
+        >>> check_skips(kron().init({"w": jnp.zeros((4, 3))}))
     """
     worst = max((int(own.skipped[1]) for own in states(state) if own.skipped is not None), default=0)
     if worst >= max_skips:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import Field, fields
+from collections.abc import Callable
+from dataclasses import fields
 from inspect import Parameter, Signature
+from textwrap import fill
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import GradientTransformationExtraArgs as Made
 
-from psgd.methods import Method, documented
-from psgd_jax_backend._stacks import Layering
-from psgd_jax_backend._state import Guard, Tree, states
+from psgd.calls import by_name
+from psgd.documentation import WIDTH, documented
+from psgd.methods import Method
+from psgd.naming import unknown
+from psgd_jax_backend._arguments import ADAPTER, Default
+from psgd_jax_backend._state import Tree, states
 from psgd_jax_backend.transform import scale_by_psgd
 
+# The learning rate by optax's name for it.
+OPTAX_NAMES = {"lr": "learning_rate"}
 
-def _whole_skips(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+
+def _whole_skips(tx: Made) -> Made:
     """A chain in which nothing moves where its PSGD method skips a step: no weight decay either."""
 
     def update(updates: Tree, state: Tree, params: Tree = None, **extra_args: Any) -> tuple[Tree, Tree]:
@@ -31,67 +39,88 @@ def _whole_skips(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTra
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _parameters(settings: Sequence[Field[Any]]) -> list[Parameter]:
-    return [Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in settings]
-
-
-def _known(method: type[Method], names: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments, all of them in the signature."""
-    for name in given:
-        if name not in names:
-            raise ValueError(f"{method.name}: unknown hyperparameter {name!r}; it has {', '.join(names)}")
-    return given
-
-
-# Arguments of every function that say how the work is mapped and guarded, not what it computes.
-ADAPTER_DEFAULTS = Layering._field_defaults | Guard._field_defaults
-ADAPTER = [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in ADAPTER_DEFAULTS.items()]
-
-
+# ---- arguments --------------------------------------------------------------------------
 def _static(method: type[Method]) -> tuple[str, ...]:
     """Names of the arguments that shape the program, for `optax.inject_hyperparams(..., static_args=)`."""
     structural = [f.name for f in fields(method) if f.metadata["structural"]]
-    return (*structural, method.mask_name, *ADAPTER_DEFAULTS)
+    return (*structural, method.mask_name, *ADAPTER)
 
 
-def _split(method: type[Method], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of the method, arguments of the adapter; those that shape the program are no arrays."""
+def _parameters(method: type[Method], *left_out: str) -> list[Parameter]:
+    """The parameters of a function: in the published order those that have a place in it, then the others by name."""
+    mask = Parameter(method.mask_name, Parameter.KEYWORD_ONLY, default=None, annotation="Any")
+    own = [Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in fields(method)]
+    every = {p.name: p for p in (*own, mask, *(x.parameter(name) for name, x in ADAPTER.items()))}
+    static = _static(method)
+    every = {name: Default.shown(p) if name in static else p for name, p in every.items() if name not in left_out}
+    if method().recipe().whole:
+        del every["scanned_layers"]  # there is one preconditioner for all parameters
+    rate = every.get("lr")
+    if rate is not None:
+        every["lr"] = rate.replace(annotation=optax.ScalarOrSchedule)
+    placed = [name for name in method.positional if name in every]
+    first = [every.pop(name).replace(kind=Parameter.POSITIONAL_OR_KEYWORD) for name in placed]
+    return [p.replace(name=OPTAX_NAMES.get(p.name, p.name)) for p in (*first, *every.values())]
+
+
+def _seed(value: Any) -> Any:
+    """A seed; of a JAX key, as psgd_jax takes, its last word."""
+    if not hasattr(value, "dtype"):
+        return value
+    typed = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    words = jax.random.key_data(value) if typed else value
+    word = words.reshape(-1)[-1] if words.ndim == 1 or typed else words
+    return word if isinstance(word, jax.core.Tracer) else int(word)
+
+
+def _checked(
+    function: str, method: type[Method], parameters: list[Parameter], args: tuple[Any, ...], given: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a function was given, by name: arguments of the method, arguments of the adapter. Nothing unknown is among
+    them, and no array where the program's shape is meant.
+    """
+    names = [p.name for p in parameters]
+    positions = [p.name for p in parameters if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    why = "" if len(method.positional) > 1 else f", since the order of {method.source} is another"
+    given = {name: Default.meant(value) for name, value in by_name(function, positions, args, given, why).items()}
+    if "seed" in given:
+        given["seed"] = _seed(given["seed"])
+    for name in given:
+        if name not in names and name not in ADAPTER:
+            raise ValueError(unknown(method.name, name, names))
     for name in _static(method):
         if isinstance(given.get(name), jax.Array):
             raise ValueError(
                 f"{method.name}: {name} shapes the program, so it must be known before tracing and cannot be an array; "
-                f"with optax.inject_hyperparams give static_args={method.name}.static_args"
+                f"with optax.inject_hyperparams give static_args={function}.static_args"
             )
     return (
-        {k: v for k, v in given.items() if k not in ADAPTER_DEFAULTS},
-        {k: v for k, v in given.items() if k in ADAPTER_DEFAULTS},
+        {k: v for k, v in given.items() if k not in ADAPTER},
+        {k: v for k, v in given.items() if k in ADAPTER},
     )
 
 
-def scaling(method: type[Method], module: str) -> Callable[..., optax.GradientTransformationExtraArgs]:
+# ---- functions --------------------------------------------------------------------------
+def scaling(method: type[Method], module: str, name: str = "") -> Callable[..., Made]:
     """`scale_by_<name>`: the method without learning rate and weight decay."""
-    settings = [f for f in fields(method) if f.name not in ("lr", "weight_decay")]
-    names = [f.name for f in settings]
+    parameters, name = _parameters(method, "lr", "weight_decay", method.mask_name), f"scale_by_{name or method.name}"
 
-    def scale_by(**given: Any) -> optax.GradientTransformationExtraArgs:
-        hyperparameters, mapping = _split(method, given)
-        return scale_by_psgd(method.of(**_known(method, names, hyperparameters)), **mapping)
+    def scale_by(*args: Any, **given: Any) -> Made:
+        hyperparameters, mapping = _checked(name, method, parameters, args, given)
+        return scale_by_psgd(method.of(**hyperparameters), **mapping)
 
-    return _dressed(scale_by, f"scale_by_{method.name}", method, module, _parameters(settings))
+    return _dressed(scale_by, name, method, module, parameters, SCALED)
 
 
-def alias(method: type[Method], module: str, name: str = "") -> Callable[..., optax.GradientTransformationExtraArgs]:
+def alias(method: type[Method], module: str, name: str = "") -> Callable[..., Made]:
     """`<name>`: the whole optimizer: direction, decoupled weight decay, learning rate (a number or a schedule)."""
-    settings = [f for f in fields(method) if f.name != "lr"]
-    default = {f.name: f.default for f in fields(method)}
-    names = ["learning_rate", *(f.name for f in settings)]
+    parameters, name = _parameters(method), name or method.name
+    (rate,) = (f.default for f in fields(method) if f.name == "lr")
 
-    def optimizer(
-        learning_rate: optax.ScalarOrSchedule = default["lr"], **given: Any
-    ) -> optax.GradientTransformationExtraArgs:
-        hyperparameters, mapping = _split(method, given)
-        mask = hyperparameters.pop(method.mask_name, None)
-        made = method.of(**_known(method, names, hyperparameters))
+    def optimizer(*args: Any, **given: Any) -> Made:
+        hyperparameters, mapping = _checked(name, method, parameters, args, given)
+        mask, learning_rate = hyperparameters.pop(method.mask_name, None), hyperparameters.pop("learning_rate", rate)
+        made = method.of(**hyperparameters)
         if not callable(learning_rate):
             method.of(lr=learning_rate)  # only to check it
         decay = made.weight_decay
@@ -105,27 +134,25 @@ def alias(method: type[Method], module: str, name: str = "") -> Callable[..., op
         whole = optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
         return _whole_skips(whole) if decoupled and not off else whole
 
-    rate = Parameter(
-        "learning_rate",
-        Parameter.POSITIONAL_OR_KEYWORD,
-        default=default["lr"],
-        annotation=optax.ScalarOrSchedule,
-    )
-    mask = Parameter(method.mask_name, Parameter.KEYWORD_ONLY, default=None)
-    return _dressed(optimizer, name or method.name, method, module, [rate, *_parameters(settings), mask])
+    return _dressed(optimizer, name, method, module, parameters, WHOLE)
 
 
+# ---- documentation ----------------------------------------------------------------------
 EXAMPLE = """\
 >>> import jax, jax.numpy as jnp, optax
 >>> from psgd_jax_backend import {name}
 >>> params, x = {{"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}}, jnp.ones((8, 4))
 >>> loss = lambda p: jnp.mean((x @ p["w"] + p["b"] - 1) ** 2)
->>> tx = {name}()
->>> state = tx.init(params)
+>>> tx = {made}
+>>> state, start = tx.init(params), loss(params)
 >>> for step in range(3):
 {gradients}
 ...     updates, state = tx.update(grads, state, params{pair})
-...     params = optax.apply_updates(params, updates)"""
+...     params = optax.apply_updates(params, updates)
+>>> bool(loss(params) < start)
+True"""
+WHOLE = "{name}()"
+SCALED = "optax.chain({name}(), optax.scale_by_learning_rate(0.01))"
 GRADIENTS = {
     False: "...     grads = jax.grad(loss)(params)",
     True: """\
@@ -135,22 +162,61 @@ GRADIENTS = {
 }
 
 INJECTED = """\
-`{name}.static_args` tells `optax.inject_hyperparams` what shapes the program; it may change {moving}."""
+{moving}
+Give it `static_args={name}.static_args` where you set a number that shapes the program."""
+RETURNS = (
+    "an `optax.GradientTransformationExtraArgs`, whose `update` also takes `Hvp=`, `vector=` and "
+    "`update_preconditioner=`, as `hessian_helper` returns them; {more} Updates come back in the dtype of the "
+    "parameters where these are given, else of the gradients."
+)
+NEEDS = {True: "it needs them.", False: "with them it fits products of the Hessian instead."}
+RAISES = {
+    "ValueError": "for an argument that is unknown, out of range or, where it shapes the program, an array; from "
+    "`init` and `update` for trees that do not match each other.",
+    "TypeError": "for more arguments by position than have a place; from `init` and `update` for leaves that the "
+    "method does not take, such as whole numbers.",
+    "FloatingPointError": "from `update`, for gradients that are not finite, as `nonfinite` and `max_skips` say.",
+}
+OTHERS = {
+    "learning_rate": "a number in [0, inf), or a schedule: a function of the number of steps done",
+    **dict.fromkeys(
+        ("mask", "weight_decay_mask"),
+        "which leaves lose weight: a tree of booleans, as the parameters or a prefix of them, or a function of the "
+        "parameters that gives one; None is all",
+    ),
+    "exact_hessian_vector_product": "has no effect here: `hessian_helper` makes the products, exactly",
+    **{name: argument.doc for name, argument in ADAPTER.items()},
+}
 
 
 def _dressed(
-    function: Callable[..., Any], name: str, method: type[Method], module: str, parameters: list[Parameter]
-) -> Callable[..., Any]:
+    function: Callable[..., Any],
+    name: str,
+    method: type[Method],
+    module: str,
+    parameters: list[Parameter],
+    made: str,
+) -> Callable[..., Made]:
     """A function with the name, signature and documentation that its method's record says."""
-    function.__name__ = function.__qualname__ = name
     newton = method().recipe().newton
-    example = EXAMPLE.format(name=name, gradients=GRADIENTS[newton], pair=", **pair" if newton else "")
-    parameters = [*parameters, *ADAPTER]
     names = [p.name for p in parameters]
     static = tuple(x for x in _static(method) if x in names)
     moving = ", ".join(x for x in names if x not in static)
+    function.__name__ = function.__qualname__ = name
     function.__module__ = module
-    function.__doc__ = documented(method, example, INJECTED.format(name=name, moving=moving))
-    function.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    function.__signature__ = Signature(parameters, return_annotation=Made)  # type: ignore[attr-defined]
     function.static_args = static  # type: ignore[attr-defined]
+    (seed,) = (f.metadata["doc"] for f in fields(method) if f.name == "seed")
+    function.__doc__ = documented(
+        method,
+        parameters,
+        OTHERS | {"seed": f"{seed}; of a JAX key, its last word"},
+        rate="learning_rate" if "learning_rate" in names else "",
+        returns=RETURNS.format(more=NEEDS[newton]),
+        raises=RAISES,
+        note=INJECTED.format(name=name, moving=fill(f"`optax.inject_hyperparams` may change {moving}.", WIDTH)),
+        example=EXAMPLE.format(
+            name=name, made=made.format(name=name), gradients=GRADIENTS[newton], pair=", **pair" if newton else ""
+        ),
+    )
     return function

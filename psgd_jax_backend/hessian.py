@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from psgd import noise
+from psgd.calls import step_may_come_second
 
 Tree = Any
 
@@ -52,6 +53,7 @@ def gradient(
     return out, jax.tree.map(jnp.conj, grads)
 
 
+@step_may_come_second
 def hessian_helper(
     key: Any,
     loss_fn: Callable[..., Any],
@@ -62,21 +64,39 @@ def hessian_helper(
     *,
     train_step: Any = None,
 ) -> tuple[Any, Tree, Tree, Tree, Any]:
-    """Loss, gradient and, where a coin says so, the product of the Hessian with a random vector.
+    """Loss, gradient and, where a coin says so, the product H v of the Hessian with a random vector.
 
-    To be called where one would call `jax.value_and_grad`, under `jit` too.
+    To be called where one would call `jax.value_and_grad`, under `jit` too. Also takes the order of psgd_jax 0.2.9,
+    `(key, train_step, loss_fn, params, ...)`: a second argument that is not callable is the step.
 
     Args:
         key: a JAX random key (or its two words) of this step. The coin and the vector depend on it, and the vector of a
             parameter on its name: with the same key and name it is the same in PyTorch.
         loss_fn: (params, *loss_fn_extra_args) -> loss, or (loss, aux) with `has_aux`.
+        params: the tree of parameters, floating point or complex.
+        loss_fn_extra_args: what `loss_fn` takes beside the parameters, as a batch.
+        has_aux: `loss_fn` returns an auxiliary output beside the loss.
         preconditioner_update_probability: of an update; 1 always does.
-        train_step: number of this step, from 0; the first two then always update.
+        train_step: number of this step, from 0; the first two then always update. None: the coin alone decides.
 
-    Returns: what `loss_fn` returns; the gradient; H v and v, zeros at steps without an update; whether this step
-    updates. The last three are what `update(..., Hvp=, vector=, update_preconditioner=)` takes.
+    Returns:
+        what `loss_fn` returns; the gradient; H v and v, in the tree of the parameters, zeros at steps without an
+        update; whether this step updates. The last three are what `update(..., Hvp=, vector=, update_preconditioner=)`
+        takes.
+
+    Raises:
+        TypeError: a step that is no whole number, or a loss that is no function.
+
+    Equation: H v = d/dt grad(p + t v) at t = 0, forward over reverse, in one pass.
 
     Source: psgd_jax `hessian_helper`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from psgd_jax_backend import hessian_helper
+        >>> loss, grads, hvp, v, update = hessian_helper(jax.random.key(0), lambda p: jnp.sum(p**2), jnp.ones(3))
+        >>> bool(jnp.allclose(hvp, 2 * v)), update
+        (True, True)
     """
     words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jnp.asarray(key)
     high, low = jax.lax.bitcast_convert_type(words.astype(jnp.uint32), jnp.int32).reshape(-1)[:2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -19,7 +21,17 @@ from jax.experimental import checkify
 
 import psgd_jax_backend
 from psgd.methods import METHODS
-from psgd_jax_backend import hessian_helper, kron, kron_whiten, kwns4, procrustes, quad, scale_by_kron
+from psgd_jax_backend import (
+    hessian_helper,
+    kron,
+    kron_whiten,
+    kwns4,
+    precond_update_prob_schedule,
+    procrustes,
+    quad,
+    scale_by_kron,
+    summary,
+)
 from psgd_jax_backend._state import states
 from psgd_jax_backend.transform_test import (
     ALIASES,
@@ -68,6 +80,24 @@ def steps(optimizer: Any, params: Tree, grads: list[Tree]) -> tuple[Tree, Any, l
 def test_faces_make_transformations_with_extra_arguments(name: str):
     for face in (getattr(psgd_jax_backend, name), getattr(psgd_jax_backend, f"scale_by_{name}")):
         assert isinstance(face(), optax.GradientTransformationExtraArgs)
+
+
+@pytest.mark.contract("jax: arguments")
+@pytest.mark.contract("input: names")
+@named
+def test_an_unknown_name_lists_all_that_there_are(name: str):
+    """The adapter's arguments and the mask too; and what was meant, where other packages call it otherwise."""
+    for face, wrong, meant in (
+        (name, "lr", "learning_rate"),
+        (name, "stak", "stack"),
+        (f"scale_by_{name}", "sed", "seed"),
+    ):
+        function = getattr(psgd_jax_backend, face)
+        with pytest.raises(ValueError, match="it has") as caught:
+            function(**{wrong: 0.1})
+        said, listed, hint = re.fullmatch(r"(.*); it has (.*)(; did .*)", str(caught.value)).groups()
+        assert said == f"{name}: unknown hyperparameter {wrong!r}" and hint == f"; did you mean {meant!r}?"
+        assert sorted(listed.split(", ")) == sorted(inspect.signature(function).parameters)
 
 
 @pytest.mark.contract("jax: arguments")
@@ -372,8 +402,8 @@ def numbers(name: str) -> dict[str, float]:
 
 
 def injected(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
-    face = getattr(psgd_jax_backend, name)
-    made = optax.inject_hyperparams(face, static_args=face.static_args)(**rank(name, 2), **options)
+    face, shape = getattr(psgd_jax_backend, name), rank(name, 2)
+    made = optax.inject_hyperparams(face, static_args=tuple(shape))(**shape, **options)
     return fed(lambda: made)() if RECIPES[name].newton else made
 
 
@@ -441,28 +471,59 @@ def test_what_shapes_the_program_is_known(name: str):
     settings = {f.name: f for f in fields(METHODS[name])}
     for made in (face, scaling):
         static, free = set(made.static_args), set(numbers(name)) - {"learning_rate", "weight_decay"}
-        assert {"stack", "scanned_layers", "lax_map_batch_size", "max_skips"} < static and not static & free
+        assert {"stack", "lax_map_batch_size", "max_skips"} < static and not static & free
+        assert ("scanned_layers" in static) is not RECIPES[name].whole
         assert all(x in static for x in settings if "max_s" in x or isinstance(settings[x].default, (bool, str)))
-        assert f"`{made.__name__}.static_args` tells `optax.inject_hyperparams`" in made.__doc__
-        optax.inject_hyperparams(made, static_args=made.static_args)().init(small() | {"v": normal((30,))})
+        assert f"`static_args={made.__name__}.static_args`" in made.__doc__
+        injected = optax.inject_hyperparams(made, static_args=made.static_args)()
+        assert {"stack", "max_skips"}.isdisjoint(injected.init(small() | {"v": normal((30,))}).hyperparams)
     assert set(face.static_args) - set(scaling.static_args) == {"mask" if name in TAKE_MASK else "weight_decay_mask"}
-
-
-TRACED = [(procrustes, "max_skew_dense"), (quad, "max_skips"), (kron, "max_size_triangular")]
 
 
 @pytest.mark.contract("jax: hyperparameters")
 @pytest.mark.parametrize(
-    ("face", "name"), [*TRACED, (scale_by_kron, "min_ndim_triangular"), (kron, "lax_map_batch_size")]
+    "name", [x for x in psgd_jax_backend.__all__ if hasattr(getattr(psgd_jax_backend, x), "static_args")]
 )
-def test_what_shapes_the_program_is_no_array(face: Callable, name: str):
-    """optax makes arrays of all numbers that it is not told to leave alone, in `init` and in `update`."""
-    others = {x for x in face.static_args if x != name}
-    made = optax.inject_hyperparams(face, static_args=others)()
-    method = face.__name__.removeprefix("scale_by_")
-    told = (
-        f"{method}: {name} shapes the program, .* with optax.inject_hyperparams give static_args={method}.static_args"
+def test_every_function_is_injected_as_adamw_is(name: str):
+    """Nothing is said of what shapes the program: optax sees no number there, and numbers elsewhere move."""
+    face, params = getattr(psgd_jax_backend, name), small() | {"v": normal((30,))}
+    shown = inspect.signature(face).parameters
+    options = {"learning_rate": optax.linear_schedule(1e-3, 1e-4, 10)} if "learning_rate" in shown else {}
+    made = optax.inject_hyperparams(face)(**options)
+    method = METHODS.get(name.removeprefix("scale_by_"), METHODS["low_rank_approximation"])
+    made = fed(lambda: made)() if method().recipe().newton else made
+    state = jax.eval_shape(made.init, params)
+    updates, new = jax.eval_shape(made.update, params, state, params)
+    assert types(new) == types(state) and jax.tree.structure(updates) == jax.tree.structure(params)
+    numbers = {k for k, p in shown.items() if isinstance(p.default, (int, float)) and not isinstance(p.default, bool)}
+    assert numbers and set(state.hyperparams) == numbers and numbers.isdisjoint(face.static_args)
+
+
+def test_a_default_is_shown_as_it_is():
+    p = inspect.signature(kron).parameters["max_size_triangular"]
+    q = inspect.signature(kron).parameters["preconditioner_update_probability"]
+    assert (
+        p.default == 8192 and repr(p.default) == "8192" and f"{p}".endswith("= 8192") and hash(p.default) == hash(8192)
     )
+    assert not isinstance(p.default, int) and not callable(q.default) and q.default == precond_update_prob_schedule()
+    given = kron(max_size_triangular=p.default, preconditioner_update_probability=q.default)
+    assert summary(given, small()) == summary(kron(), small())
+
+
+TRACED = [(procrustes, "max_skew_dense", 2.0), (quad, "max_skips", 3), (kron, "max_size_triangular", 64)]
+
+
+@pytest.mark.contract("jax: hyperparameters")
+@pytest.mark.parametrize(
+    ("face", "name", "value"), [*TRACED, (scale_by_kron, "min_ndim_triangular", 1), (kron, "lax_map_batch_size", 4)]
+)
+def test_what_shapes_the_program_is_no_array(face: Callable, name: str, value: float):
+    """optax makes arrays of all numbers that are given and that it is not told to leave alone."""
+    made, method = optax.inject_hyperparams(face)(**{name: value}), face.__name__.removeprefix("scale_by_")
+    known = optax.inject_hyperparams(face, static_args=face.static_args)(**{name: value})
+    assert name not in known.init(small()).hyperparams
+    remedy = f"with optax.inject_hyperparams give static_args={face.__name__}.static_args"
+    told = f"{method}: {name} shapes the program, .* {remedy}"
     for init in (made.init, jax.jit(made.init)):
         with pytest.raises(ValueError, match=told) as caught:
             init(small())

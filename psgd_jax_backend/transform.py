@@ -19,9 +19,11 @@ from psgd import noise, pipeline
 from psgd import summary as costs
 from psgd._xp import real_dtype
 from psgd.arrays import Factors
+from psgd.documentation import entries, filled
 from psgd.methods import Method
 from psgd.pipeline import Recipe, State, Tempo
 from psgd.summary import Row, Summary
+from psgd_jax_backend._arguments import ADAPTER_SENTENCES
 from psgd_jax_backend._sharding import Spread
 from psgd_jax_backend._stacks import Layering, Stepper, choose, numbers
 from psgd_jax_backend._state import Guard, Leaf, PSGDState, Tree, states
@@ -42,22 +44,29 @@ def scale_by_psgd(
 
     Args:
         method: a record of `psgd.METHODS`.
-        stack: step leaves of equal shape and dtype together, under `jax.vmap`; compilation and many small layers are
-            faster.
-        scanned_layers: tree of booleans, as the parameters or a prefix of them: leaves whose first axis counts layers,
-            as `nn.scan` makes them. Each layer is preconditioned by itself, as if it were a leaf of its own.
-        lax_map_scanned_layers: step stacks in batches of `lax_map_batch_size` layers, for less memory at a time.
-        spread_over: axes of the mesh, where the parameters are on one, over which factors and the work on stacks are
-            spread; None is all of them, () none. See `state_sharding`.
-        nonfinite: what to do where a gradient holds a NaN or an infinity: "skip" the step, which then is as if it had
-            not been but for the count of such steps in the state, and updates are zero; "raise", under `jax.jit` by a
-            callback to the host; or "propagate", and do not look.
-        max_skips: where `update` is not traced, the error after so many skipped steps in a row; else see `check_skips`.
+        {adapter}
 
-    Returns: a transformation with state `PSGDState`. Updates come back in the dtype of the parameters where these are
-    given, else of the gradients, and in the boxes of the gradients.
+    Returns:
+        a transformation with state `PSGDState`. Updates come back in the dtype of the parameters where these are
+        given, else of the gradients, and in the boxes of the gradients.
 
-    Raises: TypeError for leaves that are not floating point, ValueError for shapes that are not those of `init`.
+    Raises:
+        ValueError: for an argument of the adapter that is out of range; from `init` and `update` for trees that do not
+            match each other.
+        TypeError: from `init` and `update` for leaves that the method does not take, such as whole numbers.
+        FloatingPointError: from `update`, for gradients that are not finite, as `nonfinite` and `max_skips` say.
+
+    Equation: u = P g, g the average of gradients; P is that of the method.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from psgd import METHODS
+        >>> from psgd_jax_backend import scale_by_psgd
+        >>> tx = scale_by_psgd(METHODS["quad"](momentum=0.9), stack=False)
+        >>> params = {"w": jnp.ones((4, 3))}
+        >>> updates, state = tx.update(params, tx.init(params))
+        >>> updates["w"].shape
+        (4, 3)
     """
     recipe = method.recipe()
     layering = Layering(stack, scanned_layers, lax_map_scanned_layers, lax_map_batch_size, spread_over)
@@ -69,6 +78,9 @@ def scale_by_psgd(
         raise ValueError(f"{method.name}: lax_map_batch_size={lax_map_batch_size!r} must be a whole number above 0")
     made = Scaling(method, recipe, method.tempo(), layering, guard)
     return optax.GradientTransformationExtraArgs(made.init, made.update)
+
+
+scale_by_psgd.__doc__ = filled(scale_by_psgd.__doc__, adapter=entries(ADAPTER_SENTENCES))
 
 
 class Given(NamedTuple):
@@ -301,9 +313,16 @@ def summary(tx: optax.GradientTransformation, params: Tree, state: Tree = None) 
         params: the parameters, or their shapes as `jax.eval_shape` gives them. Nothing is allocated.
         state: the transformation's, to see how many steps were skipped; waits for it.
 
-    Returns: a `psgd.summary.Summary`; of other transformations in `tx` it knows nothing.
+    Returns:
+        a `psgd.summary.Summary`; of other transformations in `tx` it knows nothing.
 
-    Raises: ValueError if there is no PSGD method in `tx`.
+    Raises:
+        ValueError: if there is no PSGD method in `tx`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from psgd_jax_backend import kron, summary
+        >>> print(summary(kron(), {"w": jnp.zeros((64, 10))}))  # doctest: +SKIP
     """
     lines: list[tuple[Method, Row]] = []
     counted = 0

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from psgd import noise
 from psgd._xp import namespace
+from psgd.calls import step_may_come_second
 from psgd_torch_backend._noise import Draws
 
 MISUSED = (
@@ -77,6 +78,25 @@ def _derivative(loss: Tensor, params: Sequence[Tensor], **options: Any) -> tuple
         raise
 
 
+def finished(returned: Any, params: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+    """What a closure returned, and the parameters that were given their gradients here, since it had left that undone:
+    it returned a loss, and none of them has one.
+    """
+    loss, able = _first(returned), [p for p in params if p.requires_grad]
+    undone = isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1
+    if not (able and undone) or any(p.grad is not None for p in params):
+        return returned, []
+    try:
+        loss.backward(inputs=able)  # and not `grad`: what waits for gradients, as DistributedDataParallel, sees them
+    except RuntimeError as error:
+        for p in able:
+            p.grad = None
+        if "second time" in str(error):  # it was not left undone: the closure has dropped the gradients again
+            return returned, []
+        raise
+    return _freed(returned), able
+
+
 def gradients(closure: Closure, params: Sequence[Tensor]) -> tuple[Any, list[Tensor | None]]:
     """What the closure returns, and the gradient of each parameter; None of those that the loss does not use."""
     with torch.enable_grad():
@@ -130,6 +150,7 @@ def by_differences(
     return returned, grads, products
 
 
+@step_may_come_second
 def hessian_helper(
     key: int,
     loss_fn: Callable[..., Any],
@@ -140,28 +161,47 @@ def hessian_helper(
     *,
     train_step: int | None = None,
 ) -> tuple[Any, Any, Any, Any, bool]:
-    """Loss, gradient and, where a coin says so, the product of the Hessian with a random vector.
+    """Loss, gradient and, where a coin says so, the product H v of the Hessian with a random vector.
+
+    Also takes the order of psgd_jax 0.2.9, `(key, train_step, loss_fn, params, ...)`: a second argument that is not
+    callable is the step.
 
     Args:
         key: a whole number, other for each step. The coin and the vector depend on it, and the vector of a parameter on
             its name: with the same key (`jax.random.PRNGKey(key)`) and name it is the same in JAX.
         loss_fn: (params, *loss_fn_extra_args) -> loss, or (loss, aux) with `has_aux`.
         params: a tensor, or a list, tuple or dictionary of tensors; nested ones too.
+        loss_fn_extra_args: what `loss_fn` takes beside the parameters, as a batch.
+        has_aux: `loss_fn` returns an auxiliary output beside the loss.
         preconditioner_update_probability: of an update; 1 always does.
-        train_step: number of this step, from 0; the first two then always update.
+        train_step: number of this step, from 0; the first two then always update. None: the coin alone decides.
 
-    Returns: what `loss_fn` returns, detached; the gradient, H v and v, in the structure of `params`, the last two zero
-    at steps without an update; whether this step updates. The last three are what
-    `step(Hvp=, vector=, update_preconditioner=)` takes once the gradient is in the parameters' `grad`.
+    Returns:
+        what `loss_fn` returns, detached; the gradient, H v and v, in the structure of `params`, the last two zero at
+        steps without an update; whether this step updates. The last three are what
+        `step(Hvp=, vector=, update_preconditioner=)` takes once the gradient is in the parameters' `grad`.
+
+    Raises:
+        TypeError: a step that is no whole number, or a loss that is no function.
+        RuntimeError: a loss that cannot be differentiated.
+
+    Equation: H v = d<v, grad> / dp, by differentiating twice.
 
     Source: psgd_jax `hessian_helper`.
+
+    Example:
+        >>> import torch
+        >>> from psgd_torch_backend import hessian_helper
+        >>> loss, grad, hvp, v, update = hessian_helper(0, lambda p: (p**2).sum(), torch.ones(3))
+        >>> torch.allclose(hvp, 2 * v), update
+        (True, True)
     """
     named = _named(params)
     own = [p.detach().requires_grad_() for _, p in named]
     words = noise.signed(key >> 32), noise.signed(key)
     step_key = int(noise.key(namespace(own[0]), *words)[0])
     coin = float(noise.uniform(torch.tensor([step_key], dtype=torch.int32), "fit"))
-    early = train_step is not None and train_step < 2
+    early = train_step is not None and int(train_step) < 2
     update = preconditioner_update_probability >= 1 or coin < preconditioner_update_probability or early
 
     def closure() -> Any:

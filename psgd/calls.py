@@ -1,0 +1,62 @@
+"""How the calls of published packages are taken, in both frameworks alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from operator import index
+from typing import Any, TypeVar
+
+Helper = TypeVar("Helper", bound=Callable[..., Any])
+
+
+def is_step(value: Any) -> bool:
+    """Can a value be the number of a step: None, a whole number, or one in an array, also while JAX traces?"""
+    if value is None or isinstance(value, bool):
+        return value is None
+    if hasattr(value, "dtype"):
+        return value.shape == () and "int" in str(value.dtype)
+    try:
+        return index(value) >= 0
+    except TypeError:
+        return False
+
+
+def step_may_come_second(helper: Helper) -> Helper:
+    """A helper of (key, loss_fn, ...) that also takes (key, train_step, loss_fn, ...), as psgd_jax 0.2.9 has it.
+
+    A second argument that is not callable is the step. What is neither is refused, before anything is computed.
+    """
+    name, orders = helper.__name__, "(key, loss_fn, params, ...) or (key, train_step, loss_fn, params, ...)"
+
+    @wraps(helper)
+    def taken(key: Any, *given: Any, **named: Any) -> Any:
+        if given and not callable(given[0]):
+            if "train_step" in named:
+                raise TypeError(f"{name}: train_step is given twice, as {given[0]!r} and by its name; leave one out")
+            named, given = {"train_step": given[0], **named}, given[1:]
+        step, loss_fn = named.get("train_step"), given[0] if given else named.get("loss_fn")
+        if not (is_step(step) and callable(loss_fn)):
+            wrong = (
+                ("loss_fn", loss_fn, "a function") if is_step(step) else ("train_step", step, "a whole number, from 0")
+            )
+            what, value, wanted = wrong
+            shown = repr(value) if isinstance(value, (int, float, str)) else f"of type {type(value).__name__}"
+            raise TypeError(f"{name}: {what} is {shown} and must be {wanted}; give {orders}")
+        return helper(key, *given, **named)
+
+    return taken  # type: ignore[return-value]
+
+
+def by_name(
+    owner: str, positions: Sequence[str], args: Sequence[Any], given: dict[str, Any], why: str = ""
+) -> dict[str, Any]:
+    """Arguments by name, those too that were given by position. why: there are no more positions, for an error."""
+    if len(args) > len(positions):
+        order = f"{', '.join(positions)} by position and the others by name" if positions else "arguments by name alone"
+        raise TypeError(f"{owner} takes {order}{why}; name {args[len(positions)]!r} and what follows it")
+    placed = dict(zip(positions, args, strict=False))
+    twice = [name for name in placed if name in given]
+    if twice:
+        raise TypeError(f"{owner}: {twice[0]} is given twice, by position and by name; leave one out")
+    return placed | given
