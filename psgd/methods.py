@@ -140,6 +140,8 @@ class Method:
     complex_parameters: ClassVar[bool] = False
     also: ClassVar[str] = ""  # another name of the optax function
     mask_name: ClassVar[str] = "weight_decay_mask"  # of the optax function's mask of weight decay
+    # Arguments by position, in the published order after the parameters; an adapter takes those that it has.
+    positional: ClassVar[tuple[str, ...]] = ("lr",)
 
     lr: float = setting(1e-3, "learning rate", "[0, inf)")
     weight_decay: float = setting(
@@ -232,6 +234,18 @@ class QuadTorch(Method):
     """
 
     geometry: ClassVar[Geometry]
+    # Of quad_torch 0.4, its last release, which has no `preconditioner_init_scale`.
+    positional = (
+        "lr",
+        "lr_style",
+        "momentum",
+        "weight_decay",
+        "max_size_dense",
+        "max_skew_dense",
+        "preconditioner_lr",
+        "noise_scale",
+        "dtype",
+    )
 
     weight_decay: float = setting(
         0.1, "decoupled weight decay: p loses lr * weight_decay of itself each step", "[0, inf)"
@@ -513,9 +527,37 @@ class Kwns4(Whitening):
 PSGD_JAX_BOUND = NormBound(probes=0, products=2)
 
 
+def order_of_psgd_jax(*own: str) -> tuple[str, ...]:
+    """The published order of its functions with a coin, with the arguments that only one of them has."""
+    before = ("lr", "preconditioner_update_probability", "b1", "nesterov", "weight_decay", "mask")
+    after = ("precond_lr", "precond_init_scale", "update_global_norm_clip", "step_normalizer_order", "seed")
+    return (*before, *own, *after, "mu_dtype", "precision")
+
+
 @method("kron", "Kron", "psgd_jax `kron`")
 class KronJax(Method):
     """Whitening of tensors of any order by triangular factors (geometry EQ), fitted more and more rarely."""
+
+    positional = (
+        "lr",
+        "b1",
+        "weight_decay",
+        "weight_decay_mask",
+        "preconditioner_update_probability",
+        "max_size_triangular",
+        "min_ndim_triangular",
+        "memory_save_mode",
+        "momentum_into_precond_update",
+        "preconditioner_lr",
+        "preconditioner_init_scale",
+        "mu_dtype",
+        "precond_dtype",
+        "precond_update_precision",
+        "precond_grads_precision",
+        "scanned_layers",
+        "lax_map_scanned_layers",
+        "lax_map_batch_size",
+    )
 
     b1: float = setting(0.9, "weight of the past in the average of gradients", "[0, 1)")
     preconditioner_update_probability: Any = setting(
@@ -583,6 +625,7 @@ class PsgdJax(Method):
     """What psgd_jax's methods with a coin share: whitening of the gradient, a bounded step, two normalisers."""
 
     mask_name = "mask"
+    positional = order_of_psgd_jax()
 
     lr: float = setting(0.01, "learning rate", "[0, inf)")
     preconditioner_update_probability: Any = setting(
@@ -641,6 +684,8 @@ class PsgdJax(Method):
 class Affine(PsgdJax):
     """Whitening of matrices, tensors as the most square of them, by a triangular factor on either side."""
 
+    positional = order_of_psgd_jax("max_size_triangular", "max_skew_triangular")
+
     max_size_triangular: float = setting(4096, "longest side that gets a dense factor", "[0, inf]", "whole")
     max_skew_triangular: float = setting(
         128, "a side is dense if it is at most this many times as long as the other", "[0, inf]", structural=True
@@ -684,6 +729,7 @@ class LraJax(PsgdJax):
     """Whitening of all parameters as one vector, by a low-rank preconditioner."""
 
     also = "lra"
+    positional = order_of_psgd_jax("uvd_rank_of_approximation")
 
     uvd_rank_of_approximation: int = setting(10, "rank; 0 is a diagonal preconditioner", "[0, inf)", "whole")
 

@@ -130,6 +130,30 @@ def test_defaults_are_the_published_ones(name: str):
     assert defaults == PUBLISHED[name]
 
 
+# As quad_torch 0.4.5 and psgd_jax 0.2.9 take them. psgd_torch begins with its preconditioner: there the rate alone.
+WITH_A_COIN = (
+    "lr preconditioner_update_probability b1 nesterov weight_decay mask {} precond_lr precond_init_scale "
+    "update_global_norm_clip step_normalizer_order seed mu_dtype precision"
+)
+QUAD_ORDER = "lr lr_style momentum weight_decay max_size_dense max_skew_dense preconditioner_lr noise_scale dtype"
+ORDER = {
+    "procrustes": QUAD_ORDER,
+    "quad": QUAD_ORDER,
+    "kron": "lr b1 weight_decay weight_decay_mask preconditioner_update_probability max_size_triangular "
+    "min_ndim_triangular memory_save_mode momentum_into_precond_update preconditioner_lr preconditioner_init_scale "
+    "mu_dtype precond_dtype precond_update_precision precond_grads_precision scanned_layers lax_map_scanned_layers "
+    "lax_map_batch_size",
+    "affine": WITH_A_COIN.format("max_size_triangular max_skew_triangular"),
+    "xmat": WITH_A_COIN.format(""),
+    "low_rank_approximation": WITH_A_COIN.format("uvd_rank_of_approximation"),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_positions_are_the_published_ones(name: str):
+    assert METHODS[name].positional == tuple(ORDER.get(name, "lr").split())
+
+
 def balances(timing: Tempo, *tosses: float) -> list[bool]:
     """Whether factors are balanced, for each outcome of the toss."""
     return [bool(timing.balance(Moment(1, {"balance": u}.get))) for u in tosses]
