@@ -28,10 +28,10 @@ COMPILING = {
 
 # Name: what is demanded. The part before the colon is whose demand it is.
 CONTRACTS = {
-    "torch: groups": "every argument is legal in a group, has a default, and is plain data",
+    "torch: groups": "every argument is legal in a group, has a default, and is plain data; other keys stay",
     "torch: schedulers": "every scheduler of torch drives lr, and momentum or betas where it cycles them",
     "torch: late parameters": "groups may be added, parameters unfrozen or replaced between steps",
-    "torch: closure": "is called once, with gradients on; its loss is returned; what it raises changes nothing",
+    "torch: closure": "is called once, with or without backward(); its loss comes back; what it raises changes nothing",
     "torch: copies": "a deep copy and a pickle go on as the original",
     "torch: state dict": "loads with weights_only, keeps dtypes and counters; a resumed run is bit by bit the same",
     "torch: old state dicts": "of before an argument existed, with a number as step, with and without names, load",
@@ -72,7 +72,7 @@ CONTRACTS = {
     "input: numbers": "out of range, they are refused by name and value",
     "input: choices": "unknown ones are refused with the list of known ones",
     "input: dtypes": "of state that are not floating point are refused",
-    "input: parameters": "none, a bare tensor, duplicates, mixed names: torch's own errors",
+    "input: parameters": "none, duplicates, mixed names: torch's own errors",
     "input: names": "a misspelt argument is refused, in a group too",
     "step: no gradients": "nothing happens, and no counter moves",
     "step: zero gradients": "no parameter moves, and normal gradients afterwards find the factors whole",

@@ -9,7 +9,8 @@ from typing import Any
 
 from psgd.methods import METHODS, Method
 from psgd_jax_backend.faces import ADAPTER
-from psgd_torch_backend.optimizer import ADAPTER_DEFAULTS
+from psgd_torch_backend._groups import ADAPTER_DEFAULTS, keys
+from psgd_torch_backend._groups import arguments as by_position_and_name
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = '"""Made from `psgd.METHODS` by `make stubs`; not to be edited."""\n\n'
@@ -75,11 +76,16 @@ def default(method: type[Method], name: str) -> Any:
 
 def torch_face(method: type[Method]) -> str:
     """The class of a method."""
-    own = "".join(f"    {line}" for line in arguments(method, "lr").splitlines(keepends=True))
+    own, (placed, named) = keys(method), by_position_and_name(method)
+    written = {key: "        " + argument(f).lstrip().replace(f.name, key, 1) for key, f in own.items()}
+    written["lr"] = f"        lr: float | Tensor = {default(method, 'lr')},\n"
     flags = "".join(f"        {flag}: {type_of(on, flag)} = {shown(on)},\n" for flag, on in ADAPTER_DEFAULTS.items())
+    # A hyperparameter with a key of its own may also be given by its name.
+    other = "".join(f"        {f.name}: {f.type} = ...,\n" for key, f in own.items() if key != f.name)
     return (
-        f"\nclass {method.title}(PSGD):\n    def __init__(\n        self,\n        params: Iterable[Any],\n"
-        f"        lr: float | Tensor = {default(method, 'lr')},\n        *,\n{own}{flags}    ) -> None: ...\n"
+        f"\nclass {method.title}(PSGD):\n    def __init__(\n        self,\n        params: Iterable[Any] | Tensor,\n"
+        f"{''.join(written[key] for key in placed)}        *,\n{''.join(written[key] for key in named)}"
+        f"{other}{flags}    ) -> None: ...\n"
     )
 
 

@@ -19,6 +19,7 @@ from psgd._xp import PRECISIONS, dtype_name
 from psgd.geometry import GEOMETRIES, OF_HERMITIAN_Q, Geometry, inverse_gram, mean_dear
 from psgd.kron import DenseRule, Kronecker, by_terms, by_triangle
 from psgd.lra import LRA
+from psgd.naming import did_you_mean, unknown
 from psgd.pipeline import Clip, Recipe, StartScale, Tempo
 from psgd.schedule import (
     Annealed,
@@ -51,6 +52,7 @@ def setting(
     *,
     scheduled: bool = False,
     structural: bool | None = None,
+    group_key: str | None = None,
 ) -> Any:
     """A hyperparameter: its default, its sentence and what it may be.
 
@@ -59,10 +61,17 @@ def setting(
     scheduled: it may also be a function of the step, or the four numbers of one that `Annealed` is.
     structural: it shapes the program, as a bound on sizes does, and must be known before anything is traced; so does,
     unless told, what is no number, a whole number, and a default that is a function of the step.
+    group_key: what PyTorch's groups call it, where its schedulers look for another name.
     """
     metadata = {"doc": doc, "within": within, "kind": kind, "names": names, "scheduled": scheduled}
     metadata["structural"] = (kind != "number" or callable(default)) if structural is None else structural
+    metadata["group_key"] = group_key
     return field(default=default, metadata=metadata)
+
+
+def group_key(f: Field[Any]) -> str:
+    """What a group of a PyTorch optimizer calls a hyperparameter."""
+    return f.metadata["group_key"] or f.name
 
 
 def outside(value: float, within: str) -> bool:
@@ -126,6 +135,17 @@ def normalised(f: Field[Any], value: Any) -> Any:
     return value
 
 
+def checked(owner: str, f: Field[Any], value: Any, name: str = "") -> Any:
+    """A value of a hyperparameter as it is kept; an error that says what is wrong with it. name: it was given as."""
+    value = normalised(f, value)
+    wrong = complaint(f, value)
+    if wrong:
+        choices = [x for x in f.metadata["names"]() if isinstance(x, str)] if f.metadata["kind"] == "name" else []
+        meant = did_you_mean(value, choices) if isinstance(value, str) else ""
+        raise ValueError(f"{owner}: {name or f.name}={value!r} {wrong}; the default is {f.default!r}{meant}")
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """Base of the named methods: checks hyperparameters, compares by value, describes itself.
@@ -151,19 +171,15 @@ class Method:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = normalised(f, getattr(self, f.name))
-            object.__setattr__(self, f.name, value)
-            wrong = complaint(f, value)
-            if wrong:
-                raise ValueError(f"{self.name}: {f.name}={value!r} {wrong}; the default is {f.default!r}")
+            object.__setattr__(self, f.name, checked(self.name, f, getattr(self, f.name)))
 
     @classmethod
     def of(cls, **hyperparameters: Any) -> Method:
         """A method from keyword arguments, with an error that names the unknown ones."""
         known = [f.name for f in fields(cls)]
-        unknown = sorted(set(hyperparameters) - set(known))
-        if unknown:
-            raise ValueError(f"{cls.name}: unknown hyperparameter {unknown[0]!r}; it has {', '.join(known)}")
+        strange = sorted(set(hyperparameters) - set(known))
+        if strange:
+            raise ValueError(unknown(cls.name, strange[0], known))
         return cls(**hyperparameters)
 
     def recipe(self) -> Recipe:
@@ -216,6 +232,12 @@ def skewest() -> Any:
 def keeping() -> Any:
     """The hyperparameter `keep_p`."""
     return setting(False, "keep P between steps beside its factors Q: fewer products, twice their memory", kind="flag")
+
+
+def past() -> Any:
+    """The hyperparameter `b1`."""
+    doc = "weight of the past in the average of gradients"
+    return setting(0.9, doc, "[0, 1)", group_key="momentum")
 
 
 def precise(default: str | None, what: str) -> Any:
@@ -559,7 +581,7 @@ class KronJax(Method):
         "lax_map_batch_size",
     )
 
-    b1: float = setting(0.9, "weight of the past in the average of gradients", "[0, 1)")
+    b1: float = past()
     preconditioner_update_probability: Any = setting(
         Annealed(),
         "share of the steps that fit, at even distances; a number, or a function of the step such as "
@@ -631,7 +653,7 @@ class PsgdJax(Method):
     preconditioner_update_probability: Any = setting(
         1.0, "probability of a fit, by one coin a step; the first two steps always fit", "(0, 1]", scheduled=True
     )
-    b1: float = setting(0.9, "weight of the past in the average of gradients", "[0, 1)")
+    b1: float = past()
     nesterov: bool = setting(False, "look one step ahead with the average", kind="flag")
     precond_lr: Any = setting(0.1, "step size of the factors", "(0, inf)", scheduled=True)
     precond_init_scale: float | None = setting(

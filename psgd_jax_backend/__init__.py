@@ -1,5 +1,13 @@
 """PSGD for JAX: an optax transformation for each registered method, such as `procrustes` and `scale_by_procrustes`."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
+# The core is beside this package, unless something of its name comes first on the path.
+_found = find_spec("psgd")
+if _found is not None and Path(_found.origin or "").parent != Path(__file__).parents[1] / "psgd":
+    raise ImportError(f"{_found.origin} hides the package psgd, of which {__name__} is made: give it another name")
+
 from psgd.methods import METHODS
 from psgd.schedule import precond_update_prob_schedule
 from psgd_jax_backend._sharding import state_sharding

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from psgd.methods import Method, documented
+from psgd.naming import unknown
 from psgd_jax_backend._stacks import Layering
 from psgd_jax_backend._state import Guard, Tree, states
 from psgd_jax_backend.transform import scale_by_psgd
@@ -39,7 +40,7 @@ def _known(method: type[Method], names: Sequence[str], given: dict[str, Any]) ->
     """Keyword arguments, all of them in the signature."""
     for name in given:
         if name not in names:
-            raise ValueError(f"{method.name}: unknown hyperparameter {name!r}; it has {', '.join(names)}")
+            raise ValueError(unknown(method.name, name, [*names, *ADAPTER_DEFAULTS]))
     return given
 
 
@@ -84,7 +85,7 @@ def alias(method: type[Method], module: str, name: str = "") -> Callable[..., op
     """`<name>`: the whole optimizer: direction, decoupled weight decay, learning rate (a number or a schedule)."""
     settings = [f for f in fields(method) if f.name != "lr"]
     default = {f.name: f.default for f in fields(method)}
-    names = ["learning_rate", *(f.name for f in settings)]
+    names = ["learning_rate", *(f.name for f in settings), method.mask_name]
 
     def optimizer(
         learning_rate: optax.ScalarOrSchedule = default["lr"], **given: Any

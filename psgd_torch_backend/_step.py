@@ -99,10 +99,13 @@ def take(waiting: Sequence[Held]) -> None:
             p.add_(pipeline.displacement(p, u, held.group["lr"], held.group["weight_decay"]))
 
 
-def sharded(p: Tensor) -> bool:
-    """Is this a part of a tensor, the rest of which is elsewhere? Asked without importing what need not be there."""
+def sharded(p: Tensor) -> str:
+    """What this is, if it is a part of a tensor, the rest of which is elsewhere. Nothing is imported to ask."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(p, module.DTensor)
+    if module is not None and isinstance(p, module.DTensor):
+        return "a DTensor"
+    # So FullyShardedDataParallel marks what it has made flat.
+    return "a flat shard of FullyShardedDataParallel" if getattr(p, "_fsdp_flattened", False) else ""
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import copy
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,6 @@ from psgd_torch_backend.optimizer_test import (
     CLASSES,
     Bars,
     assert_untouched,
-    beta,
     descend,
     equal,
     flat_all,
@@ -82,13 +82,8 @@ CYCLING = ["CyclicLR", "OneCycleLR"]  # of momentum too, unless told
 
 
 def driven(classes: Sequence[type[PSGD]]) -> pytest.MarkDecorator:
-    """Methods with all schedulers that take them."""
-    cases = [
-        pytest.param(c, attach, id=f"{c.__name__}-{name}")
-        for c in classes
-        for name, attach in ATTACH.items()
-        if beta(c) == "momentum" or name not in CYCLING
-    ]
+    """Methods with all schedulers."""
+    cases = [pytest.param(c, attach, id=f"{c.__name__}-{name}") for c in classes for name, attach in ATTACH.items()]
     return pytest.mark.parametrize(("optimizer_class", "attach"), cases)
 
 
@@ -139,21 +134,18 @@ def test_steps_follow_a_scheduler(optimizer_class: type[PSGD], attach: Callable,
 
 
 @pytest.mark.contract("torch: schedulers")
-@pytest.mark.parametrize("name", CYCLING)
-@over([c for c in CLASSES.values() if beta(c) == "b1"])
-def test_methods_with_b1_are_cycled_by_their_rate_only(optimizer_class: type[PSGD], name: str):
-    """torch knows the names momentum and betas alone, and says so. b1 may be changed by hand."""
-    params, kept = parameters(*SHAPES), parameters(*SHAPES)
-    optimizer, other = optimizer_class(params), optimizer_class(kept)
-    with pytest.raises(ValueError, match="must support momentum or beta1 with `cycle_momentum` option enabled"):
-        ATTACH[name](optimizer)
-    ATTACH[f"{name}, rate only"](optimizer)
-    other.param_groups[0]["lr"] = rate_of(optimizer)
-    run(optimizer, params, range(3))
-    assert equal(run(other, kept, range(3)), params)
-    optimizer.param_groups[0]["b1"] = 0.5
-    run(optimizer, params, range(3, 5))
-    assert not equal(run(other, kept, range(3, 5)), params)
+@over(CLASSES.values())
+def test_every_method_takes_every_scheduler(optimizer_class: type[PSGD]):
+    """With the defaults of both; where the momentum is cycled, the group has that of the scheduler."""
+    for name, attach in ATTACH.items():
+        params = parameters((4, 3), (5,))
+        optimizer = optimizer_class(params)
+        before, scheduler = optimizer.param_groups[0]["momentum"], attach(optimizer)
+        for t in range(2):
+            step_from_zero(optimizer, params, t)
+            advance(scheduler)
+        assert (optimizer.param_groups[0]["momentum"] != before) == (name in CYCLING), name
+        assert all(p.isfinite().all() and p.abs().max() > 0 for p in params), name
 
 
 @pytest.mark.contract("torch: schedulers")
@@ -199,13 +191,14 @@ def test_a_group_may_come_late_with_all_that_a_scheduler_keeps(attach: Callable)
 @pytest.mark.contract("torch: schedulers")
 @pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("name", CYCLING)
-@over([Procrustes, KronWhiten, LRAWhiten, KronNewton])
+@over(CLASSES.values())
 def test_a_momentum_that_a_scheduler_brings_is_used(optimizer_class: type[PSGD], name: str, before: int):
     """Also when it comes after some steps without."""
     runs = []
     for kind in (name, f"{name}, rate only"):
         params = parameters(*SHAPES)
-        optimizer = optimizer_class(params, momentum=0.0)
+        gradients = {f.name: True for f in fields(optimizer_class.method) if f.name == "whiten_grad"}
+        optimizer = optimizer_class(params, momentum=0.0, **gradients)
         run(optimizer, params, range(before))
         ATTACH[kind](optimizer)
         runs.append(run(optimizer, params, range(before, before + 3)))
@@ -437,7 +430,7 @@ def test_a_hook_of_saving_sees_the_plain_data_that_is_saved():
     optimizer, seen = Kron(parameters((3, 2)), **FUNCTION), []
     optimizer.register_state_dict_post_hook(lambda o, state_dict: seen.append(copy.copy(state_dict["param_groups"][0])))
     optimizer.state_dict()
-    assert "b1" in seen[0] and not any(callable(value) for value in seen[0].values())
+    assert "momentum" in seen[0] and not any(callable(value) for value in seen[0].values())
 
 
 @pytest.mark.contract("torch: hooks")

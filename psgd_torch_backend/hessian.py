@@ -76,6 +76,25 @@ def _derivative(loss: Tensor, params: Sequence[Tensor], **options: Any) -> tuple
         raise
 
 
+def finished(returned: Any, params: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+    """What a closure returned, and the parameters that were given their gradients here, since it had left that undone:
+    it returned a loss, and none of them has one.
+    """
+    loss, able = _first(returned), [p for p in params if p.requires_grad]
+    undone = isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1
+    if not (able and undone) or any(p.grad is not None for p in params):
+        return returned, []
+    try:
+        loss.backward(inputs=able)  # and not `grad`: what waits for gradients, as DistributedDataParallel, sees them
+    except RuntimeError as error:
+        for p in able:
+            p.grad = None
+        if "second time" in str(error):  # it was not left undone: the closure has dropped the gradients again
+            return returned, []
+        raise
+    return _freed(returned), able
+
+
 def gradients(closure: Closure, params: Sequence[Tensor]) -> tuple[Any, list[Tensor | None]]:
     """What the closure returns, and the gradient of each parameter; None of those that the loss does not use."""
     with torch.enable_grad():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
-from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -15,40 +13,17 @@ from psgd import pipeline
 from psgd._xp import dtype_name
 from psgd.methods import Method, documented
 from psgd.summary import Parameter, Summary, counters, rows, summary
+from psgd_torch_backend import _groups as groups
 from psgd_torch_backend import _loading as loading
 from psgd_torch_backend import hessian
 from psgd_torch_backend._each import Each
+from psgd_torch_backend._groups import ADAPTER_DEFAULTS
 from psgd_torch_backend._state import COUNTER_BYTES
 from psgd_torch_backend._step import Group, Job, finite, in_full, sharded, take
 from psgd_torch_backend._whole import Whole
 from psgd_torch_backend.hessian import Pairs
 
-ADAPTER_DEFAULTS: dict[str, Any] = {
-    "maximize": False,
-    "stack": True,
-    "compile": False,
-    "scanned_layers": False,
-    "stack_batch_size": None,
-    "nonfinite": "skip",
-    "max_skips": pipeline.MAX_SKIPS,
-}
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
-SKIPS = ("skipped", "skipped_in_a_row")
-# What a group may hold beside hyperparameters: its parameters, and what torch's own schedulers keep there.
-NOT_HYPERPARAMETERS = frozenset(
-    [
-        "params",
-        "param_names",
-        "initial_lr",
-        "max_lr",
-        "min_lr",
-        "base_momentum",
-        "max_momentum",
-        "swa_lr",
-        "differentiable",
-        *SKIPS,
-    ]
-)
 KNOWN_SETTINGS = 64  # how many combinations of hyperparameters are remembered
 
 
@@ -56,7 +31,8 @@ class PSGD(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` over the pipeline of a registered method; use its subclasses.
 
     Args:
-        params: an iterable of parameters, of (name, parameter) pairs, or of groups; every argument is legal in a group.
+        params: an iterable of parameters, of (name, parameter) pairs, or of groups, or one parameter. Every argument is
+            legal in a group, and what else a group holds stays in it; only a misspelt argument is refused.
         maximize: ascend instead of descend.
         stack: step parameters of equal shape together (`torch.vmap`); the numbers are the same, many small
             layers are faster.
@@ -83,46 +59,31 @@ class PSGD(torch.optim.Optimizer):
 
     method: ClassVar[type[Method]]
 
-    def __init__(self, params: Iterable[Any], lr: Any = None, **hyperparameters: Any) -> None:
-        given = hyperparameters if lr is None else {"lr": lr, **hyperparameters}
+    def __init__(self, params: Iterable[Any] | Tensor, *values: Any, **hyperparameters: Any) -> None:
+        given = groups.by_position(type(self).__name__, self.method, values, hyperparameters)
+        if given.get("lr", 0) is None:
+            del given["lr"]
         self._forget()
-        super().__init__(params, self._complete(given))
+        super().__init__([params] if isinstance(params, Tensor) else params, self._complete(given))
         self._check_layer_names()
 
     @classmethod
     def _names(cls) -> set[str]:
-        """The names of all hyperparameters."""
-        return {f.name for f in fields(cls.method)} | set(ADAPTER_DEFAULTS)
+        """The keys of all that is ours in a group."""
+        return set(groups.known(cls.method))
 
     @classmethod
     def _complete(cls, given: Group) -> Group:
         """Given hyperparameters, checked, with the defaults of the others."""
-        flags = {name: given.get(name, default) for name, default in ADAPTER_DEFAULTS.items()}
-        if flags["compile"] not in (False, True, "whole"):
-            raise ValueError(f"{cls.__name__}: compile={flags['compile']!r} must be True, False or 'whole'")
-        for name in ("maximize", "stack"):
-            if not isinstance(flags[name], bool):
-                raise ValueError(f"{cls.__name__}: {name}={flags[name]!r} must be True or False")
-        size, layers = flags["stack_batch_size"], flags["scanned_layers"]
-        if not (size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0)):
-            raise ValueError(f"{cls.__name__}: stack_batch_size={size!r} must be None or a whole number above 0")
-        if isinstance(layers, (list, set, frozenset)):
-            layers = flags["scanned_layers"] = tuple(layers)
-        if not (isinstance(layers, bool) or (isinstance(layers, tuple) and all(isinstance(x, str) for x in layers))):
-            raise ValueError(f"{cls.__name__}: scanned_layers={layers!r} must be True, False or a tuple of names")
-        pipeline.checked_policy(cls.__name__, flags["nonfinite"], flags["max_skips"])
-        own = {k: _number(cls.__name__, k, v) for k, v in given.items() if k not in ADAPTER_DEFAULTS}
-        method = cls.method.of(**own)
-        tensors = {name: given[name] for name in ("lr", "weight_decay") if isinstance(given.get(name), Tensor)}
-        return {f.name: _plain(getattr(method, f.name)) for f in fields(method)} | tensors | flags
+        return groups.complete(cls.__name__, cls.method, given)
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group, with its own hyperparameters where it has them, also between steps."""
+        """Add a group, with its own hyperparameters where it has them, also between steps. Other keys of it stay."""
         if isinstance(param_group, dict):
-            own = {k: v for k, v in param_group.items() if k not in NOT_HYPERPARAMETERS}
-            shared = {k: v for k, v in self.defaults.items() if k in self._names() and k not in own}
-            counts = dict.fromkeys(SKIPS, 0)
-            param_group = counts | param_group | self._complete(own | shared)
+            own, others = groups.sorted_out(self.method, param_group)
+            missing = self._names() - groups.under_keys(self.method, own).keys()
+            shared = {k: v for k, v in self.defaults.items() if k in missing}
+            param_group = dict.fromkeys(groups.SKIPS, 0) | others | self._complete(shared | own)
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -172,9 +133,10 @@ class PSGD(torch.optim.Optimizer):
             raise TypeError(f"{cls} needs floating-point parameters; {name} is {p.dtype}: leave it out")
         if p.dtype not in COMPUTED:
             raise TypeError(f"{cls} cannot compute in {p.dtype}, which {name} is in; keep it in a wider dtype")
-        if sharded(p):
+        part = sharded(p)
+        if part:
             raise TypeError(
-                f"{cls} does not support sharded parameters, and {name} is a DTensor; use DistributedDataParallel, or "
+                f"{cls} does not support sharded parameters, and {name} is {part}; use DistributedDataParallel, or "
                 "ZeroRedundancyOptimizer for methods with a preconditioner for each parameter"
             )
         if any(step == 0 and n > 1 for step, n in zip(p.stride(), p.shape, strict=True)):
@@ -195,7 +157,9 @@ class PSGD(torch.optim.Optimizer):
         """One step for every parameter that has a gradient. All gradients are checked before anything changes.
 
         Args:
-            closure: called once, for what `step` returns. Methods that fit Hessian-vector products need one that
+            closure: called once, for what `step` returns. Where it returns a loss and no parameter has a gradient, as
+                in psgd_torch's programs, which leave `backward()` out, the optimizer differentiates the loss, steps,
+                and sets the gradients to None again. Methods that fit Hessian-vector products need one that
                 returns the loss, or a sequence that begins with it, and does not call `backward`: the optimizer
                 differentiates it, twice where the step fits. With `exact_hessian_vector_product=False` it is called
                 again at perturbed parameters, which are then put back, bit for bit, whatever it raises.
@@ -210,12 +174,12 @@ class PSGD(torch.optim.Optimizer):
 
     def _step(self, closure: Callable[[], Any] | None, given: dict[str, Any]) -> Any:
         pairs = Pairs.given(type(self).__name__, self._all_named(), **given)
-        loss = None
+        loss, lent = None, list[Tensor]()
         if closure is not None and self._newton() and pairs is None:
             loss, pairs = self._differentiated(closure)
         elif closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                loss, lent = hessian.finished(closure(), [p for _, p in self._all_named()])
         elif self._newton() and pairs is None and all(group["lr"] == 0 for group in self.param_groups):
             pairs = Pairs(False, {})  # to have the state, as torch.distributed.checkpoint does before it loads
         elif self._newton() and pairs is None:
@@ -223,13 +187,20 @@ class PSGD(torch.optim.Optimizer):
                 f"{type(self).__name__} fits Hessian-vector products; call step(closure) with a closure that returns "
                 "the loss, or step(Hvp=..., vector=..., update_preconditioner=...)"
             )
-        jobs = [self._job(group, pairs) for group in self.param_groups]
+        try:
+            self._advance([self._job(group, pairs) for group in self.param_groups])
+        finally:
+            for p in lent:
+                p.grad = None
+        return loss
+
+    def _advance(self, jobs: list[Job]) -> None:
+        """Step the groups on the gradients there are."""
         for job in jobs:
             self._check_gradients(job)
         with in_full(p for job in jobs for p in job.params):
             admitted = [job for job in self._admitted(jobs) if job.params]
             take([held for job in admitted for held in (self._whole if job.recipe.whole else self._each)(job)])
-        return loss
 
     def _admitted(self, jobs: list[Job]) -> list[Job]:
         """The groups that step: without those that skip, where one of them has a gradient that is not finite."""
@@ -245,7 +216,7 @@ class PSGD(torch.optim.Optimizer):
             raise FloatingPointError(pipeline.not_finite(cls, strict[0]))
         skipping = [job for job in looking if job.group["nonfinite"] == "skip"]
         for job in skipping:
-            for name in SKIPS:
+            for name in groups.SKIPS:
                 job.group[name] += 1
         stuck = next((job.group for job in skipping if job.group["skipped_in_a_row"] >= job.group["max_skips"]), None)
         if stuck is not None:
@@ -321,10 +292,13 @@ class PSGD(torch.optim.Optimizer):
 
     def _settings(self, group: Group) -> tuple[Method, pipeline.Recipe, pipeline.Tempo]:
         """Method, recipe and tempo of a group; made again when a value of it has changed."""
-        given = {f.name: group[f.name] for f in fields(self.method) if f.name not in ("lr", "weight_decay")}
+        for name, key in self._renamed.items():
+            if name in group:
+                raise ValueError(f"{type(self).__name__}: a group calls {name} {key!r}; set that, and delete {name!r}")
+        given = {key: group[key] for key in self._keys}
         values = tuple(given.values())
         if values not in self._known:
-            method = self.method.of(**given)
+            method = groups.method_of(self.method, given)
             while len(self._known) >= KNOWN_SETTINGS:
                 self._known.pop(next(iter(self._known)))
             self._known[values] = (method, method.recipe(), method.tempo())
@@ -399,19 +373,20 @@ class PSGD(torch.optim.Optimizer):
 
     def _groups_to_load(self, saved: dict[str, Any]) -> list[Group]:
         """Saved groups, completed by what was not saved; refused if they are of another optimizer."""
-        cls, names = type(self).__name__, self._names()
-        own_fields, groups = names - set(ADAPTER_DEFAULTS), []
+        cls, names, loaded = type(self).__name__, self._names(), []
         for own, theirs in zip(self.param_groups, saved["param_groups"], strict=True):
-            method = theirs.get("method", self.method.name)
-            strange = [k for k in theirs if k not in names and k not in NOT_HYPERPARAMETERS and k != "method"]
-            if method != self.method.name or (strange and not own_fields <= theirs.keys()):
-                what = f"is of {method}" if method != self.method.name else f"has {strange[0]!r} in its groups"
+            given = groups.under_keys(self.method, theirs)
+            method = given.pop("method", None)
+            strange = [k for k in given if k not in names and k not in groups.OF_TORCH]
+            unsigned = method is None and strange and not groups.keys(self.method).keys() <= given.keys()
+            if unsigned or method not in (None, self.method.name):
+                what = f"has {strange[0]!r} in its groups" if unsigned else f"is of {method}"
                 raise ValueError(f"{cls}: the state dict is of another optimizer, it {what}; nothing was loaded")
-            kept = {k: v for k, v in own.items() if k in names or k in SKIPS}
-            # Some writers make lists of tuples.
-            given = {k: tuple(v) if k in names and isinstance(v, list) else v for k, v in theirs.items()}
-            groups.append({k: v for k, v in {**kept, **given}.items() if k != "method"})
-        return groups
+            # Some writers make lists of tuples, and functions are not saved.
+            given = {k: tuple(v) if k in names and isinstance(v, list) else v for k, v in given.items()}
+            kept = {k: v for k, v in own.items() if k in names or k in groups.SKIPS or callable(v)}
+            loaded.append(kept | given)
+        return loaded
 
     def _check_loaded(self, saved: dict[str, Any]) -> None:
         """Is saved state that of these parameters, by this method?"""
@@ -427,29 +402,21 @@ class PSGD(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for held in (self.defaults, *self.param_groups):
+            for name, key in groups.renamed(self.method).items():
+                if name in held:  # of before the key was another
+                    held.setdefault(key, held.pop(name))
         for group in self.param_groups:
-            for name, value in {**ADAPTER_DEFAULTS, **dict.fromkeys(SKIPS, 0)}.items():
+            for name, value in {**ADAPTER_DEFAULTS, **dict.fromkeys(groups.SKIPS, 0)}.items():
                 group.setdefault(name, value)
         self._forget()
 
     def _forget(self) -> None:
         """Drop what can be made again: stacks, settings, compiled steps."""
         self._each, self._whole = Each(), Whole()
+        self._renamed = groups.renamed(self.method)
+        self._keys = [key for key in groups.keys(self.method) if key not in ("lr", "weight_decay")]
         self._known: dict[tuple[Any, ...], tuple[Method, pipeline.Recipe, pipeline.Tempo]] = {}
-
-
-def _number(owner: str, name: str, value: Any) -> Any:
-    """The number in a tensor or in an array of NumPy; any other hyperparameter as it is."""
-    if not hasattr(value, "item"):
-        return value
-    if prod(value.shape) != 1:
-        raise ValueError(f"{owner}: {type(value).__name__} {name} must be 1-element, not of shape {tuple(value.shape)}")
-    return value.item()
-
-
-def _plain(value: Any) -> Any:
-    """A hyperparameter as plain data: a schedule of numbers is the tuple of them."""
-    return tuple(value) if isinstance(value, tuple) else value
 
 
 EXAMPLE = """\
@@ -474,17 +441,18 @@ STEPS = {
 
 def face(method: type[Method], module: str) -> type[PSGD]:
     """The optimizer class of a method: its name, signature and documentation come from the method's record."""
-    settings = {f.name: f for f in fields(method)}
-    defaults = {name: f.default for name, f in settings.items() if name != "lr"} | ADAPTER_DEFAULTS
-    keyword = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=x) for name, x in defaults.items()]
+    defaults = {key: f.default for key, f in groups.keys(method).items()} | ADAPTER_DEFAULTS
+    placed, named = groups.arguments(method)
+    either, only = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     first = [
-        inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-        inspect.Parameter("lr", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=settings["lr"].default),
+        inspect.Parameter(name, either, default=defaults.get(name, inspect.Parameter.empty))
+        for name in ("params", *placed)
     ]
+    rest = [inspect.Parameter(name, only, default=defaults[name]) for name in (*named, *ADAPTER_DEFAULTS)]
     body = {
         "method": method,
         "__doc__": documented(method, EXAMPLE.format(name=method.title, steps=STEPS[method().recipe().newton])),
         "__module__": module,
-        "__signature__": inspect.Signature([*first, *keyword]),
+        "__signature__": inspect.Signature([*first, *rest]),
     }
     return type(method.title, (PSGD,), body)

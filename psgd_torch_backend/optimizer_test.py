@@ -19,12 +19,12 @@ from torch import Tensor, nn
 import psgd_torch_backend
 from psgd import noise
 from psgd._xp import namespace
-from psgd.methods import METHODS
+from psgd.methods import METHODS, group_key
 from psgd.schedule import precond_update_prob_schedule
 from psgd_torch_backend import PSGD, Affine, Kron, KronWhiten, Procrustes
 from psgd_torch_backend._each import ROOM, Each
+from psgd_torch_backend._groups import SKIPS
 from psgd_torch_backend._step import BLOCK, Draws
-from psgd_torch_backend.optimizer import SKIPS
 
 CLASSES = {name: getattr(psgd_torch_backend, made.title) for name, made in METHODS.items()}
 RECIPES = {name: made().recipe() for name, made in METHODS.items()}
@@ -117,11 +117,6 @@ def equal(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> bool:
     return all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
 
 
-def beta(optimizer_class: type[PSGD]) -> str:
-    """What a method calls the weight of the past in the average of gradients."""
-    return next(f.name for f in fields(optimizer_class.method) if f.name in ("momentum", "b1"))
-
-
 def close(ours: list[nn.Parameter], theirs: list[nn.Parameter], ulps: float = 16) -> None:
     for p, q in zip(ours, theirs, strict=True):
         p, q = p.detach(), q.detach()
@@ -211,8 +206,8 @@ def test_every_method_trains(optimizer_class: type[PSGD]):
 def test_signature_and_defaults_are_those_of_the_method(optimizer_class: type[PSGD]):
     method = optimizer_class.method
     signature = inspect.signature(optimizer_class).parameters
-    assert list(signature)[:2] == ["params", "lr"]
-    assert {f.name: f.default for f in fields(method)}.items() <= {k: p.default for k, p in signature.items()}.items()
+    defaults = {group_key(f): f.default for f in fields(method)}
+    assert defaults.items() <= {k: p.default for k, p in signature.items()}.items()
     optimizer = optimizer_class(parameters((2,)))
     assert {k: p.default for k, p in signature.items() if k != "params"} == optimizer.defaults
     assert method.summary in optimizer_class.__doc__ and optimizer_class.__module__ == "psgd_torch_backend"
@@ -220,7 +215,7 @@ def test_signature_and_defaults_are_those_of_the_method(optimizer_class: type[PS
 
 def test_state_is_nested_dictionaries_of_tensors(tensor_class: type[PSGD]):
     params = parameters((4, 3), (2, 3, 2), ())
-    optimizer = tensor_class(params, **{beta(tensor_class): 0.9})
+    optimizer = tensor_class(params, momentum=0.9)
     run(optimizer, params, range(2))
     for p in params:
         entry = optimizer.state[p]
@@ -299,7 +294,7 @@ def test_the_example_of_the_documentation_runs(optimizer_class: type[PSGD]):
 # ---- groups ---------------------------------------------------------------------------------
 @pytest.mark.contract("torch: groups")
 def test_groups_are_optimizers_of_their_own(optimizer_class: type[PSGD]):
-    own = [{"lr": 0.1, "weight_decay": 0.2}, {"lr": 0.01, beta(optimizer_class): 0.5, "seed": 3, "maximize": True}]
+    own = [{"lr": 0.1, "weight_decay": 0.2}, {"lr": 0.01, "momentum": 0.5, "seed": 3, "maximize": True}]
     together, apart = parameters((4, 3), (5,)), parameters((4, 3), (5,))
     rank = of_rank(optimizer_class, 2)
     named = zip("ab", together, own, strict=True)
@@ -371,6 +366,66 @@ def test_a_closure_is_called_once_with_gradients_on():
     assert int(optimizer.state[p]["step"]) == 1 and not torch.equal(p, parameters((3,))[0])
     optimizer.step(closure=closure)
     assert int(optimizer.state[p]["step"]) == 2
+
+
+@pytest.mark.contract("torch: closure")
+def test_a_closure_may_leave_backward_to_the_optimizer(optimizer_class: type[PSGD]):
+    """As in psgd_torch's programs, whose closures return a loss, or a sequence that begins with it."""
+    ours, theirs = parameters((4, 3), (5,)), parameters((4, 3), (5,))
+    optimizer, twin = (optimizer_class(ps, lr=0.1) for ps in (ours, theirs))
+    for t, wrapped in enumerate([lambda loss: loss, lambda loss: (loss, "more"), lambda loss: [loss, 1]] * 2):
+        returned = optimizer.step(lambda: wrapped(sum((p**2).sum() for p in ours)))  # noqa: B023
+        loss = returned if t % 3 == 0 else returned[0]
+        assert type(returned) is type(wrapped(loss)) and not loss.requires_grad and loss > 0
+        descend(twin, lambda: sum((p**2).sum() for p in theirs))
+    assert equal(ours, theirs) and not equal(ours, parameters((4, 3), (5,)))
+    assert newton(optimizer_class) or all(p.grad is None for p in ours)
+
+
+@pytest.mark.contract("torch: closure")
+def test_gradients_that_are_there_are_those_that_are_used():
+    """Of some parameters: a closure that differentiated a part has not left it to the optimizer."""
+    ours, theirs = parameters((4, 3), (5,)), parameters((4, 3), (5,))
+    optimizer, twin = Procrustes(ours), Procrustes(theirs)
+    ours[0].grad, theirs[0].grad = torch.ones(4, 3), torch.ones(4, 3)
+    optimizer.step(lambda: sum((p**2).sum() for p in ours))
+    twin.step()
+    assert equal(ours, theirs) and torch.equal(ours[0].grad, torch.ones(4, 3)) and ours[1].grad is None
+
+
+@pytest.mark.contract("torch: closure")
+def test_a_closure_that_drops_its_gradients_changes_nothing():
+    params = parameters((4, 3))
+    optimizer = Procrustes(params)
+
+    def closure() -> Tensor:
+        loss = (params[0] ** 2).sum()
+        loss.backward()
+        optimizer.zero_grad()
+        return loss
+
+    optimizer.step(closure)
+    assert equal(params, parameters((4, 3))) and not optimizer.state and params[0].grad is None
+
+
+@pytest.mark.contract("torch: closure")
+def test_gradients_of_a_step_that_fails_are_not_left_behind():
+    params = parameters((4, 3))
+    optimizer = Procrustes(params, nonfinite="raise")
+    with pytest.raises(FloatingPointError):
+        optimizer.step(lambda: params[0].sum() * torch.inf)
+    assert params[0].grad is None and equal(params, parameters((4, 3)))
+
+
+@pytest.mark.contract("torch: closure")
+def test_what_waits_for_gradients_sees_those_of_a_closure_without_backward():
+    params, seen = parameters((4, 3), (5,)), []
+    frozen = nn.Parameter(torch.ones(4, 3), requires_grad=False)
+    elsewhere = nn.Parameter(torch.ones(()))
+    params[0].register_hook(lambda g: seen.append(tuple(g.shape)))
+    optimizer = Procrustes([*params, frozen])
+    optimizer.step(lambda: elsewhere * (params[0] * frozen).sum())
+    assert seen == [(4, 3)] and elsewhere.grad is None and list(optimizer.state) == [params[0]]
 
 
 @pytest.mark.contract("torch: closure")
@@ -461,7 +516,7 @@ def test_a_wrong_hyperparameter_is_refused(options: dict, text: str):
 
 
 @pytest.mark.contract("input: parameters")
-@pytest.mark.parametrize("given", [[], nn.Parameter(torch.ones(2)), [torch.ones(2) * nn.Parameter(torch.ones(2))]])
+@pytest.mark.parametrize("given", [[], {torch.ones(2)}, [torch.ones(2) * nn.Parameter(torch.ones(2))]])
 def test_what_torch_refuses_is_refused(given: object):
     with pytest.raises((ValueError, TypeError)):
         Procrustes(given)
@@ -842,7 +897,7 @@ def test_nothing_is_printed(optimizer_class: type[PSGD], capfd: pytest.CaptureFi
 # ---- one preconditioner for all parameters --------------------------------------------------
 def test_the_rows_of_a_whole_model_are_state_of_its_parameters(whole_class: type[PSGD]):
     params = parameters(*SHAPES)
-    optimizer = whole_class(params, **of_rank(whole_class, 3), **{beta(whole_class): 0.9})
+    optimizer = whole_class(params, **of_rank(whole_class, 3), momentum=0.9)
     run(optimizer, params, range(2))
     factors = [tuple(q) for q in RECIPES[whole_class.method.name].preconditioner.shapes((42,))]
     rows = [[(p.numel(), *(3 if n == 10 else n for n in q[1:])) for q in factors] for p in params]
@@ -872,8 +927,8 @@ def test_a_whole_model_is_in_the_order_of_names(whole_class: type[PSGD]):
 def test_a_parameter_of_a_whole_model_without_gradient_stays(whole_class: type[PSGD]):
     """Its gradient counts as zero, and it grows older with the others."""
     idle, zero = parameters(*SHAPES), parameters(*SHAPES)
-    ours = whole_class(idle, lr=0.1, weight_decay=0.1, **{beta(whole_class): 0.9})
-    theirs = whole_class(zero, lr=0.1, weight_decay=0.1, **{beta(whole_class): 0.9})
+    ours = whole_class(idle, lr=0.1, weight_decay=0.1, momentum=0.9)
+    theirs = whole_class(zero, lr=0.1, weight_decay=0.1, momentum=0.9)
     for t in range(3):
         for params in (idle, zero):
             give_gradients(params, t)

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from psgd.methods import group_key
 from psgd_torch_backend import PSGD
 from psgd_torch_backend.optimizer_test import (
     CLASSES,
@@ -36,7 +37,6 @@ from psgd_torch_backend.optimizer_test import (
     RECIPES,
     WHOLE,
     assert_untouched,
-    beta,
     close,
     equal,
     flat,
@@ -97,7 +97,7 @@ def other_value(f: Field) -> Any:
 
 def unusual(made: type[PSGD]) -> dict[str, Any]:
     """Every hyperparameter at another value than its default."""
-    own = {f.name: other_value(f) for f in fields(made.method)}
+    own = {group_key(f): other_value(f) for f in fields(made.method)}
     return own | {"maximize": True, "stack": False, "stack_batch_size": 2, "nonfinite": "raise", "max_skips": 3}
 
 
@@ -480,8 +480,8 @@ def test_skipped_steps_are_counted_on():
 @each_method
 def test_arguments_that_were_not_saved_stay_as_they_are(made: type[PSGD]):
     """Each on its own, and all at once, as a state dict of before they existed has none of them."""
-    model, optimizer = trained(made, 0, **{beta(made): 0.5})
-    own = unusual(made) | of_rank(made, 2) | {beta(made): 0.9}
+    model, optimizer = trained(made, 0, momentum=0.5)
+    own = unusual(made) | of_rank(made, 2) | {"momentum": 0.9}
     for missing in [[name] for name in optimizer.defaults] + [list(optimizer.defaults)]:
         saved = copy.deepcopy(optimizer.state_dict())
         resumed = made(model.named_parameters(), **own)
@@ -668,7 +668,7 @@ SPOILT = {
 def test_spoilt_state_is_refused(name: str, spoil: Callable[[dict[str, Any]], None], text: str):
     """The entry of the second parameter."""
     model, made = model_of(), CLASSES[name]
-    optimizer = made(model.named_parameters(), **{beta(made): 0.9}, **of_rank(made, 2))
+    optimizer = made(model.named_parameters(), momentum=0.9, **of_rank(made, 2))
     train(model, optimizer, 3)
     saved = copy.deepcopy(optimizer.state_dict())
     spoil(saved["state"][1])
@@ -882,11 +882,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from psgd_torch_backend import KronNewton, Procrustes
 
+from torch.distributed.fsdp import FullyShardedDataParallel as Flat
+
 torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
 part = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), init_device_mesh("cpu", (1,)), [Shard(0)]))
 swapped = Procrustes([torch.nn.Parameter(torch.ones(4, 3))])
 swapped.param_groups[0]["params"][0] = part
-for use in (lambda: Procrustes([part]), lambda: KronNewton([("w", part)]), swapped.step):
+flat, kept = (Flat(torch.nn.Linear(3, 2), device_id=torch.device("cpu"), use_orig_params=x) for x in (False, True))
+used = [
+    lambda: Procrustes([part]),
+    lambda: KronNewton([("w", part)]),
+    swapped.step,
+    lambda: Procrustes(flat.parameters()),
+    lambda: KronNewton(kept.named_parameters()),
+]
+for use in used:
     try:
         use()
         print("taken")
@@ -901,7 +911,14 @@ def test_sharded_parameters_are_refused(tmp_path: Path):
     """When they are given, and when they have taken the place of others."""
     command = [sys.executable, "-c", SHARDED, str(tmp_path / "rendezvous")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    wanted = [("Procrustes", "parameter 0"), ("KronNewton", "w"), ("Procrustes", "parameter 0")]
-    said = [f"{made} does not support sharded parameters, and {name} is a DTensor; use " for made, name in wanted]
+    a_part, flat = "a DTensor", "a flat shard of FullyShardedDataParallel"
+    wanted = [
+        ("Procrustes", "parameter 0", a_part),
+        ("KronNewton", "w", a_part),
+        ("Procrustes", "parameter 0", a_part),
+        ("Procrustes", "parameter 0", flat),
+        ("KronNewton", "_fsdp_wrapped_module.weight", flat),
+    ]
+    said = [f"{made} does not support sharded parameters, and {name} is {what}; use " for made, name, what in wanted]
     assert all(map(str.startswith, done.stdout.splitlines(), said)), done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 3
+    assert len(done.stdout.splitlines()) == len(said)

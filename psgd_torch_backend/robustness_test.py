@@ -243,7 +243,6 @@ def twice() -> list[nn.Parameter]:
 WRONG_LISTS = {
     "none": (lambda: [], ValueError, "empty parameter list"),
     "a generator that is used up": (exhausted, ValueError, "empty parameter list"),
-    "a bare tensor": (lambda: parameters((2,))[0], TypeError, "iterable of Tensors or dicts"),
     "a set": (lambda: [{"params": set(parameters((2,)))}], TypeError, "ordered collections"),
     "strings": (lambda: "ab", TypeError, "can only optimize Tensors, but one of the params is str"),
     "modules": (lambda: [nn.Linear(2, 2)], TypeError, "can only optimize Tensors, but one of the params is .*Linear"),

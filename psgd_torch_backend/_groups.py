@@ -1,0 +1,157 @@
+"""What a parameter group holds: the hyperparameters of a method, the adapter's arguments, what others keep there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import Field, fields
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psgd import pipeline
+from psgd.methods import Method, checked, group_key
+from psgd.naming import nearest, unknown
+from psgd_torch_backend._step import Group
+
+ADAPTER_DEFAULTS: dict[str, Any] = {
+    "maximize": False,
+    "stack": True,
+    "compile": False,
+    "scanned_layers": False,
+    "stack_batch_size": None,
+    "nonfinite": "skip",
+    "max_skips": pipeline.MAX_SKIPS,
+}
+SKIPS = ("skipped", "skipped_in_a_row")
+# Of torch itself: what every group has, and what its schedulers keep there.
+OF_TORCH = frozenset(
+    ["params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", *SKIPS]
+)
+# What other packages are known to keep in groups, spelt as if it were a hyperparameter: timm, mmengine, Muon, ...
+OF_OTHERS = frozenset(["lr_scale", "lr_mult", "decay_mult", "use_muon", "name", "type"])
+
+
+@cache
+def of_torchs_optimizers() -> frozenset[str]:
+    """The arguments of torch's own optimizers: groups that were made for one may be given to another."""
+    made = [x for x in vars(torch.optim).values() if isinstance(x, type) and issubclass(x, torch.optim.Optimizer)]
+    return frozenset(name for x in made for name in inspect.signature(x).parameters)
+
+
+def keys(method: type[Method]) -> dict[str, Field[Any]]:
+    """The hyperparameters of a method by their keys in a group."""
+    return {group_key(f): f for f in fields(method)}
+
+
+def renamed(method: type[Method]) -> dict[str, str]:
+    """The keys of hyperparameters by their names, where they differ."""
+    return {f.name: key for key, f in keys(method).items() if f.name != key}
+
+
+def known(method: type[Method]) -> tuple[str, ...]:
+    """All keys of a group that are ours."""
+    return (*keys(method), *ADAPTER_DEFAULTS)
+
+
+def arguments(method: type[Method]) -> tuple[list[str], list[str]]:
+    """The keys of its hyperparameters, in the order of a call: by position, in the published order, and by name."""
+    own = keys(method)
+    by_position = [key for name in method.positional for key in own if own[key].name == name]
+    return by_position, [key for key in own if key not in by_position]
+
+
+def by_position(owner: str, method: type[Method], values: Sequence[Any], named: Group) -> Group:
+    """Arguments that were given by position and by name, all by name."""
+    names, _ = arguments(method)
+    if len(values) > len(names):
+        why = "" if len(names) > 1 else f", since the order of {method.source} is another"
+        raise TypeError(
+            f"{owner}: by position there are params, {', '.join(names)}, and all else is given by name{why}; "
+            f"name the last {len(values) - len(names)} of what is given"
+        )
+    given = dict(zip(names, values, strict=False))
+    twice = [key for key in given if key in under_keys(method, named)]
+    if twice:
+        raise TypeError(f"{owner}: {twice[0]} is given twice, by position and by name; give it once")
+    return given | named
+
+
+def under_keys(method: type[Method], given: Group) -> Group:
+    """Hyperparameters under the keys that a group has for them."""
+    for name, key in renamed(method).items():
+        if name in given and key in given:
+            raise ValueError(
+                f"{method.name}: {name} and {key} are one hyperparameter, both are given; leave {name} out"
+            )
+    return {renamed(method).get(name, name): value for name, value in given.items()}
+
+
+def method_of(method: type[Method], given: Group) -> Method:
+    """A method from hyperparameters, under their keys or names; errors say those that were given."""
+    own = keys(method) | {f.name: f for f in fields(method)}
+    for name in given:
+        if name not in own:
+            raise ValueError(unknown(method.name, name, known(method)))
+    under_keys(method, given)  # only to refuse what is given twice
+    values = {own[name].name: _number(method.name, name, value) for name, value in given.items()}
+    for name in given:
+        checked(method.name, own[name], values[own[name].name], name)
+    return method(**values)
+
+
+def complete(owner: str, method: type[Method], given: Group) -> Group:
+    """Given hyperparameters, checked, with the defaults of the others, under their keys."""
+    flags = {name: given.get(name, default) for name, default in ADAPTER_DEFAULTS.items()}
+    if flags["compile"] not in (False, True, "whole"):
+        raise ValueError(f"{owner}: compile={flags['compile']!r} must be True, False or 'whole'")
+    for name in ("maximize", "stack"):
+        if not isinstance(flags[name], bool):
+            raise ValueError(f"{owner}: {name}={flags[name]!r} must be True or False")
+    size, layers = flags["stack_batch_size"], flags["scanned_layers"]
+    if not (size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0)):
+        raise ValueError(f"{owner}: stack_batch_size={size!r} must be None or a whole number above 0")
+    if isinstance(layers, (list, set, frozenset)):
+        layers = flags["scanned_layers"] = tuple(layers)
+    if not (isinstance(layers, bool) or (isinstance(layers, tuple) and all(isinstance(x, str) for x in layers))):
+        raise ValueError(f"{owner}: scanned_layers={layers!r} must be True, False or a tuple of names")
+    pipeline.checked_policy(owner, flags["nonfinite"], flags["max_skips"])
+    made = method_of(method, {k: v for k, v in given.items() if k not in ADAPTER_DEFAULTS})
+    tensors = {name: given[name] for name in ("lr", "weight_decay") if isinstance(given.get(name), Tensor)}
+    return {key: _plain(getattr(made, f.name)) for key, f in keys(method).items()} | tensors | flags
+
+
+def sorted_out(method: type[Method], group: Group) -> tuple[Group, Group]:
+    """What of a group is ours, and what is kept for others; a misspelt name of ours is refused."""
+    names = (*known(method), *renamed(method))
+    ours = {k: v for k, v in group.items() if k in names}
+    others = {k: v for k, v in group.items() if k not in names}
+    for k in others:
+        if misspelt(k, names):
+            raise ValueError(unknown(method.name, k, known(method)))
+    return ours, others
+
+
+def misspelt(key: str, names: Iterable[str]) -> bool:
+    """Is a key of a group one of ours that went wrong? Not where it is known to be another's, or has ours as a word."""
+    if not isinstance(key, str) or key in OF_TORCH | OF_OTHERS | of_torchs_optimizers():
+        return False
+    meant = nearest(key, names)
+    return meant is not None and (key.casefold() == meant.casefold() or f"_{meant}_" not in f"_{key}_")
+
+
+def _number(owner: str, name: str, value: Any) -> Any:
+    """The number in a tensor or in an array of NumPy; any other hyperparameter as it is."""
+    if not hasattr(value, "item"):
+        return value
+    if prod(value.shape) != 1:
+        raise ValueError(f"{owner}: {type(value).__name__} {name} must be 1-element, not of shape {tuple(value.shape)}")
+    return value.item()
+
+
+def _plain(value: Any) -> Any:
+    """A hyperparameter as plain data: a schedule of numbers is the tuple of them."""
+    return tuple(value) if isinstance(value, tuple) else value
