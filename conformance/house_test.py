@@ -274,6 +274,18 @@ def test_importing_loads_no_more_than_it_needs(module: str, absent: list[str]):
     assert python(f"import sys, {module}; print(*set({absent!r}) & set(sys.modules))") == "\n"
 
 
+@pytest.mark.parametrize("module", ["psgd_torch_backend", "psgd_jax_backend", "conformance", "conformance.cli"])
+@pytest.mark.parametrize("name", ["psgd.py", "psgd/__init__.py"])
+def test_what_hides_the_core_is_named(tmp_path: Path, module: str, name: str):
+    """Beside a script, or the script itself: nothing of it runs."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(f"print('ran')\nimport {module}\n")
+    (tmp_path / "train.py").write_text(f"import {module}\n")
+    done = subprocess.run([sys.executable, tmp_path / "train.py"], capture_output=True, text=True)
+    said = f"ImportError: {tmp_path / name} hides the package psgd, of which {module.partition('.')[0]} is made: "
+    assert done.stderr.splitlines()[-1] == f"{said}give it another name" and not done.stdout and done.returncode
+
+
 def seconds(module: str) -> float:
     code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
     return min(float(python(code)) for _ in range(5))

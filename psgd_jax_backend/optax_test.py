@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -68,6 +70,24 @@ def steps(optimizer: Any, params: Tree, grads: list[Tree]) -> tuple[Tree, Any, l
 def test_faces_make_transformations_with_extra_arguments(name: str):
     for face in (getattr(psgd_jax_backend, name), getattr(psgd_jax_backend, f"scale_by_{name}")):
         assert isinstance(face(), optax.GradientTransformationExtraArgs)
+
+
+@pytest.mark.contract("jax: arguments")
+@pytest.mark.contract("input: names")
+@named
+def test_an_unknown_name_lists_all_that_there_are(name: str):
+    """The adapter's arguments and the mask too; and what was meant, where other packages call it otherwise."""
+    for face, wrong, meant in (
+        (name, "lr", "learning_rate"),
+        (name, "scaned_layers", "scanned_layers"),
+        (f"scale_by_{name}", "sed", "seed"),
+    ):
+        function = getattr(psgd_jax_backend, face)
+        with pytest.raises(ValueError, match="it has") as caught:
+            function(**{wrong: 0.1})
+        said, listed, hint = re.fullmatch(r"(.*); it has (.*)(; did .*)", str(caught.value)).groups()
+        assert said == f"{name}: unknown hyperparameter {wrong!r}" and hint == f"; did you mean {meant!r}?"
+        assert sorted(listed.split(", ")) == sorted(inspect.signature(function).parameters)
 
 
 @pytest.mark.contract("jax: arguments")
