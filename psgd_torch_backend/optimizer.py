@@ -259,9 +259,10 @@ class PSGD(torch.optim.Optimizer):
             p.grad = p.grad if p.requires_grad else None
         named = [(name, p) for name, p in self._all_named() if p.requires_grad]
         params = [p for _, p in named]
-        fit = any(self._job(group).plan().fit for group in self.param_groups)
+        plans = [self._job(group).plan() for group in self.param_groups]
+        fit = any(plan.fit for plan in plans)
         exact = all(group.get("exact_hessian_vector_product", True) for group in self.param_groups)
-        vectors = self._vectors(named) if fit else []
+        vectors = self._vectors(named, plans) if fit else []
         if not fit:
             loss, grads = hessian.gradients(closure, params)
             pairs = Pairs(False, {})
@@ -273,10 +274,10 @@ class PSGD(torch.optim.Optimizer):
             p.grad = g
         return loss, pairs
 
-    def _vectors(self, named: list[tuple[str, Tensor]]) -> list[Tensor]:
+    def _vectors(self, named: list[tuple[str, Tensor]], plans: list[pipeline.Plan]) -> list[Tensor]:
         """v of each parameter: a function of seed, step and the parameter's name."""
-        plans = [(self._job(group).plan(), group["params"]) for group in self.param_groups]
-        keys = {id(p): plan.key for plan, params in plans for p in params}
+        pairs = zip(self.param_groups, plans, strict=True)
+        keys = {id(p): plan.key for group, plan in pairs for p in group["params"]}
         return [hessian.vector(keys[id(p)], name, p) for name, p in named]
 
     def _check_gradients(self, job: Job) -> None:
