@@ -264,7 +264,7 @@ def test_what_the_closure_does_can_be_given(newton_class: type[PSGD]):
 
     for _ in range(3):
         plans = [optimizers[0]._job(group).plan() for group in optimizers[0].param_groups]
-            vectors = optimizers[0]._vectors(list(zip("ab", inside, strict=True)), plans)
+        vectors = optimizers[0]._vectors(list(zip("ab", inside, strict=True)), plans)
         for optimizer, params in zip(optimizers[1:], (listed, by_name), strict=True):
             _, grads, hvp = hessian.exact(lambda params=params: loss(*params), params, vectors)
             for p, g in zip(params, grads, strict=True):
