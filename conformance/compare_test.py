@@ -162,8 +162,8 @@ def test_losses_and_accuracies_are_kept():
 
 def test_each_step_ticks():
     ticks = []
-    compare(FIRST, "rosenbrock", steps=3, locked=True, drivers=["torch"], tick=lambda: ticks.append(1))
-    assert len(ticks) == 3
+    compare(FIRST, "rosenbrock", steps=3, locked=True, drivers=["torch"], tick=ticks.append)
+    assert ticks == [1, 1, 1]
 
 
 # ---- runs that differ ------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import psgd_jax_backend
 from conformance.report import installed
-from conformance.terminal import console, markdown, sheet, writable, write_json
+from conformance.terminal import Sheet, console, markdown, writable, write_json
 from psgd.methods import METHODS
 from psgd_jax_backend import state_sharding
 
@@ -491,7 +491,7 @@ PARTS = {
 def tell(cells: Cells) -> None:
     """A table on the terminal."""
     head, *lines = cells
-    made = sheet(head[:-1])
+    made = Sheet(head[:-1])
     made.add_column(head[-1], overflow="fold")
     for line in lines:
         made.add_row(*line)

@@ -32,7 +32,7 @@ from conformance import terminal
 from conformance.drivers import Arrays, JaxEager, TorchEager
 from conformance.problems import Problem
 from conformance.report import installed
-from conformance.terminal import console, sheet, verdict, writable, write_json
+from conformance.terminal import Sheet, console, verdict, writable, write_json
 from psgd import criterion, pipeline
 from psgd.methods import METHODS, Method
 
@@ -322,7 +322,7 @@ def cells(row: Row) -> list[str]:
 
 def table(found: Sequence[Row]) -> Table:
     """For a terminal."""
-    made = sheet(WORDS, NUMBERS)
+    made = Sheet(WORDS, NUMBERS)
     made.add_column(HEAD[-1], overflow="fold")
     for row in found:
         made.add_row(*cells(row), " ".join([verdict(not row.complaints), escape("; ".join(row.complaints))]).rstrip())
