@@ -303,8 +303,9 @@ def end_early(made: pages.Report, names: Sequence[str], report: Path) -> NoRetur
     done = list(pages.grouped(made.comparisons))
     if done:
         tell_demo(made, report)
-    left = f"ended early: {len(done)} of {len(names)} methods are done"
-    console(stderr=True).print(f"psgd: {left}{', and the report is of these' if done else ', and nothing is written'}")
+    what = "the report is partial" if done else "nothing is written"
+    ended = f"psgd: ended early: {len(done)} of {len(names)} methods are done, and {what}"
+    console(stderr=True).print(ended, soft_wrap=True)
     raise typer.Exit(INTERRUPTED)
 
 

@@ -146,7 +146,17 @@ def grouped(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
 
 def overview(comparisons: Sequence[Comparison]) -> str:
     """One row for each method."""
-    heads = ["method", "problem", "last loss", "accuracy", "runs differ by", "allowed", "one step by", "allowed", ""]
+    heads = [
+        "method",
+        "problem",
+        "last loss",
+        "accuracy",
+        "whole run",
+        "allowed",
+        "one step",
+        "allowed",
+        "verdict",
+    ]
 
     def row(method: str, group: Sequence[Comparison]) -> list[str]:
         modes = {c.mode: c for c in group}
@@ -280,8 +290,8 @@ summary{cursor:pointer;color:var(--muted)}
 main{padding-top:1.5rem}
 thead{display:none}
 tr{display:block;padding:.5rem 0;border-bottom:1px solid var(--rule)}
-td{display:flex;gap:1rem;padding:.15rem 0;border:0}
-td::before{content:attr(data-head);flex:0 0 7.5rem;color:var(--muted);font-size:.8rem;line-height:1.85}
+td{display:block;position:relative;padding:.15rem 0 .15rem 8rem;border:0;min-height:1.8rem}
+td::before{content:attr(data-head);position:absolute;left:0;color:var(--muted);font-size:.8rem;line-height:1.85}
 }
 code{font:.92em ui-monospace,Menlo,Consolas,monospace}
 .badge{display:inline-block;font-size:.78rem;font-weight:600;line-height:1;padding:.25em .6em;border-radius:1em;

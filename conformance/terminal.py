@@ -132,8 +132,8 @@ def writable(*paths: Path | None) -> None:
 class Sheet:
     """A table without lines but one: columns of words to the left, of numbers to the right; only sentences break.
 
-    spare: columns that are left out, these first, where the width does not do; a line then says which. None among the
-    rows sets them apart.
+    spare: columns that are left out where there is no room, these first; a line then says which. One of numbers stays
+    where a sentence says why there is none. None among the rows sets them apart.
     """
 
     left: Sequence[str]
@@ -148,14 +148,17 @@ class Sheet:
     def add_section(self) -> None:
         self.rows.append(None)
 
+    def widest(self, column: int) -> int:
+        """Characters of the longest cell of a column."""
+        return max((Text.from_markup(row[column]).cell_len for row in self.rows if row is not None), default=0)
+
     def table(self, without: Collection[str] = ()) -> Table:
         """The table without some columns."""
         made = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title=self.title, title_justify="left")
         heads = [*self.left, *self.right]
         kept = [i for i, head in enumerate(heads) if head not in without]
         for i in kept:
-            sizes = [Text.from_markup(row[i]).cell_len for row in self.rows if row is not None and i < len(row)]
-            widest = max(sizes, default=0)
+            widest = self.widest(i)
             made.add_column(
                 fill(heads[i], max(widest, *map(len, heads[i].split()))) if heads[i] else "",
                 justify="left" if heads[i] in self.left else "right",
@@ -166,11 +169,13 @@ class Sheet:
             if row is None:
                 made.add_section()
             else:
-                made.add_row(*(row[i] for i in kept if i < len(row)))
+                made.add_row(*(row[i] for i in kept))
         return made
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        spare, without = [x for x in self.spare if x in (*self.left, *self.right)], list[str]()
+        sentences = [head for i, head in enumerate(self.right, len(self.left)) if self.widest(i) >= LONG]
+        able = [head for head in (*self.left, *self.right) if head not in sentences]
+        spare, without = [head for head in self.spare if head in able], list[str]()
         endless = options.update_width(10_000)  # in which no column is narrowed
         while spare and Measurement.get(console, endless, self.table(without)).minimum > options.max_width:
             without.append(spare.pop(0))

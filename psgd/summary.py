@@ -115,7 +115,8 @@ class Summary:
 
         rule = "-" * (sum(widths) + 2 * (len(kept) - 1))
         gone = [name for i, name in enumerate(cells[0]) if i not in kept]
-        notes = [f"left out to fit {width} columns: {', '.join(gone)}; {', '.join(cells[-1][1:3])}"] * bool(gone)
+        notes = [f"parameters: {', '.join(cells[-1][1:3])}", f"left out to fit {width} columns: {', '.join(gone)}"]
+        notes *= bool(gone)
         notes += [f"{self.skipped:,} steps skipped: a gradient was not finite"] * bool(self.skipped)
         return "\n".join([", ".join(self.methods), told(head), rule, *map(told, lines), rule, told(total), *notes])
 
