@@ -100,9 +100,8 @@ def machine() -> dict[str, Any]:
 def sheet(title: str, cells: Cells) -> Sheet:
     """For a terminal; methods are set apart."""
     head, *rows = cells
-    words = [column for column in head if column in WORDS]
-    assert words == head[: len(words)], "words stand left of numbers"
-    made = Sheet(words, head[len(words) :], spare=SPARE, title=title)
+    words = 1 + max((i for i, column in enumerate(head) if column in WORDS), default=0)
+    made = Sheet(head[:words], head[words:], spare=SPARE, title=title)
     for i, cell in enumerate(rows):
         if i and rows[i - 1][0] != cell[0]:
             made.add_section()
