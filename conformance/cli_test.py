@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks import step, tables, train
 from conformance import cli, demo, packages, terminal, tolerances
 from conformance.compare import KINDS
 from conformance.problems import PROBLEMS
@@ -115,6 +116,22 @@ def test_a_table_fits_or_says_what_it_leaves_out(monkeypatch, width, gone):
     last = text.splitlines()[-1].strip()
     assert last == f"left out to fit {width or 80} columns: {', '.join(gone)}" if gone else "left out" not in text
     assert ("7" * 20 in text, "8" * 15 in text) == ("spare one" not in gone, "spare two" not in gone)
+
+
+def test_tables_of_benchmarks_fit(monkeypatch):
+    """With cells as long as they get."""
+    ms, who = "130.1 ms (129.9 to 131.4)", "pytorch-optimizer 4.1.0 Kron"
+    common = {"method": max(METHODS, key=len), "updates": "every step", "peer": who, "fastest": False, "why": None}
+    times = {f"{x}_{y}": z for x in ("ours", "peer") for y, z in (("ms", 130.1), ("quartiles_ms", [129.9, 131.4]))}
+    row = common | times | {"ratio": 0.884, "quartiles": [0.8, 0.9], "floor_ratio": 1.2}
+    assert ms in step.cells([row])[1]
+    text = shown(tables.sheet("A step", step.cells([row])), None, monkeypatch)
+    assert max(map(len, text.splitlines())) <= 80 and who in text and "0.88" in text and "left out to fit" in text
+    run = {"name": max(METHODS, key=len), "losses": [1.69], "k": 5, "tried": [5], "lr": 3.2e-3}
+    run |= {"share": float("nan"), "slower": 1.2}
+    told = train.cells([run], [{"optimizer": "x", "why": "it keeps more than there is of memory"}])
+    text = shown(tables.sheet("Training", told), None, monkeypatch)
+    assert max(map(len, text.splitlines())) <= 80 and run["name"] in text and "1.690" in text and "memory" in text
 
 
 def test_a_column_of_sentences_is_not_left_out(monkeypatch):

@@ -26,6 +26,7 @@ from conformance.packages import known_as, missing
 from psgd.naming import did_you_mean
 
 LONG = 32  # characters from which a cell is a sentence, whose lines may break
+NARROW = 16  # characters of a line of a sentence, at least
 Part = Callable[[str], AbstractContextManager[Tick]]
 
 
@@ -158,11 +159,13 @@ class Sheet:
         heads = [*self.left, *self.right]
         kept = [i for i, head in enumerate(heads) if head not in without]
         for i in kept:
-            widest = self.widest(i)
+            widest, rigid = self.widest(i), self.widest(i) < LONG
+            head = fill(heads[i], max(widest, *map(len, heads[i].split()))) if heads[i] else ""
             made.add_column(
-                fill(heads[i], max(widest, *map(len, heads[i].split()))) if heads[i] else "",
+                head,
                 justify="left" if heads[i] in self.left else "right",
-                no_wrap=widest < LONG,
+                no_wrap=rigid,
+                min_width=max(widest, *map(len, head.split("\n"))) if rigid else NARROW,
                 overflow="fold",
             )
         for row in self.rows:

@@ -377,7 +377,7 @@ def test_a_table_that_is_too_wide_says_what_it_leaves_out(width):
     whole = Summary(("A",), (one, replace(one, name="short")))
     title, head, *lines, size, gone = whole.text(width).splitlines()
     assert max(map(len, (title, head, *lines))) <= width
-    assert gone.startswith(f"left out to fit {width} columns: dtype")
+    assert gone.startswith(f"left out to fit {width} columns: ")
     left_out = gone.partition(": ")[2].split(", ")
     assert set(head.split()) | set(left_out) == set(whole.cells()[0]) and not set(head.split()) & set(left_out)
     assert size == "parameters: 65,536 in 2, 256 KiB" and lines[1] == name and lines[2].split()[-1] == "3"
