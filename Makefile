@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 venv: $(STAMP) ## make or renew .venv with the pinned dependencies
 
-demo: $(STAMP) ## run the demonstration and write report.html
+demo: $(STAMP) ## run the demonstration, about a minute, and write report.html
 	$(BIN)/psgd demo --report report.html
 
 test: $(STAMP) ## run every test; with XLA_FLAGS= JAX compiles for them as for users, which takes twice as long

@@ -19,7 +19,19 @@ from rich.console import Console
 from benchmarks.peers import METHODS, SCALE, Entrant
 from benchmarks.racing import Field, field_of, versioned
 from benchmarks.sets import SETS, ParameterSet, alike
-from benchmarks.tables import Cells, JsonFile, Markdown, Methods, Quick, Sets, chosen, machine, methods, tell
+from benchmarks.tables import (
+    Cells,
+    JsonFile,
+    Markdown,
+    Methods,
+    Quick,
+    Sets,
+    chosen,
+    frameworks,
+    machine,
+    methods,
+    tell,
+)
 from conformance.terminal import writable
 from psgd.summary import in_bytes
 
@@ -91,5 +103,6 @@ def command(
 ) -> None:
     """Measure what optimizers keep, and the most that a step holds beside it."""
     writable(json_file)
+    frameworks(None)
     result = measure(chosen(set_, SETS, quick=quick), methods(method), Console(stderr=True))
     tell(result, {"Memory": cells(result)}, json_file, as_markdown=markdown)

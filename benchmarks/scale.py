@@ -21,7 +21,7 @@ from benchmarks import floor
 from benchmarks.peers import METHODS, PERIOD, USUAL
 from benchmarks.racing import Field, field_of
 from benchmarks.sets import GPTS, SETS, ParameterSet
-from benchmarks.tables import Cells, JsonFile, Markdown, Quick, machine, methods, tell
+from benchmarks.tables import Cells, JsonFile, Markdown, Quick, frameworks, machine, methods, tell
 from conformance.plots import colour, hue, png, quiet
 from conformance.terminal import writable
 from psgd.methods import METHODS as RECORDS
@@ -174,6 +174,7 @@ def command(
 ) -> None:
     """Time a step over the number of layers and their width, and count its share of training."""
     writable(json_file, plot)
+    frameworks(None)
     (name,) = methods([method])
     result = measure(name, Console(stderr=True), quick=quick)
     if plot:

@@ -9,20 +9,26 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from benchmarks.peers import METHODS, USUAL
 from benchmarks.sets import ParameterSet
-from conformance.terminal import console, known, markdown, write_json
+from conformance.packages import PACKAGES, is_there, missing, release
+from conformance.terminal import Sheet, console, known, markdown, refuse, write_json
 
 Cells = list[Sequence[str]]  # a head, then rows
-WORDS = ("set", "method", "framework", "way", "mode", "fits", "beside", "who", "dtype")  # columns to the left
+# Columns to the left.
+WORDS = ("optimizer", "set", "method", "framework", "way", "mode", "fits", "beside", "who", "dtype")
+# Columns that a terminal's tables do without where there is no room, these first.
+SPARE = (
+    *("quartiles", "the other", "ours", "rates tried", "x + 1", "of the largest stack", "of the parameters"),
+    *("seconds to AdamW's", "launched", "operations", "dtype", "mode", "framework", "ours / products", "set"),
+)
 
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="A set of parameters; may be repeated.  [default: gpt-4x256]")
@@ -45,8 +51,12 @@ def chosen(
 
 
 def frameworks(name: str | None) -> Sequence[str]:
-    """The frameworks that a command is asked for."""
-    return [known("framework", name, FRAMEWORKS)] if name else FRAMEWORKS
+    """The frameworks that a command is asked for, of which it needs both where it is not asked."""
+    wanted = [known("framework", name, FRAMEWORKS)] if name else FRAMEWORKS
+    for framework in wanted:
+        if not is_there(framework):
+            refuse(missing(PACKAGES[framework]))
+    return wanted
 
 
 def methods(names: Sequence[str] | None) -> list[str]:
@@ -83,19 +93,20 @@ def machine() -> dict[str, Any]:
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "torch_threads": torch.get_num_threads() if torch else 1,
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "jax")},
+        **{name: release(name) for name in FRAMEWORKS},
     }
 
 
-def rich_table(title: str, cells: Cells) -> Table:
+def sheet(title: str, cells: Cells) -> Sheet:
     """For a terminal; methods are set apart."""
     head, *rows = cells
-    table = Table(title=title)
-    for column in head:
-        table.add_column(column, justify="left" if column in WORDS else "right")
+    words = 1 + max((i for i, column in enumerate(head) if column in WORDS), default=0)
+    made = Sheet(head[:words], head[words:], spare=SPARE, title=title)
     for i, cell in enumerate(rows):
-        table.add_row(*cell, end_section=i + 1 < len(rows) and rows[i + 1][0] != cell[0])
-    return table
+        if i and rows[i - 1][0] != cell[0]:
+            made.add_section()
+        made.add_row(*map(escape, cell))
+    return made
 
 
 def markdown_table(title: str, cells: Cells) -> str:
@@ -115,7 +126,7 @@ def tell_table(title: str, cells: Cells, console: Console, *, as_markdown: bool)
     if as_markdown:
         print("\n" + markdown_table(title, cells))
     else:
-        console.print(rich_table(title, cells))
+        console.print(sheet(title, cells))
 
 
 def one_table(

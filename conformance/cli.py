@@ -11,20 +11,24 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import wraps
 from importlib import import_module
 from itertools import chain
 from math import inf
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
+
+from conformance.packages import known_as, missing, releases
 
 try:
     import typer
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
     from typer.core import TyperGroup
 
     from conformance.terminal import (
+        Part,
+        Sheet,
         console,
         end,
         files,
@@ -32,34 +36,35 @@ try:
         packages,
         progress,
         refuse,
-        sheet,
         verdict,
         writable,
         write_json,
     )
-except ImportError as missing:
-    raise SystemExit(f"psgd: {missing.name} is not installed; pip install 'psgd[cli]'") from None
+except ImportError as error:
+    package = known_as(error.name)
+    if package is None:
+        raise
+    raise SystemExit(f"psgd: {missing(package)}") from None
 
 import numpy as np
 
+from conformance import demo as demonstration
 from conformance import golden as recorded
 from conformance import report as pages
-from conformance.compare import Comparison, Tick
+from conformance.compare import Comparison, Tick, work
 from conformance.compare import compare as compared
 from conformance.drivers import DRIVERS
-from conformance.frameworks import FRAMEWORKS, Framework
+from conformance.frameworks import FRAMEWORKS, Framework, compiled_once, one_thread
 from conformance.problems import PROBLEMS
-from conformance.tolerances import LOCKED, bound_for
+from conformance.tolerances import LOCKED
 from psgd.methods import METHODS, Method
 from psgd.outline import BYTES
 from psgd.summary import Parameter, counters, rows, summary
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
-DEMO_PROBLEM = "mlp-digits"
-DEMO_DRIVERS = ("torch", "jax")
 DEMO_PACKAGES = ("torch", "jax", "optax", "sklearn", "matplotlib")
-DEMO_LOCKED_STEPS = 30
+INTERRUPTED = 130  # exit code of what Ctrl-C ended
 
 Steps = Annotated[int, typer.Option(min=1, help="How many steps to train.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the start and of the batches.")]
@@ -67,34 +72,23 @@ Json = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write
 Given = Annotated[list[str] | None, typer.Option("--set", help="A hyperparameter as NAME=VALUE; may be repeated.")]
 
 
+def tell_version(wanted: bool) -> None:
+    """The releases of ours and of every package."""
+    if wanted:
+        console().print("\n".join(" ".join(item) for item in releases().items()), markup=False)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=tell_version, is_eager=True, help="Show all versions and exit.")
+    ] = False,
+) -> None:
+    """PSGD optimizers that are the same in PyTorch and in JAX: compare them, plan with them, time them."""
+
+
 # ---- comparing ----------------------------------------------------------------------------
-def run(
-    method: str,
-    problem: str,
-    steps: int,
-    dtype: str,
-    seed: int,
-    locked: bool,
-    drivers: Sequence[str],
-    hyperparameters: Mapping[str, Any] | None = None,
-) -> Comparison:
-    """A comparison behind a progress bar."""
-    enveloped = bound_for(PROBLEMS[problem], dtype, locked=locked).value is None
-    title = f"{method}, {pages.MODES['locked' if locked else 'free']}"
-    with progress(title, steps * (2 if enveloped else 1)) as tick:
-        return compared(
-            method,
-            problem,
-            steps=steps,
-            dtype=dtype,
-            seed=seed,
-            locked=locked,
-            drivers=drivers,
-            tick=tick,
-            settings=hyperparameters,
-        )
-
-
 def settings(method: str, given: Sequence[str]) -> dict[str, Any]:
     """Hyperparameters from NAME=VALUE; a value is a Python literal, or else a string."""
     read: dict[str, Any] = {}
@@ -127,7 +121,9 @@ def installed(names: Sequence[str]) -> list[str]:
             loaded(DRIVERS[name].framework)
             there.append(name)
         except ImportError as error:
-            console(stderr=True).print(f"left out {name}: {error.name} is not installed", markup=False)
+            package = known_as(error.name)
+            why = package.distribution if package else error.name
+            console(stderr=True).print(f"left out {name}: {why} is not installed", markup=False, soft_wrap=True)
     return there
 
 
@@ -143,10 +139,10 @@ def chosen(drivers: str | None) -> list[str]:
     return names
 
 
-def pairs_table(comparison: Comparison) -> Table:
+def pairs_table(comparison: Comparison) -> Sheet:
     """One row for each pair; what is not judged is dim."""
     kinds = list(comparison.pairs[0].curves)
-    made = sheet(["pair"], [*kinds, "bound", "first step over", "verdict"])
+    made = Sheet(["pair"], [*kinds, "bound", "first step over", "verdict"])
     for pair in comparison.pairs:
         shown = [f"{x:.1e}" if kind in pair.judged else f"[dim]{x:.1e}[/]" for kind, x in pair.max_rel_diff().items()]
         over = str(pair.first_step_over or "–")
@@ -184,7 +180,20 @@ def compare(
     writable(json_file)
     hyperparameters = settings(method, given or [])
     with packages():
-        comparison = run(method, problem, steps, dtype, seed, locked, chosen(drivers), hyperparameters)
+        names = chosen(drivers)
+        total = work(problem, dtype, steps=steps, locked=locked, drivers=len(names))
+        with progress(total) as part, part(f"{method} on {problem}") as tick:
+            comparison = compared(
+                method,
+                problem,
+                steps=steps,
+                dtype=dtype,
+                seed=seed,
+                locked=locked,
+                drivers=names,
+                tick=tick,
+                settings=hyperparameters,
+            )
     write_json(json_file, comparison.json())
     out = console()
     out.print(f"[bold]{method}[/] on {problem}, {steps} steps, {dtype}, seed {seed}, {pages.MODES[comparison.mode]}")
@@ -195,66 +204,119 @@ def compare(
 
 
 # ---- the demonstration ----------------------------------------------------------------------
-def demo_table(runs: Sequence[tuple[Comparison, Comparison]]) -> Table:
+def demo_table(comparisons: Sequence[Comparison]) -> Sheet:
     """One row for each method: how it ended, how far apart, both verdicts."""
-    ends = [f"{what}\n{driver}" for what in ("loss", "acc.") for driver in DEMO_DRIVERS]
-    made = sheet(["method"], [*ends, "largest\ndifference", "bound\nat most", "\nverdict", "step-\nlocked"])
-    for free, locked in runs:
-        accuracy = free.accuracy()
+    made = Sheet(
+        ["method", "problem"],
+        ["last loss", "accuracy", "runs differ by", "allowed", "verdict", "step-locked"],
+        spare=["allowed", "accuracy", "problem"],
+    )
+    for free, locked in pages.grouped(comparisons).values():
         made.add_row(
             free.method,
-            *(f"{free.losses[driver][-1]:.4f}" for driver in DEMO_DRIVERS),
-            *(pages.percent(accuracy.get(driver)) for driver in DEMO_DRIVERS),
-            f"{pages.largest(free):.1e}",
-            f"{pages.largest_bound(free):.1e}",
+            free.problem,
+            pages.among({d: x[-1] for d, x in free.losses.items()}, lambda x: f"{x:.4f}"),
+            pages.among(free.accuracy(), pages.percent),
+            pages.differs(free),
+            pages.allows(free),
             verdict(free.passed),
             verdict(locked.passed),
         )
     return made
 
 
+def demo_methods(given: Sequence[str], *, every: bool) -> list[str]:
+    """The methods that are asked for."""
+    if every and given:
+        refuse("--all takes every method; give --method or --all, not both")
+    if every:
+        return list(METHODS)
+    return [known("method", name, METHODS) for name in dict.fromkeys(given)] or demonstration.one_of_each_kind()
+
+
 @app.command()
 def demo(
     report: Annotated[Path, typer.Option(dir_okay=False, help="Where to write the report.")] = Path("report.html"),
-    steps: Steps = 150,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Only this method; may be repeated.  [default: one of each kind]")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every method, which takes four times as long.")] = False,
+    steps: Steps = 100,
     seed: Seed = 0,
     picture: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Also write loss and difference as a PNG.")
     ] = None,
 ) -> None:
-    """Train the digits with every method in PyTorch and in JAX, compare, and write a report.
+    """Train a few methods in PyTorch and in JAX, compare, and write a report; about a minute.
 
-    Exit code 1 if a run leaves its bound.
+    Methods with a factor for each axis train a perceptron on digits; whole-model and Newton methods have smaller
+    problems. The report is written anew after each method, so that Ctrl-C leaves one of what is done.
+    Exit code 1 if a run leaves its bound, 130 if it was ended early.
     """
+    names = demo_methods(method or [], every=every)
     writable(report, picture)
+    made = pages.Report()
     with packages():
         for package in DEMO_PACKAGES:
             import_module(package)
-        runs = [demo_runs(method, steps, seed) for method in METHODS]
-    comparisons = list(chain(*runs))
-    with files():
-        pages.write(comparisons, report)
-        if picture:
-            pages.picture(comparisons, picture)
-    finish_demo(runs, report)
+        try:
+            with compiled_once(), one_thread():
+                run_demo(made, names, steps, seed, report, picture)
+        except KeyboardInterrupt:
+            end_early(made, names, report)
+    tell_demo(made, report)
+    end(all(c.passed for c in made.comparisons))
 
 
-def demo_runs(method: str, steps: int, seed: int) -> tuple[Comparison, Comparison]:
-    """A method's free-running comparison and a short step-locked one."""
-    few = min(steps, DEMO_LOCKED_STEPS)
-    free = run(method, DEMO_PROBLEM, steps, "float64", seed, False, DEMO_DRIVERS)
-    return free, run(method, DEMO_PROBLEM, few, "float64", seed, True, DEMO_DRIVERS)
+def run_demo(
+    made: pages.Report, names: Sequence[str], steps: int, seed: int, report: Path, picture: Path | None
+) -> None:
+    """Run method after method, and write what there is after each."""
+    runs = list(demonstration.planned(names, steps))
+    with progress(sum(run.work for run in chain(*runs))) as part:
+        for i, pair in enumerate(runs):
+            made.add([demo_run(run, seed, part) for run in pair])
+            with files():
+                made.write(report, names[i + 1 :])
+                if picture:
+                    pages.picture(made.comparisons, picture)
 
 
-def finish_demo(runs: Sequence[tuple[Comparison, Comparison]], report: Path) -> None:
+def demo_run(run: demonstration.Run, seed: int, part: Part) -> Comparison:
+    """One comparison, which is a part of the progress."""
+    with part(f"{run.method} on {run.problem}, {pages.MODES['locked' if run.locked else 'free']}") as tick:
+        return compared(
+            run.method,
+            run.problem,
+            steps=run.steps,
+            dtype=demonstration.DTYPE,
+            seed=seed,
+            locked=run.locked,
+            drivers=demonstration.DRIVERS,
+            tick=tick,
+            settings=run.settings,
+        )
+
+
+def end_early(made: pages.Report, names: Sequence[str], report: Path) -> NoReturn:
+    """Tell what is done of what was to be."""
+    done = list(pages.grouped(made.comparisons))
+    if done:
+        tell_demo(made, report)
+    what = "the report is partial" if done else "nothing is written"
+    ended = f"psgd: ended early: {len(done)} of {len(names)} methods are done, and {what}"
+    console(stderr=True).print(ended, soft_wrap=True)
+    raise typer.Exit(INTERRUPTED)
+
+
+def tell_demo(made: pages.Report, report: Path) -> None:
     """The table, what failed and where, and the place of the report."""
-    out, first = console(), runs[0][0]
-    out.print(f"\n[bold]{first.problem}[/], {first.steps} steps in {first.dtype}, with {' and '.join(first.losses)}")
-    out.print(demo_table(runs))
-    for c in chain(*runs):
+    out = console()
+    out.print(demo_table(made.comparisons))
+    out.print(f"{pages.agreement(made.comparisons)}.", markup=False)
+    for c in made.comparisons:
         tell_failures(out, c, f"{c.method}, {pages.MODES[c.mode]}: ")
     out.print(f"Report: {report.absolute()}", markup=False, soft_wrap=True)
-    end(all(c.passed for c in chain(*runs)))
 
 
 # ---- recorded runs ------------------------------------------------------------------------
@@ -268,7 +330,7 @@ def replayed(case: recorded.Case, folder: Path, framework: Framework, tick: Tick
             str(case["file"]).removesuffix(".npz"), case["family"], inf, case.get("rtol", 0.0), message
         )
     finally:
-        tick()
+        tick(1)
 
 
 Results = dict[str, list[recorded.Result]]
@@ -278,9 +340,10 @@ def replay_all(cases: Sequence[recorded.Case], folder: Path, drivers: Sequence[s
     """Results of every driver, in the order of the cases."""
     frameworks = {name: loaded(FRAMEWORKS[name]) for name in drivers}
     results: Results = {}
-    for name, framework in frameworks.items():
-        with progress(f"{len(cases)} cases in {name}", len(cases)) as tick:
-            results[name] = [replayed(case, folder, framework, tick) for case in cases]
+    with progress(len(cases) * len(frameworks)) as part:
+        for name, framework in frameworks.items():
+            with part(f"{len(cases)} cases in {name}") as tick:
+                results[name] = [replayed(case, folder, framework, tick) for case in cases]
     return results
 
 
@@ -299,15 +362,15 @@ def read_cases(folder: Path, families: Sequence[str]) -> list[recorded.Case]:
     return sorted(wanted, key=lambda case: order.index(case["family"]))
 
 
-def golden_table(results: Results) -> Table:
+def golden_table(results: Results) -> Sheet:
     """One row for each case, one column for each driver; families are set apart."""
-    made = sheet(["case"], ["rtol", *results])
+    made = Sheet(["case"], ["rtol", *results], spare=["rtol"])
     family = None
     for line in zip(*results.values(), strict=True):
         if line[0].family != family:
             family = line[0].family
             made.add_section()
-            made.add_row(f"[bold]{escape(family)}[/]")
+            made.add_row(f"[bold]{escape(family)}[/]", *[""] * (1 + len(results)))
         errors = [f"[green]{r.error:.1e}[/]" if r.passed else f"[bold red]{r.error:.1e} ✗[/]" for r in line]
         made.add_row(f"  {escape(line[0].case)}", f"{line[0].rtol:.0e}", *errors)
     return made
@@ -436,7 +499,8 @@ def plan(
     ]
     counted = counters(made, known_shapes, size, each=each) + skips
     whole = summary([(made, r) for r in rows(made, known_shapes)], counted)
-    console().print(str(whole), markup=False, highlight=False, soft_wrap=True)
+    out = console()
+    out.print(whole.text(out.width), markup=False, highlight=False, soft_wrap=True)
     totals = {name: getattr(whole, name) for name in ("bytes", "state", "apply", "fit", "counters")}
     write_json(json_file, totals | {"rows": [asdict(r) for r in whole.rows]})
 
@@ -458,7 +522,7 @@ def contracts(
     with packages():
         wanted = [name for name in CONTRACTS if whose in (None, name.partition(":")[0])]
         found = run(wanted)
-    table = sheet(["contract", "what is demanded", "test", "verdict"])
+    table = Sheet(["contract", "what is demanded", "test", "verdict"])
     for name in wanted:
         own = [(v.test.rpartition("/")[2], v.word) for v in found if v.contract == name] or [("-", "no test")]
         for k, words in enumerate(own):
@@ -487,12 +551,17 @@ class Benchmarks(TyperGroup):
         return list(BENCHMARKS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in BENCHMARKS:
-            return None
+        known("benchmark", cmd_name, BENCHMARKS)
         with packages():
-            module = import_module(BENCHMARKS[cmd_name])
+            function = import_module(BENCHMARKS[cmd_name]).command
+
+        @wraps(function)
+        def command(**arguments: Any) -> None:
+            with packages():
+                function(**arguments)
+
         made = typer.Typer(add_completion=False)
-        made.command(cmd_name)(module.command)
+        made.command(cmd_name)(command)
         return typer.main.get_command(made)
 
 
@@ -505,7 +574,7 @@ app.add_typer(bench, name="bench")
 @app.command()
 def methods() -> None:
     """List the registered methods."""
-    made = sheet(["name", "torch class", "summary", "source"])
+    made = Sheet(["name", "torch class", "summary", "source"], spare=["source", "torch class"])
     for name, method in METHODS.items():
         made.add_row(f"[bold]{name}[/]", method.title, *(escape(text) for text in (method.summary, method.source)))
     console().print(made)

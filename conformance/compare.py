@@ -19,9 +19,11 @@ from conformance.problems import PROBLEMS, Problem
 from conformance.reference import fits
 from conformance.tolerances import Bound, bound_for
 from psgd.methods import METHODS, Method
+from psgd.naming import did_you_mean
 
 KINDS = Snapshot._fields
-Tick = Callable[[], None]
+Tick = Callable[[int], None]  # so many steps of drivers are done
+TWINS = 4  # of an envelope, beside the run itself
 
 
 @dataclass
@@ -138,6 +140,12 @@ def method_for(name: str, problem: Problem, **hyperparameters: Any) -> Method:
     return METHODS[name].of(**{"lr": problem.lr / gain, **given})
 
 
+def work(problem: str, dtype: str, *, steps: int, locked: bool, drivers: int) -> int:
+    """How many steps of drivers a comparison takes, those of the twins too."""
+    enveloped = bound_for(PROBLEMS[problem], dtype, locked=locked).value is None
+    return steps * (drivers + (TWINS + 1 if enveloped else 0))
+
+
 def compare(
     method: str,
     problem: str,
@@ -147,11 +155,11 @@ def compare(
     seed: int = 0,
     locked: bool = False,
     drivers: Sequence[str] = tuple(DRIVERS),
-    tick: Tick = lambda: None,
+    tick: Tick = lambda n: None,
     settings: Mapping[str, Any] | None = None,
     **hyperparameters: Any,
 ) -> Comparison:
-    """Run drivers beside each other. The first that differentiates is the reference; `tick` is called at each step.
+    """Run drivers beside each other. The first that differentiates is the reference; `tick` hears of every step.
 
     Hyperparameters are given by keyword, or as `settings`, those too whose names are arguments here.
 
@@ -160,7 +168,8 @@ def compare(
     registries: list[tuple[str, Mapping[str, Any]]] = [(method, METHODS), (problem, PROBLEMS)]
     for name, known in registries + [(d, DRIVERS) for d in drivers]:
         if name not in known:
-            raise ValueError(f"{name!r} is unknown; choose of {', '.join(known)}")
+            meant = did_you_mean(name, known) or f"; choose of {', '.join(known)}"
+            raise ValueError(f"{name!r} is unknown{meant}")
     if not any(DRIVERS[d].differentiates for d in drivers):
         raise ValueError(f"none of {', '.join(drivers)} differentiates; add torch or jax")
     with double_precision(*(drivers if dtype == "float64" else ())):
@@ -201,7 +210,7 @@ def _compare(
     for snapshots in walk(runs, reference, problem, steps, seed, locked, result.losses):
         for pair in result.pairs:
             pair.add(snapshots[pair.a], snapshots[pair.b])
-        tick()
+        tick(len(runs))
     result.last = {name: run.params() for name, run in runs.items()}
     if bound.value is None:
         result.envelope = envelope(configured, problem, start, steps, dtype, seed, type(reference), tick)
@@ -268,7 +277,7 @@ def envelope(
     seed: int,
     kind: type[Driver],
     tick: Tick,
-    twins: int = 4,
+    twins: int = TWINS,
 ) -> np.ndarray:
     """How far twins that start one ulp off get from the run itself: largest relative difference up to each step."""
     starts = [start, *(nudged(start, dtype, 1000 + i) for i in range(twins))]
@@ -282,5 +291,5 @@ def envelope(
             run.step(run.gradient(batch)[1], run.products(batch, t) if fit else None).params for run in runs.values()
         ]
         largest[t - 1] = max(furthest(params[0], twin, scales)[0] for twin in params[1:])
-        tick()
+        tick(len(runs))
     return np.maximum.accumulate(largest)

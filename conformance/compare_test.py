@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from conformance import compare as comparing
-from conformance.compare import KINDS, Pair, compare, envelope, furthest, method_for, nudged, rounded
+from conformance.compare import KINDS, Pair, compare, envelope, furthest, method_for, nudged, rounded, work
 from conformance.contracts import COMPILING
 from conformance.drivers import DRIVERS, Snapshot, TorchEager, TorchLoop
 from conformance.frameworks import double_precision
@@ -162,8 +162,15 @@ def test_losses_and_accuracies_are_kept():
 
 def test_each_step_ticks():
     ticks = []
-    compare(FIRST, "rosenbrock", steps=3, locked=True, drivers=["torch"], tick=lambda: ticks.append(1))
-    assert len(ticks) == 3
+    compare(FIRST, "rosenbrock", steps=3, locked=True, drivers=["torch"], tick=ticks.append)
+    assert ticks == [1, 1, 1] and sum(ticks) == work("rosenbrock", "float64", steps=3, locked=True, drivers=1)
+
+
+@pytest.mark.parametrize("problem", ["rosenbrock", "least-squares"])
+def test_work_is_what_ticks(problem):
+    ticks = []
+    compare(FIRST, problem, steps=2, drivers=["torch", "numpy"], tick=ticks.append)
+    assert sum(ticks) == work(problem, "float64", steps=2, locked=False, drivers=2)
 
 
 # ---- runs that differ ------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,33 @@ def double_precision(*names: str) -> Iterator[None]:
         return
     with import_module("jax").enable_x64(True):
         yield
+
+
+KEEPING = {  # settings of JAX's cache of compiled programs on disk: it keeps them all
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """Let JAX compile no program twice while in the block, unless it has a cache already; its settings are put back."""
+    config = import_module("jax").config
+    if config.jax_compilation_cache_dir:
+        yield
+        return
+    cache = import_module("jax.experimental.compilation_cache.compilation_cache")
+    before = {name: getattr(config, name) for name in ("jax_compilation_cache_dir", *KEEPING)}
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            for name, value in (KEEPING | {"jax_compilation_cache_dir": folder}).items():
+                config.update(name, value)
+            cache.reset_cache()  # JAX asks once whether there is one
+            yield
+        finally:
+            for name, value in before.items():
+                config.update(name, value)
+            cache.reset_cache()
 
 
 @contextmanager

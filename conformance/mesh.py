@@ -33,8 +33,8 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import psgd_jax_backend
-from conformance.report import installed
-from conformance.terminal import console, markdown, sheet, writable, write_json
+from conformance.packages import release
+from conformance.terminal import Sheet, console, markdown, writable, write_json
 from psgd.methods import METHODS
 from psgd_jax_backend import state_sharding
 
@@ -491,8 +491,7 @@ PARTS = {
 def tell(cells: Cells) -> None:
     """A table on the terminal."""
     head, *lines = cells
-    made = sheet(head[:-1])
-    made.add_column(head[-1], overflow="fold")
+    made = Sheet(head)
     for line in lines:
         made.add_row(*line)
     console().print(made)
@@ -510,7 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     writable(given.json)
     devices()
     progress, found = console(stderr=True), dict[str, list[Row]]()
-    versions = {name: installed(name) for name in ("jax", "jaxlib", "numpy")}
+    versions = {name: release(name) for name in ("jax", "jaxlib", "numpy")}
     for part in given.only or PARTS:
         rows = found.setdefault(part, [])
         for row in PARTS[part].rows(given, given.method or list(METHODS)):

@@ -178,7 +178,7 @@ def quiet(axes: Axes) -> None:
     for spine in axes.spines.values():
         spine.set_color(colour("rule"))
     axes.margins(x=0.01)
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.18), ncols=4, labelcolor=colour("ink"), borderaxespad=0)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.18), ncols=3, labelcolor=colour("ink"), borderaxespad=0)
 
 
 def svg(draw: Draw, comparison: Comparison, key: str, alt: str) -> str:

@@ -6,8 +6,8 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ import numpy as np
 
 from conformance import tolerances
 from conformance.compare import Comparison, Pair
+from conformance.packages import releases
 from conformance.plots import PALETTE, Draw, draw_divergence, draw_losses, picture, svg
 from conformance.tolerances import Bound
 from psgd.methods import METHODS
 
-__all__ = ["explain", "largest", "largest_bound", "picture", "render", "write"]
+__all__ = ["Report", "agreement", "explain", "largest", "largest_bound", "picture", "render"]
 
 MODES = {"free": "free-running", "locked": "step-locked"}
 
@@ -49,24 +50,57 @@ def largest_bound(comparison: Comparison) -> float:
     return float(np.max([pair.bound for pair in comparison.pairs]))
 
 
+def agreement(comparisons: Sequence[Comparison]) -> str:
+    """The result in a sentence: all agree, and how closely, or who does not."""
+    names = " and ".join(dict.fromkeys(d for c in comparisons for d in c.losses))
+    methods = list(grouped(comparisons))
+    apart = [method for method, group in grouped(comparisons).items() if not all(c.passed for c in group)]
+    if apart:
+        return f"{names} do not agree in {len(apart)} of {counted(len(methods))}: {', '.join(apart)}"
+    locked, free = ([c for c in comparisons if c.mode == mode] for mode in ("locked", "free"))
+    how = []
+    if locked:
+        allowed = max(map(largest_bound, locked))
+        how.append(f"one step from a common state differs by {max(map(largest, locked)):.1e} at most, of {allowed:g}")
+    if free:
+        how.append("whole runs stay within their bounds")
+    return f"{names} agree in {'all ' if len(methods) > 1 else ''}{counted(len(methods))}: {', and '.join(how)}"
+
+
+def counted(n: int) -> str:
+    return f"{n} method{'s' if n > 1 else ''}"
+
+
+def is_falling(losses: Sequence[float]) -> bool:
+    """Does a loss still fall at its end: in the last tenth by more than a hundredth of what it fell in all?"""
+    tenth = max(1, len(losses) // 10)
+    before, last = np.mean(losses[-2 * tenth : -tenth] or losses[:1]), np.mean(losses[-tenth:])
+    return len(losses) < 10 or bool(before - last > 0.01 * (losses[0] - last) > 0)
+
+
 # ---- HTML ------------------------------------------------------------
 def tag(name: str, *content: str, **attributes: str) -> str:
     """An element. Content is HTML already; attributes are escaped (`class_` stands for class)."""
-    given = "".join(f' {k.rstrip("_")}="{escape(v)}"' for k, v in attributes.items())
+    given = "".join(f' {k.rstrip("_").replace("_", "-")}="{escape(v)}"' for k, v in attributes.items())
     return f"<{name}{given}>{''.join(content)}</{name}>"
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", class_: str = "") -> str:
-    """A table of cells that are HTML already."""
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are HTML already. On a narrow screen each row is a block of heads and cells."""
     head = tag("thead", tag("tr", *(tag("th", h, scope="col") for h in heads)))
-    body = tag("tbody", *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows))
-    whole = tag("table", tag("caption", caption) if caption else "", head, body, class_=class_)
-    return tag("div", whole, class_="scroll")
+    lines = ("".join(tag("td", cell, data_head=h) for h, cell in zip(heads, row, strict=True)) for row in rows)
+    return tag("table", head, tag("tbody", *(tag("tr", line) for line in lines)))
+
+
+def folded(title: str, content: str, *, unfolded: bool = False) -> str:
+    """What is shown when it is asked for."""
+    return tag("details", tag("summary", title), content, **({"open": ""} if unfolded else {}))
 
 
 def prose(text: str) -> str:
-    """Plain text as HTML, with `code` in backticks."""
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
+    """Plain text as HTML, with `code` in backticks; no line ends inside a number such as 1e-12."""
+    marked = re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
+    return re.sub(r"\d[\d.]*e-\d+", r'<span class="n">\g<0></span>', marked)
 
 
 def badge(passed: bool) -> str:
@@ -89,28 +123,17 @@ def each(values: Mapping[str, Any], show: Callable[[Any], str]) -> str:
     return ", ".join(f"{escape(name)} {value}" for name, value in shown.items()) or "–"
 
 
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def facts(comparisons: Sequence[Comparison]) -> dict[str, str]:
-    """What ran, and on what."""
+    """What ran, and on what; as HTML."""
 
     def distinct(key: str) -> str:
         return ", ".join(sorted({str(getattr(c, key)) for c in comparisons}))
 
-    packages = {name: installed(name) for name in ("psgd", "torch", "jax", "numpy")}
-    if packages["psgd"] == "not installed":
-        from psgd import __version__
-
-        packages["psgd"] = __version__
-    ran = {"problem": distinct("problem"), "dtype": distinct("dtype"), "seed": distinct("seed")}
-    walked = {"steps": ", ".join(dict.fromkeys(f"{c.steps} {MODES[c.mode]}" for c in comparisons))}
-    machine = {"machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"}
-    return ran | walked | packages | {"python": platform.python_version()} | machine
+    ran = {"problems": distinct("problem"), "dtype": distinct("dtype"), "seed": distinct("seed")}
+    ran["steps"] = ", ".join(dict.fromkeys(f"{c.steps} {MODES[c.mode]}" for c in comparisons))
+    ran["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    packages = (tag("span", escape(f"{name} {version}"), class_="n") for name, version in releases().items())
+    return {k: escape(v) for k, v in ran.items()} | {"packages": ", ".join(packages)}
 
 
 def grouped(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
@@ -122,19 +145,47 @@ def grouped(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
 
 
 def overview(comparisons: Sequence[Comparison]) -> str:
-    """One row for each comparison."""
-    drivers = list(dict.fromkeys(d for c in comparisons for d in c.losses))
+    """One row for each method."""
+    heads = [
+        "method",
+        "problem",
+        "last loss",
+        "accuracy",
+        "whole run",
+        "allowed",
+        "one step",
+        "allowed",
+        "verdict",
+    ]
 
-    def row(c: Comparison) -> list[str]:
-        accuracy = c.accuracy() if c.mode == "free" else {}
-        losses = {d: f"{x[-1]:.4f}" for d, x in c.losses.items()} if c.mode == "free" else {}
-        link = tag("a", escape(c.method), href=f"#{c.method}")
-        ends = [losses.get(d, "–") for d in drivers] + [percent(accuracy.get(d)) for d in drivers]
-        return [link, MODES[c.mode], *ends, number(largest(c)), number(largest_bound(c)), badge(c.passed)]
+    def row(method: str, group: Sequence[Comparison]) -> list[str]:
+        modes = {c.mode: c for c in group}
+        free, locked = modes.get("free"), modes.get("locked")
+        ends = {d: x[-1] for d, x in free.losses.items()} if free else {}
+        accuracy = free.accuracy() if free else {}
+        return [
+            tag("a", escape(method), href=f"#{method}"),
+            escape(group[0].problem),
+            among(ends, lambda x: f"{x:.4f}"),
+            among(accuracy, percent),
+            *(prose(show(c)) if c else "–" for c in (free, locked) for show in (differs, allows)),
+            badge(all(c.passed for c in group)),
+        ]
 
-    ends = [f"{what}<br>{escape(d)}" for what in ("last loss", "held-out accuracy") for d in drivers]
-    heads = ["method", "comparison", *ends, "largest<br>difference", "its bound<br>at most", "verdict"]
-    return table(heads, map(row, comparisons), class_="compact")
+    return table(heads, (row(*item) for item in grouped(comparisons).items()))
+
+
+def differs(c: Comparison) -> str:
+    return number(largest(c))
+
+
+def allows(c: Comparison) -> str:
+    return number(largest_bound(c))
+
+
+def among(values: Mapping[str, Any], show: Callable[[Any], str]) -> str:
+    """What all drivers show, which is one value where they agree."""
+    return " / ".join(dict.fromkeys(map(show, values.values()))) or "–"
 
 
 def section(method: str, comparisons: Sequence[Comparison], key: str) -> str:
@@ -157,29 +208,27 @@ def free_block(c: Comparison, key: str) -> str:
     ]
     draws: list[Draw] = [draw_losses, draw_divergence]
     plots = [svg(d, c, f"{key}-{i}", alt) for i, (d, alt) in enumerate(zip(draws, alts, strict=True))]
-    text = f"{tag('b', 'Free-running')}, {c.steps} steps. Last loss {losses}. "
-    text += f"Held-out accuracy {each(c.accuracy(), percent)}." if c.accuracy() else ""
+    text = f"{tag('b', 'Free-running')} on {escape(c.problem)}, {c.steps} steps. Last loss {losses}"
+    text += f"; held-out accuracy {each(c.accuracy(), percent)}." if c.accuracy() else "."
+    text += f" The loss still falls at the end: {SHORT}." if is_falling(next(iter(c.losses.values()))) else ""
     return tag("div", *(tag("figure", plot) for plot in plots), class_="plots") + tag("p", text) + failures(c)
 
 
+SHORT = "the run is too short to show where it ends"
+
+
 def locked_block(c: Comparison, key: str) -> str:
-    """A step-locked comparison: one row for each pair."""
-    heads = ["pair", "params", "updates", "state", "bound", "verdict"]
-    rows = [
-        [
-            f"{escape(pair.a)} and {escape(pair.b)}",
-            *(number(x) for x in pair.max_rel_diff().values()),
-            number(float(np.max(pair.bound))),
-            badge(pair.passed),
-        ]
-        for pair in c.pairs
-    ]
-    caption = f"{tag('b', 'Step-locked')}, {c.steps} steps: largest relative difference that one step makes"
-    return table(heads, rows, caption) + failures(c)
+    """A step-locked comparison: a line for each pair."""
+    lines = []
+    for pair in c.pairs:
+        seen = ", ".join(f"{kind} {number(x)}" for kind, x in pair.max_rel_diff().items())
+        lines.append(f"{pair.a} and {pair.b}: {seen}; allowed is {number(float(np.max(pair.bound)))}.")
+    head = f"{tag('b', 'Step-locked')}, {c.steps} steps. The largest relative difference that one step makes: "
+    return tag("p", head, prose(" ".join(lines))) + failures(c)
 
 
 def failures(c: Comparison) -> str:
-    return "".join(tag("p", escape(explain(pair)) + ".", class_="bad") for pair in c.pairs if not pair.passed)
+    return "".join(tag("p", prose(explain(pair)) + ".", class_="bad") for pair in c.pairs if not pair.passed)
 
 
 def bounds_table(comparisons: Sequence[Comparison]) -> str:
@@ -187,8 +236,8 @@ def bounds_table(comparisons: Sequence[Comparison]) -> str:
     used = [c.bound for c in comparisons]
 
     def row(where: str, dtype: str, bound: Bound) -> list[str]:
-        value = number(bound.value) if bound.value is not None else f"{bound.factor:g} × envelope"
-        mark = tag("span", "●", class_="mark", title="used in this report") if bound in used else ""
+        value = prose(number(bound.value)) if bound.value is not None else f"{bound.factor:g} × envelope"
+        mark = tag("span", "●", class_="good", title="used in this report") if bound in used else ""
         return [mark, where, dtype, value, prose(bound.reason)]
 
     rows = [row("step-locked", dtype, b) for dtype, b in tolerances.LOCKED.items()]
@@ -196,12 +245,13 @@ def bounds_table(comparisons: Sequence[Comparison]) -> str:
         row("free, contractive problem", dtype, b) for dtype, b in tolerances.CONTRACTIVE.items() if b.value is not None
     ]
     rows += [row("free, chaotic problem or bfloat16", "any", tolerances.ENVELOPE)]
-    return table(["", "comparison", "dtype", "largest allowed", "why"], rows)
+    return table(["used", "comparison", "dtype", "largest allowed", "why"], rows)
 
 
 READING = """
-<p>Each method trained the same model once in every framework named here: from the same start, on the same batches,
-with the same noise, each framework differentiating by itself. Nothing but rounding may then tell the runs apart.</p>
+<p>Each method trained one model in every framework named here: from the same start, on the same batches, with the
+same noise, each framework differentiating by itself. Nothing but rounding may then tell the runs apart. The runs are
+short: they show whether the frameworks agree, and not how good a method is.</p>
 <p><b>Loss.</b> The broad line is one framework, the dashed line on top of it another. Where you see one line, they
 agree to the eye.</p>
 <p><b>Difference.</b> What the eye cannot see: the largest difference of any parameter, relative to the largest entry
@@ -218,28 +268,36 @@ CSS = """
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,"Segoe UI",Roboto,sans-serif}
 main{max-width:70rem;margin:0 auto;padding:3rem 1.25rem 4rem}
 h1{font-size:2rem;line-height:1.2;letter-spacing:-.02em;margin:0 0 .5rem}
-h2{font-size:1.3rem;letter-spacing:-.01em;margin:0 0 .25rem}
+h2{font-size:1.3rem;letter-spacing:-.01em;margin:0 0 .25rem;overflow-wrap:anywhere}
 section{margin-top:3rem;padding-top:1.5rem;border-top:1px solid var(--rule)}
 section>p{max-width:52rem}
 a{color:inherit;text-decoration-color:var(--muted);text-underline-offset:.2em}
 .lead{font-size:1.1rem;margin:0 0 1.5rem;max-width:52rem}
 .muted{color:var(--muted)}
-dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(10.5rem,1fr));gap:.8rem 1.5rem;margin:0 0 2rem;
+dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,13rem),1fr));gap:.8rem 1.5rem;margin:0 0 1.5rem;
 background:var(--card);padding:1rem 1.25rem;border-radius:.6rem}
 dt{color:var(--muted);font-size:.8rem}
-dd{margin:0;font-size:.95rem;overflow-wrap:anywhere}
-.scroll{overflow-x:auto}
+dd{margin:0;font-size:.95rem}
+.wide{grid-column:1/-1}
 table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums;margin:.75rem 0}
-caption{text-align:left;padding:.25rem .75rem .25rem 0}
-th{font-weight:500;color:var(--muted);font-size:.8rem;text-align:left;white-space:nowrap}
-th,td{padding:.45rem .9rem .45rem 0;border-bottom:1px solid var(--rule);vertical-align:top}
-.compact th,.compact td{white-space:nowrap}
+th{font-weight:500;color:var(--muted);font-size:.8rem;text-align:left;vertical-align:bottom}
+th,td{padding:.45rem .9rem .45rem 0;border-bottom:1px solid var(--rule)}
+td{vertical-align:top}
+.n,.badge{white-space:nowrap}
+details{margin:0 0 1.5rem}
+summary{cursor:pointer;color:var(--muted)}
+@media(max-width:48rem){
+main{padding-top:1.5rem}
+thead{display:none}
+tr{display:block;padding:.5rem 0;border-bottom:1px solid var(--rule)}
+td{display:block;position:relative;padding:.15rem 0 .15rem 8rem;border:0;min-height:1.8rem}
+td::before{content:attr(data-head);position:absolute;left:0;color:var(--muted);font-size:.8rem;line-height:1.85}
+}
 code{font:.92em ui-monospace,Menlo,Consolas,monospace}
 .badge{display:inline-block;font-size:.78rem;font-weight:600;line-height:1;padding:.25em .6em;border-radius:1em;
 border:1px solid currentColor;vertical-align:.15em}
 .good{color:var(--good)}
 .bad{color:var(--bad)}
-.mark{color:var(--good)}
 .plots{display:grid;margin:1rem 0 .5rem;
 grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr));gap:1rem 1.5rem}
 figure{margin:0}
@@ -255,28 +313,50 @@ def palette_css() -> str:
     return f":root{{color-scheme:light dark;{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
 
 
+@dataclass
+class Report:
+    """The page, to which methods are added as they are done."""
+
+    comparisons: list[Comparison] = field(default_factory=list)
+    sections: list[str] = field(default_factory=list)
+
+    def add(self, comparisons: Sequence[Comparison]) -> None:
+        """The comparisons of one method."""
+        self.comparisons += comparisons
+        self.sections.append(section(comparisons[0].method, comparisons, f"p{len(self.sections)}"))
+
+    def html(self, left: Sequence[str] = ()) -> str:
+        """The page; it needs nothing from outside and runs no script. left: methods that were to run and have not."""
+        done, passed = self.comparisons, all(c.passed for c in self.comparisons)
+        lead = tag("p", prose(agreement(done)), ". ", badge(passed), class_="lead")
+        if left:
+            many = f"This report is partial: {', '.join(left)} {'have' if len(left) > 1 else 'has'} not run."
+            lead += tag("p", prose(many), class_="bad")
+        wide = {"packages": {"class_": "wide"}}
+        items = (tag("div", tag("dt", k), tag("dd", v), **wide.get(k, {})) for k, v in facts(done).items())
+        body = tag(
+            "main",
+            tag("h1", "One optimizer, every framework, one trajectory"),
+            lead,
+            folded("All figures, method by method", overview(done), unfolded=not passed),
+            tag("dl", *items),
+            tag("section", tag("h2", "How to read this"), READING),
+            *self.sections,
+            tag("section", tag("h2", "Tolerances"), folded("All bounds and their reasons", bounds_table(done))),
+            tag("footer", "Written by psgd."),
+        )
+        head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        head += tag("title", "psgd: conformance report") + tag("style", palette_css(), CSS)
+        return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+
+    def write(self, path: Path, left: Sequence[str] = ()) -> None:
+        """Write the page to a file."""
+        path.write_text(self.html(left), encoding="utf-8")
+
+
 def render(comparisons: Sequence[Comparison]) -> str:
-    """The page. It needs nothing from outside and runs no script."""
-    passed = sum(c.passed for c in comparisons)
-    verdict = f"{passed} of {len(comparisons)} comparisons pass. {badge(passed == len(comparisons))}"
-    listed = tag("dl", *(tag("div", tag("dt", k), tag("dd", escape(v))) for k, v in facts(comparisons).items()))
-    sections = [section(m, group, f"p{i}") for i, (m, group) in enumerate(grouped(comparisons).items())]
-    body = tag(
-        "main",
-        tag("h1", "One optimizer, every framework, one trajectory"),
-        tag("p", verdict, class_="lead"),
-        listed,
-        overview(comparisons),
-        tag("section", tag("h2", "How to read this"), READING),
-        *sections,
-        tag("section", tag("h2", "Tolerances"), bounds_table(comparisons)),
-        tag("footer", "Written by psgd. Mark ● : used in this report."),
-    )
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-    head += tag("title", "psgd: conformance report") + tag("style", palette_css(), CSS)
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
-
-
-def write(comparisons: Sequence[Comparison], path: Path) -> None:
-    """Write the page to a file."""
-    Path(path).write_text(render(comparisons), encoding="utf-8")
+    """The page of comparisons."""
+    made = Report()
+    for group in grouped(comparisons).values():
+        made.add(group)
+    return made.html()

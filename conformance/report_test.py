@@ -11,12 +11,13 @@ import pytest
 
 from conformance import report
 from conformance.compare import KINDS, Comparison, Pair
+from conformance.packages import PACKAGES, release
 from conformance.problems import PROBLEMS
 from conformance.tolerances import ENVELOPE, LOCKED
 from psgd.methods import METHODS
 
 STEPS = 6
-VOID = {"meta", "br"}
+VOID = {"meta"}
 
 
 def comparison(method: str, *, locked: bool = False, far: float = 1e-15) -> Comparison:
@@ -97,7 +98,9 @@ def test_colours_follow_the_reader(page):
 
 
 def test_it_says_what_ran_on_what_and_why_the_bounds_are_what_they_are(page):
-    for word in ("torch", "jax", "numpy", "python", "cores", "mlp-digits", "float64", f"{STEPS} step-locked"):
+    for package in PACKAGES.values():
+        assert f"{package.distribution} {release(package.distribution)}" in page
+    for word in ("python", "cores", "mlp-digits", "float64", f"{STEPS} step-locked"):
         assert word in page
     assert "ten times" in page
 
@@ -108,7 +111,7 @@ def test_the_same_comparisons_give_the_same_page(comparisons, page):
 
 def test_a_failure_is_named_with_its_leaf():
     page = report.render([comparison(next(iter(METHODS)), far=1.0)])
-    assert "0 of 1" in page
+    assert "do not agree in 1 of 1 method: " in page and "<details open" in page
     assert "first at step 1" in page and "w1/Q/0" in page
 
 
@@ -135,5 +138,49 @@ def test_a_picture_needs_a_free_run(tmp_path: Path):
 
 
 def test_write(tmp_path: Path, comparisons, page):
-    report.write(comparisons, tmp_path / "report.html")
+    made = report.Report()
+    for group in report.grouped(comparisons).values():
+        made.add(group)
+    made.write(tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
+
+
+# ---- what it says --------------------------------------------------------------------------------
+def test_success_is_one_sentence_and_its_figures_are_folded(page):
+    lead = re.search('<p class="lead">.*?</p>', page)[0]
+    assert f"agree in all {len(METHODS)} methods: one step from a common state differs by" in lead
+    assert page.count("<details>") == 2 and "<details open" not in page
+    rows = re.search("<details>.*?</details>", page, re.DOTALL)[0].count("<tr>")
+    assert rows == 1 + len(METHODS)  # a head, and one for each
+
+
+def test_it_says_what_has_not_run(comparisons):
+    made = report.Report()
+    made.add(comparisons[:2])
+    assert "partial" not in made.html()
+    assert "This report is partial: b, c have not run." in made.html(["b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("losses", "falls"),
+    [
+        (np.linspace(2, 1, 100), True),
+        (np.exp(-np.arange(100.0)), False),
+        (np.full(100, 3.0), False),
+        (np.linspace(1, 2, 100), False),
+        ([2.0, 1.9], True),
+    ],
+)
+def test_a_curve_that_ends_early_says_so(losses, falls, page):
+    assert report.is_falling(list(losses)) == falls
+    assert page.count(report.SHORT) == len(METHODS)  # of six steps
+
+
+def test_no_number_breaks_and_nothing_is_wider_than_the_screen(page):
+    """Numbers with a minus among them stand in elements that do not break; tables are blocks where it is narrow."""
+    text = re.sub(r"<svg.*?</svg>|<style>.*?</style>", "", page, flags=re.DOTALL)
+    assert ".n,.badge{white-space:nowrap}" in page and "thead{display:none}" in page
+    for found in re.finditer(r"\d[\d.]*e-\d+", text):
+        assert text[: found.start()].endswith('<span class="n">'), text[found.start() - 40 : found.end()]
+    for row in re.findall("<tr>(.*?)</tr>", text):
+        assert row.count("<td") in (0, row.count("data-head"))

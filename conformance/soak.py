@@ -26,13 +26,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 from rich.markup import escape
-from rich.table import Table
 
 from conformance import terminal
 from conformance.drivers import Arrays, JaxEager, TorchEager
+from conformance.packages import release
 from conformance.problems import Problem
-from conformance.report import installed
-from conformance.terminal import console, sheet, verdict, writable, write_json
+from conformance.terminal import Sheet, console, verdict, writable, write_json
 from psgd import criterion, pipeline
 from psgd.methods import METHODS, Method
 
@@ -320,10 +319,9 @@ def cells(row: Row) -> list[str]:
     return [row.framework, row.method, row.walk, *numbers]
 
 
-def table(found: Sequence[Row]) -> Table:
+def table(found: Sequence[Row]) -> Sheet:
     """For a terminal."""
-    made = sheet(WORDS, NUMBERS)
-    made.add_column(HEAD[-1], overflow="fold")
+    made = Sheet(WORDS, [*NUMBERS, HEAD[-1]])
     for row in found:
         made.add_row(*cells(row), " ".join([verdict(not row.complaints), escape("; ".join(row.complaints))]).rstrip())
     return made
@@ -363,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console().print(markdown(found), markup=False, soft_wrap=True)
     else:
         console().print(table(found))
-    versions = {name: installed(name) for name in ("torch", "jax", "numpy")}
+    versions = {name: release(name) for name in ("torch", "jax", "numpy")}
     write_json(given.json, {"versions": versions, "rows": [asdict(row) for row in found]})
     if any(row.complaints for row in found):
         sys.exit(1)

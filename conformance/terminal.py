@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
+from textwrap import fill
+from time import monotonic
 from typing import Any, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.measure import Measurement
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from conformance.compare import Tick
+from conformance.packages import known_as, missing
+from psgd.naming import did_you_mean
 
-PLAIN_WIDTH = 160  # of tables that go to a file or a pipe, where nothing should be cut off
-EXTRAS = {  # top-level package: the extra that brings it
-    "torch": "torch",
-    "jax": "jax",
-    "jaxlib": "jax",
-    "optax": "jax",
-    "sklearn": "cli",
-    "matplotlib": "report",
-    "array_api_strict": "test",
-}
+LONG = 32  # characters from which a cell is a sentence, whose lines may break
+NARROW = 16  # characters of a line of a sentence, at least
+Part = Callable[[str], AbstractContextManager[Tick]]
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Standard output, or standard error for progress and complaints."""
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else PLAIN_WIDTH)
+    """Standard output, or standard error for progress and complaints; as wide as COLUMNS, a terminal, or else 80."""
+    return Console(stderr=stderr, highlight=False)
 
 
 def refuse(sentence: str) -> NoReturn:
@@ -46,20 +44,21 @@ def refuse(sentence: str) -> NoReturn:
 def known(what: str, name: str, names: Collection[str]) -> str:
     """The name, if it is one of `names`."""
     if name not in names:
-        refuse(f"unknown {what} {name!r}; choose of {', '.join(names)}")
+        meant = did_you_mean(name, names)
+        refuse(f"unknown {what} {name!r}{meant + ' There are' if meant else '; choose of'} {', '.join(names)}")
     return name
 
 
 @contextmanager
 def packages() -> Iterator[None]:
-    """A missing package becomes one sentence that names the extra which brings it."""
+    """A missing package becomes one sentence with the remedy."""
     try:
         yield
     except ImportError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRAS:
+        package = known_as(error.name)
+        if package is None:
             raise
-        refuse(f"{package} is not installed; pip install 'psgd[{EXTRAS[package]}]'")
+        refuse(missing(package))
 
 
 @contextmanager
@@ -72,17 +71,38 @@ def files() -> Iterator[None]:
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Tick]:
-    """A bar on a terminal, and one line where there is none. Yields the function that moves it on by one."""
-    out = console(stderr=True)
-    if not out.is_terminal:
-        out.print(f"{title} ...", markup=False)
-        yield lambda: None
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(SpinnerColumn(finished_text=" "), *columns, console=out) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda: bar.advance(task)
+def progress(total: int) -> Iterator[Part]:
+    """Progress of work in parts: on a terminal a bar with the time left, and everywhere a line when a part ends.
+
+    Yields what begins a part, given its title; that yields the function that moves on, by one or by so many.
+    """
+    out, begun, done = console(stderr=True), monotonic(), 0
+    bar = Progress(
+        *(SpinnerColumn(finished_text=" "), TextColumn("{task.description}"), BarColumn(20)),
+        *(TaskProgressColumn(), TimeRemainingColumn(elapsed_when_finished=True)),
+        console=out,
+        disable=not out.is_terminal,
+        transient=True,
+    )
+    task = bar.add_task("", total=total)
+
+    @contextmanager
+    def part(title: str) -> Iterator[Tick]:
+        start = monotonic()
+
+        def tick(n: int = 1) -> None:
+            nonlocal done
+            done += n
+            bar.advance(task, n)
+
+        bar.update(task, description=escape(title))
+        yield tick
+        now = monotonic()
+        left = f"; about {(now - begun) * (total - done) / done:.0f} s left" if 0 < done < total else ""
+        out.print(f"{title}: {now - start:.0f} s{left}", markup=False)
+
+    with bar:
+        yield part
 
 
 def finite(value: Any) -> Any:
@@ -109,14 +129,62 @@ def writable(*paths: Path | None) -> None:
             refuse(f"{path.parent} is not a folder, so {path.name} cannot be written there")
 
 
-def sheet(left: Collection[str], right: Collection[str] = ()) -> Table:
-    """A table without lines but one: columns of words to the left, of numbers to the right."""
-    made = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for head in left:
-        made.add_column(head, overflow="fold")
-    for head in right:
-        made.add_column(head, justify="right", overflow="fold")
-    return made
+@dataclass
+class Sheet:
+    """A table without lines but one: columns of words to the left, of numbers to the right; only sentences break.
+
+    spare: columns that are left out where there is no room, these first; a line then says which. One of numbers stays
+    where a sentence says why there is none. None among the rows sets them apart.
+    """
+
+    left: Sequence[str]
+    right: Sequence[str] = ()
+    spare: Sequence[str] = ()
+    title: str | None = None
+    rows: list[tuple[str, ...] | None] = field(default_factory=list)
+
+    def add_row(self, *cells: str) -> None:
+        self.rows.append(cells)
+
+    def add_section(self) -> None:
+        self.rows.append(None)
+
+    def widest(self, column: int) -> int:
+        """Characters of the longest cell of a column."""
+        return max((Text.from_markup(row[column]).cell_len for row in self.rows if row is not None), default=0)
+
+    def table(self, without: Collection[str] = ()) -> Table:
+        """The table without some columns."""
+        made = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title=self.title, title_justify="left")
+        heads = [*self.left, *self.right]
+        kept = [i for i, head in enumerate(heads) if head not in without]
+        for i in kept:
+            widest, rigid = self.widest(i), self.widest(i) < LONG
+            head = fill(heads[i], max(widest, *map(len, heads[i].split()))) if heads[i] else ""
+            made.add_column(
+                head,
+                justify="left" if heads[i] in self.left else "right",
+                no_wrap=rigid,
+                min_width=max(widest, *map(len, head.split("\n"))) if rigid else NARROW,
+                overflow="fold",
+            )
+        for row in self.rows:
+            if row is None:
+                made.add_section()
+            else:
+                made.add_row(*(row[i] for i in kept))
+        return made
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        sentences = [head for i, head in enumerate(self.right, len(self.left)) if self.widest(i) >= LONG]
+        able = [head for head in (*self.left, *self.right) if head not in sentences]
+        spare, without = [head for head in self.spare if head in able], list[str]()
+        endless = options.update_width(10_000)  # in which no column is narrowed
+        while spare and Measurement.get(console, endless, self.table(without)).minimum > options.max_width:
+            without.append(spare.pop(0))
+        yield self.table(without)
+        if without:
+            yield Text(f"left out to fit {options.max_width} columns: {', '.join(without)}", style="dim")
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:

@@ -94,18 +94,46 @@ class Summary:
         ]
 
     def __str__(self) -> str:
-        cells = self.cells()
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        left = len(widths) - 3
+        return self.text()
 
-        def text(line: tuple[str, ...]) -> str:
+    def text(self, width: int = 80) -> str:
+        """The table in so many columns. Where that is too few, a long name has a line to itself, and shapes, dtypes and
+        what else has no room are left out, which the last line says.
+        """
+        cells = self.cells()
+        kept = _fitting(cells, width)
+        left = sum(i < len(cells[0]) - 3 for i in kept)
+        head, *lines, total = ([line[i] for i in kept] for line in cells)
+        widths = [max(map(len, column)) for column in zip(head, *lines, total, strict=True)]
+        widths[0] = max(len(head[0]), len(total[0]), min(widths[0], width - sum(widths[1:]) - 2 * (len(kept) - 1)))
+
+        def told(line: Sequence[str]) -> str:
             parts = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+            if len(line[0]) > widths[0]:
+                parts[0] += f"\n{'':{widths[0]}}"
             return "  ".join(parts).rstrip()
 
-        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        head, *lines, total = map(text, cells)
-        skipped = [f"{self.skipped:,} steps skipped: a gradient was not finite"] * bool(self.skipped)
-        return "\n".join([", ".join(self.methods), head, rule, *lines, rule, total, *skipped])
+        rule = "-" * (sum(widths) + 2 * (len(kept) - 1))
+        gone = [name for i, name in enumerate(cells[0]) if i not in kept]
+        notes = [f"parameters: {', '.join(cells[-1][1:3])}", f"left out to fit {width} columns: {', '.join(gone)}"]
+        notes *= bool(gone)
+        notes += [f"{self.skipped:,} steps skipped: a gradient was not finite"] * bool(self.skipped)
+        return "\n".join([", ".join(self.methods), told(head), rule, *map(told, lines), rule, told(total), *notes])
+
+
+SPARE = (2, 1, 3, 5)  # columns of a summary that are left out where there is no room, in this order
+NAME = 24  # characters of names that have room beside the figures
+
+
+def _fitting(cells: Sequence[Sequence[str]], width: int) -> list[int]:
+    """The columns of a summary for which there is room."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths[0] = min(widths[0], NAME)
+    kept = list(range(len(widths)))
+    for spare in SPARE:
+        if sum(widths[i] for i in kept) + 2 * (len(kept) - 1) > width:
+            kept.remove(spare)
+    return kept
 
 
 def sized(shape: Sequence[int]) -> str:

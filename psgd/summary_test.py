@@ -357,7 +357,7 @@ def test_nothing_is_printed(capfd):
 
 def test_the_text_has_a_line_for_each_parameter_and_one_for_all():
     made = psgd_torch_backend.Kron(torch_params(SHAPES).items(), scanned_layers=SCANNED).summary()
-    title, head, rule, *lines, second, total = str(made).splitlines()
+    title, head, rule, *lines, second, total = made.text(100).splitlines()
     assert title == "Kron"
     assert rule == second == "-" * max(map(len, (head, *lines)))
     assert [line.split()[0] for line in lines] == list(SHAPES)
@@ -368,6 +368,20 @@ def test_the_text_has_a_line_for_each_parameter_and_one_for_all():
     elements = sum(int(np.prod(shape)) for shape in SHAPES.values())
     assert total.split()[:4] == ["total", str(elements), "in", str(len(SHAPES))]
     assert {len(line) for line in (head, *lines, total)} == {len(rule)}  # the last column is set right
+
+
+@pytest.mark.parametrize("width", [80, 60, 45])
+def test_a_table_that_is_too_wide_says_what_it_leaves_out(width):
+    name = "a.name.that.is.much.longer.than.others"
+    one = Row(name, (128, 256), "float32", ("128x128", "256x256"), None, state=100, apply=20, fit=3)
+    whole = Summary(("A",), (one, replace(one, name="short")))
+    title, head, *lines, size, gone = whole.text(width).splitlines()
+    assert max(map(len, (title, head, *lines))) <= width
+    assert gone.startswith(f"left out to fit {width} columns: ")
+    left_out = gone.partition(": ")[2].split(", ")
+    assert set(head.split()) | set(left_out) == set(whole.cells()[0]) and not set(head.split()) & set(left_out)
+    assert size == "parameters: 65,536 in 2, 256 KiB" and lines[1] == name and lines[2].split()[-1] == "3"
+    assert str(whole) == whole.text(80) and "left out" not in whole.text(200)
 
 
 def test_totals_are_sums():
