@@ -30,7 +30,7 @@ from rich.table import Table
 
 from conformance import golden
 from conformance.compare import compare
-from conformance.drivers import jax_alias, torch_class
+from conformance.drivers import jax_alias, jax_derivatives, jax_optimizer, torch_class
 from conformance.frameworks import FRAMEWORKS
 from conformance.problems import PROBLEMS, Problem
 from psgd import (
@@ -107,9 +107,9 @@ class Fault:
 
 
 def _forget() -> None:
-    """Drop the optimizers that drivers keep: they may hold functions made by the code as it was."""
-    torch_class.cache_clear()
-    jax_alias.cache_clear()
+    """Drop the optimizers and programs that drivers keep: they may hold what was made by the code as it was."""
+    for kept in (torch_class, jax_alias, jax_optimizer, jax_derivatives):
+        kept.cache_clear()
 
 
 def _function(place: Any) -> FunctionType:
