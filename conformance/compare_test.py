@@ -21,10 +21,13 @@ from conformance.tolerances import LOCKED
 from psgd.kron import Kronecker
 from psgd.methods import METHODS
 
-# Tests of a method run in one worker: what JAX has compiled for one of them serves the next.
-ALL_METHODS = pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=pytest.mark.xdist_group(f"compare {name}")) for name in METHODS]
-)
+
+def of_method(name, *others, **options):
+    """Arguments of a test. Those of a method run in one worker: what JAX has compiled for one serves the next."""
+    return pytest.param(name, *others, marks=pytest.mark.xdist_group(f"compare {name}"), **options)
+
+
+ALL_METHODS = pytest.mark.parametrize("method", [of_method(name) for name in METHODS])
 # Compiling takes many seconds and stepping JAX operation by operation is slow: they have tests of their own.
 COMPILED, EAGER = "torch-compiled", "jax-eager"
 WITHOUT_JAX = ["torch", "torch-loop", "numpy", "strict"]
@@ -99,7 +102,7 @@ def variants():
             if settings == {"momentum": 0.0} and not getattr(method, "whiten_grad", True):
                 settings = settings | {"whiten_grad": True}  # there is no momentum to whiten
             if settings.keys() <= known:
-                yield pytest.param(name, settings, id=f"{name}-{'-'.join(settings)}")
+                yield of_method(name, settings, id=f"{name}-{'-'.join(settings)}")
 
 
 @pytest.mark.parametrize(("method", "settings"), list(variants()))
@@ -114,7 +117,7 @@ def geometries():
         for f in fields(method):
             if f.metadata["kind"] == "name":
                 for value in f.metadata["names"]():
-                    yield pytest.param(name, {f.name: value}, id=f"{name}-{value}")
+                    yield of_method(name, {f.name: value}, id=f"{name}-{value}")
 
 
 @pytest.mark.parametrize(("method", "settings"), list(geometries()))

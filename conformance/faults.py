@@ -84,12 +84,12 @@ class Fault:
         try:
             for part in PARTS:
                 setattr(place, part, getattr(broken, part))
-            _forget()
+            _forget(place)
             yield
         finally:
             for part, value in kept.items():
                 setattr(place, part, value)
-            _forget()
+            _forget(place)
 
     def _compiled(self) -> FunctionType:
         place = _function(self.place)
@@ -106,10 +106,14 @@ class Fault:
         return _function(made[place.__name__])
 
 
-def _forget() -> None:
-    """Drop the optimizers and programs that drivers keep: they may hold what was made by the code as it was."""
+def _forget(place: FunctionType) -> None:
+    """Drop what was made by the code as it was: the optimizers and programs that drivers keep, and what catchers of
+    the core alone saw, unless the place is in an adapter, whose code they do not run."""
     for kept in (torch_class, jax_alias, jax_optimizer, jax_derivatives):
         kept.cache_clear()
+    if place.__module__.split(".")[0] == "psgd":
+        for seen in (_noise_differs, _golden_differs):
+            seen.cache_clear()
 
 
 def _function(place: Any) -> FunctionType:
@@ -238,6 +242,7 @@ KNOWN_WORDS = (
 )
 
 
+@cache
 def _noise_differs() -> str | None:
     """Recorded words of the noise."""
     for seed, step, role, expected in KNOWN_WORDS:
@@ -253,6 +258,7 @@ def _cases() -> tuple[golden.Case, ...]:
     return tuple(sorted(golden.cases(FOLDER), key=lambda case: (FOLDER / case["file"]).stat().st_size))
 
 
+@cache
 def _golden_differs() -> str | None:
     """Recorded runs, in NumPy."""
     for case in _cases():
