@@ -28,6 +28,8 @@ venv: $(STAMP) ## make or renew .venv with the pinned dependencies
 demo: $(STAMP) ## run the demonstration, about a minute, and write report.html
 	$(BIN)/psgd demo --report report.html
 
+# A test worker compiles by itself: the two processes that PyTorch would start for each of them load PyTorch first.
+test: export TORCHINDUCTOR_COMPILE_THREADS := 1
 test: $(STAMP) ## run every test; with XLA_FLAGS= JAX compiles for them as for users, which takes twice as long
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 

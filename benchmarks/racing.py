@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -82,12 +82,13 @@ class Worker:
         return self.ask("lap", steps=steps)
 
     def close(self) -> None:
-        """End the process."""
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream:
-                stream.close()
+        """End the process. What it was still to be told, where it has ended, goes nowhere."""
         self.process.kill()
         self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            with suppress(BrokenPipeError):  # closing writes what is left, and closes all the same
+                if stream:
+                    stream.close()
 
 
 class Field:

@@ -87,8 +87,18 @@ def test_a_worker_answers_by_json_and_needs_no_framework(worker):
 
 def test_a_process_that_ends_says_so(worker):
     worker.process.kill()
-    with pytest.raises(CannotRun, match="its process ended with code -9"):
-        worker.ask("release", module="numpy")
+    worker.process.wait()  # so that nobody reads what is asked
+    for _ in range(2):
+        with pytest.raises(CannotRun, match="its process ended with code -9"):
+            worker.ask("release", module="numpy")
+    for _ in range(2):
+        worker.close()
+    assert worker.process.stdin.closed and worker.process.stdout.closed
+
+
+def test_a_process_that_ends_on_a_question_says_so(tmp_path):
+    with pytest.raises(CannotRun, match="its process ended with code 3"):
+        start_with_torch(tmp_path, "import os\nos._exit(3)\n")
 
 
 def test_a_field_notes_who_cannot_start_and_ends_all_processes():
@@ -106,12 +116,16 @@ def test_a_field_notes_who_cannot_start_and_ends_all_processes():
 
 
 def test_what_an_optimizer_prints_is_no_answer(tmp_path):
-    (tmp_path / "loud.py").write_text("print('hello')\nraise ImportError('nobody | home')\n")
-    worker = Worker(sys.executable, [str(tmp_path)])
-    spec = {"kind": "products", "framework": "torch", "place": "loud:x"}
+    with pytest.raises(CannotRun, match=r"^ImportError: nobody \| home$"):
+        start_with_torch(tmp_path, "print('hello')\nraise ImportError('nobody | home')\n")
+
+
+def start_with_torch(folder, program):
+    """Start a contender whose PyTorch is a program of a line or two."""
+    (folder / "torch.py").write_text(program)
+    worker = Worker(sys.executable, [str(folder)])
     try:
-        with pytest.raises(CannotRun, match="KeyError: 'products'"):
-            worker.ask("start", **spec)
+        worker.ask("start", kind="products", framework="torch")
     finally:
         worker.close()
 

@@ -21,7 +21,13 @@ from conformance.tolerances import LOCKED
 from psgd.kron import Kronecker
 from psgd.methods import METHODS
 
-ALL_METHODS = pytest.mark.parametrize("method", METHODS)
+
+def of_method(name, *others, **options):
+    """Arguments of a test. Those of a method run in one worker: what JAX has compiled for one serves the next."""
+    return pytest.param(name, *others, marks=pytest.mark.xdist_group(f"compare {name}"), **options)
+
+
+ALL_METHODS = pytest.mark.parametrize("method", [of_method(name) for name in METHODS])
 # Compiling takes many seconds and stepping JAX operation by operation is slow: they have tests of their own.
 COMPILED, EAGER = "torch-compiled", "jax-eager"
 WITHOUT_JAX = ["torch", "torch-loop", "numpy", "strict"]
@@ -35,11 +41,13 @@ CONTRACTIVE = [name for name, problem in PROBLEMS.items() if not problem.chaotic
 FIRST = next(iter(METHODS))
 
 
+USERS_JIT = partial(jax.jit, compiler_options={name: own for name, (_, own) in COMPILING.items()})
+
+
 @pytest.fixture
 def as_users_compile(monkeypatch):
     """`jax.jit` optimizes as XLA does when told nothing, which tests elsewhere do without."""
-    options = {name: own for name, (_, own) in COMPILING.items()}
-    monkeypatch.setattr(jax, "jit", partial(jax.jit, compiler_options=options))
+    monkeypatch.setattr(jax, "jit", USERS_JIT)
 
 
 def assert_equal(result, bound=None):
@@ -94,7 +102,7 @@ def variants():
             if settings == {"momentum": 0.0} and not getattr(method, "whiten_grad", True):
                 settings = settings | {"whiten_grad": True}  # there is no momentum to whiten
             if settings.keys() <= known:
-                yield pytest.param(name, settings, id=f"{name}-{'-'.join(settings)}")
+                yield of_method(name, settings, id=f"{name}-{'-'.join(settings)}")
 
 
 @pytest.mark.parametrize(("method", "settings"), list(variants()))
@@ -109,7 +117,7 @@ def geometries():
         for f in fields(method):
             if f.metadata["kind"] == "name":
                 for value in f.metadata["names"]():
-                    yield pytest.param(name, {f.name: value}, id=f"{name}-{value}")
+                    yield of_method(name, {f.name: value}, id=f"{name}-{value}")
 
 
 @pytest.mark.parametrize(("method", "settings"), list(geometries()))
@@ -134,7 +142,9 @@ def test_as_users_compile_is_not_as_tests_elsewhere_do(request):
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-11), ("float32", 1e-5)])
 @pytest.mark.parametrize("problem", CONTRACTIVE)
 @ALL_METHODS
-def test_whole_runs_stay_together(method, problem, dtype, bound):
+def test_whole_runs_stay_together(request, method, problem, dtype, bound):
+    if problem == "least-squares":
+        request.getfixturevalue("as_users_compile")  # as is compiled for single steps
     if problem != "least-squares" and (method in DENSE or dtype == "float32"):
         pytest.skip("least-squares shows it")
     double = dtype == "float64"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any, ClassVar, NamedTuple
 
@@ -292,6 +292,36 @@ def jax_alias(name: str) -> Any:
     return import_module("psgd_jax_backend.faces").alias(METHODS[name], __name__)
 
 
+# What runs call is made once for all of them: compiling it takes longer than a short run.
+Jit = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@lru_cache(maxsize=32)
+def jax_optimizer(method: Method, names: tuple[str, ...], scanned: frozenset[str], jit: Jit) -> tuple[Any, Any]:
+    """The functions of a method for parameters of some names: init, and update compiled by `jit`."""
+    made = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "lr"}
+    layers = {name: name in scanned for name in names}
+    transform = jax_alias(method.name)(method.lr, **made, scanned_layers=layers)
+    return transform.init, jit(transform.update)
+
+
+@lru_cache(maxsize=32)
+def jax_derivatives(problem: Problem, jit: Jit) -> tuple[Any, Any]:
+    """The functions of a problem, compiled by `jit`: loss with gradients, and (v, H v)."""
+
+    def product(params: Any, batch: Any, key: Any) -> Any:
+        hessian = import_module("psgd_jax_backend.hessian")
+        v = hessian.vector(key, params)
+        return v, hessian.product(problem.loss, params, v, (batch,))[2]
+
+    return jit(import_module("jax").value_and_grad(problem.loss)), jit(product)
+
+
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of `jax.jit`."""
+    return function
+
+
 class JaxJit(Driver):
     """JAX, the update under `jax.jit`."""
 
@@ -301,29 +331,18 @@ class JaxJit(Driver):
 
     def begin(self, params: dict[str, Any]) -> None:
         self.jax, self.optax = import_module("jax"), import_module("optax")
-        made = {f.name: getattr(self.method, f.name) for f in fields(self.method) if f.name != "lr"}
-        layers = {name: name in self.scanned for name in params}
-        self.transform = jax_alias(self.method.name)(self.method.lr, **made, scanned_layers=layers)
-        self.tree, self.inner = params, self.transform.init(params)
-        differentiated = self.jax.value_and_grad(self.problem.loss)
-        self.differentiated = self.jax.jit(differentiated) if self.jitted else differentiated
-        self.update = self.jax.jit(self.transform.update) if self.jitted else self.transform.update
-        self.product: Any = None
+        jit = self.jax.jit if self.jitted else _uncompiled
+        init, self.update = jax_optimizer(self.method, tuple(params), self.scanned, jit)
+        self.differentiated, self.product = jax_derivatives(self.problem, jit)
+        self.tree, self.inner = params, init(params)
 
     def gradient(self, data: Mapping[str, np.ndarray]) -> tuple[float, Arrays]:
         loss, grads = self.differentiated(self.tree, self.batch(data))
         return float(loss), {name: self.framework.numpy(grads[name]) for name in self.tree}
 
     def products(self, data: Mapping[str, np.ndarray], step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        hessian, jnp = import_module("psgd_jax_backend.hessian"), import_module("jax.numpy")
-        if self.product is None:
-
-            def product(params: Any, batch: Any, key: Any) -> Any:
-                v = hessian.vector(key, params)
-                return v, hessian.product(self.problem.loss, params, v, (batch,))[2]
-
-            self.product = self.jax.jit(product) if self.jitted else product
-        key = jnp.full((1,), host_plan(self.method.tempo(), step, since=step).key, jnp.int32)
+        key = host_plan(self.method.tempo(), step, since=step).key
+        key = import_module("jax.numpy").full((1,), key, "int32")
         v, h = self.product(self.tree, self.batch(data), key)
         return {name: (self.framework.numpy(v[name]), self.framework.numpy(h[name])) for name in self.tree}
 

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from conformance import golden
 from conformance.compare import compare
-from conformance.drivers import jax_alias, torch_class
+from conformance.drivers import jax_alias, jax_derivatives, jax_optimizer, torch_class
 from conformance.frameworks import FRAMEWORKS
 from conformance.problems import PROBLEMS, Problem
 from psgd import (
@@ -85,12 +85,12 @@ class Fault:
         try:
             for part in PARTS:
                 setattr(place, part, getattr(broken, part))
-            _forget()
+            _forget(place)
             yield
         finally:
             for part, value in kept.items():
                 setattr(place, part, value)
-            _forget()
+            _forget(place)
 
     def _compiled(self) -> FunctionType:
         place = _function(self.place)
@@ -107,10 +107,14 @@ class Fault:
         return _function(made[place.__name__])
 
 
-def _forget() -> None:
-    """Drop the optimizers that drivers keep: they may hold functions made by the code as it was."""
-    torch_class.cache_clear()
-    jax_alias.cache_clear()
+def _forget(place: FunctionType) -> None:
+    """Drop what was made by the code as it was: the optimizers and programs that drivers keep, and what catchers of
+    the core alone saw, unless the place is in an adapter, whose code they do not run."""
+    for kept in (torch_class, jax_alias, jax_optimizer, jax_derivatives):
+        kept.cache_clear()
+    if place.__module__.split(".")[0] == "psgd":
+        for seen in (_noise_differs, _golden_differs):
+            seen.cache_clear()
 
 
 def _function(place: Any) -> FunctionType:
@@ -242,6 +246,7 @@ KNOWN_WORDS = (
 )
 
 
+@cache
 def _noise_differs() -> str | None:
     """Recorded words of the noise."""
     for seed, step, role, expected in KNOWN_WORDS:
@@ -259,6 +264,7 @@ def _cases() -> tuple[golden.Case, ...]:
     return tuple(sorted(golden.cases(FOLDER), key=lambda case: (FOLDER / case["file"]).stat().st_size))
 
 
+@cache
 def _golden_differs() -> str | None:
     """Recorded runs, in NumPy."""
     for case in _cases():

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from rich.console import Console
 
 from conformance import faults
 from conformance.faults import CATCHERS, FAULTS, GOLDEN, LOCKED, NOISE, Fault, caught, table
 from psgd import axes, rotate
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_nothing_is_caught_where_nothing_is_wrong():
@@ -22,6 +28,20 @@ def test_every_fault_is_caught_and_by_whom():
     Console(width=160).print(table(results))
     assert {name for name, notice in results.items() if notice is None} == set()
     assert {name: notice[0] for name, notice in results.items()} == {fault.name: fault.catcher for fault in FAULTS}
+
+
+def test_catchers_of_the_core_run_no_adapter():
+    """So that a fault in an adapter leaves them what they saw."""
+    program = """if True:
+        import sys
+        from conformance import golden
+        from conformance.frameworks import FRAMEWORKS
+        folder = golden.Path(sys.argv[1])
+        assert all(golden.replay(case, folder, FRAMEWORKS["numpy"]).passed for case in golden.cases(folder))
+        assert not {"psgd_torch_backend", "psgd_jax_backend"} & sys.modules.keys()
+    """
+    done = subprocess.run([sys.executable, "-c", program, faults.FOLDER], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_faults_are_many_and_in_every_part():

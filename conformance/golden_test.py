@@ -136,6 +136,7 @@ def test_replay(name, framework):
     assert_replays(name, framework)
 
 
+@pytest.mark.xdist_group("golden in jax")  # JAX compiles each operation once in a process
 @pytest.mark.parametrize("name", OF_JAX)
 def test_replay_in_jax(name):
     assert_replays(name, "jax")

@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import product, zip_longest
 from pathlib import Path
@@ -441,11 +442,23 @@ def worker(rank: int, processes: int, port: int, devices: int, file: str) -> Non
         np.savez(file, *leaves)
 
 
+@contextmanager
+def free_port() -> Iterator[int]:
+    """A port that nobody else is given meanwhile: it stays taken here, and who listens on it shares it."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("localhost", 0))
+        yield held.getsockname()[1]
+
+
 def ran(processes: int, devices: int, folder: Path) -> list[np.ndarray]:
     """What so many processes with so many devices in all come to."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    with free_port() as port:
+        return ran_at(port, processes, devices, folder)
+
+
+def ran_at(port: int, processes: int, devices: int, folder: Path) -> list[np.ndarray]:
+    """The same, where they meet at this port."""
     file = folder / f"{processes}-{devices}.npz"
     environment = os.environ | ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(devices // processes)}
     command = [sys.executable, "-m", "conformance.mesh_test", str(processes), str(port), str(devices), str(file)]

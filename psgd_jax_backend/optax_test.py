@@ -52,6 +52,8 @@ from psgd_jax_backend.transform_test import (
     types,
 )
 
+pytestmark = pytest.mark.xdist_group("jax updates")  # with `transform_test`, whose compiled updates it shares
+
 Tree = Any
 FEW = {name: SOME[name] for name in ("procrustes", "kron", "xmat")}  # a rotation, a branch, a whole model
 few = pytest.mark.parametrize("make", FEW.values(), ids=FEW)

@@ -40,6 +40,8 @@ from psgd_jax_backend import (
     xmat,
 )
 
+pytestmark = pytest.mark.xdist_group("jax updates")  # what `compiled` keeps is compiled in one worker alone
+
 Tree = Any
 
 

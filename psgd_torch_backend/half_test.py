@@ -11,7 +11,7 @@ from torch import nn
 
 from psgd_torch_backend import PSGD, Kron, Procrustes
 
-STEPS = 2000
+STEPS = 1000
 
 
 def trained(made: type[PSGD], kept: torch.dtype, **options: Any) -> tuple[float, PSGD]:

@@ -954,5 +954,5 @@ import psgd_torch_backend
 after = switches()
 assert after == before, [name for name in before if after[name] != before[name]]
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=1800)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
