@@ -302,6 +302,8 @@ def end_early(made: pages.Report, names: Sequence[str], report: Path) -> NoRetur
     """Tell what is done of what was to be."""
     done = list(pages.grouped(made.comparisons))
     if done:
+        with files():
+            made.write(report, [name for name in names if name not in done])
         tell_demo(made, report)
     what = "the report is partial" if done else "nothing is written"
     ended = f"psgd: ended early: {len(done)} of {len(names)} methods are done, and {what}"

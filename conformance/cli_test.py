@@ -505,6 +505,25 @@ def test_demo_that_is_ended_early_leaves_what_is_done(tmp_path, monkeypatch, don
         assert "partial" in result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("at", ["section", "facts"])
+def test_demo_that_is_ended_while_it_writes_has_what_it_tells(tmp_path, monkeypatch, at):
+    names, file, calls = demo.one_of_each_kind(), tmp_path / "r.html", []
+    monkeypatch.setattr(cli.pages, "svg", lambda *ignored: "")
+    monkeypatch.setattr(cli, "compared", lambda method, problem, *, locked, **more: comparison(method, locked=locked))
+    usual = getattr(cli.pages, at)
+
+    def once(*given):
+        calls.append(at)
+        return raised(KeyboardInterrupt()) if len(calls) == 2 else usual(*given)
+
+    monkeypatch.setattr(cli.pages, at, once)
+    result = psgd("demo", "--report", file)
+    told = int(re.search(r"(\d) of \d methods are done", result.stderr)[1])
+    assert result.exit_code == 130 and told == (1 if at == "section" else 2)
+    assert f"partial: {', '.join(names[told:])} have not run" in file.read_text()
+    assert file.read_text().count("<section><h2 id=") == told
+
+
 def test_demo_leaves_jax_and_torch_as_they_were(tmp_path, monkeypatch):
     import jax
     import torch

@@ -322,8 +322,9 @@ class Report:
 
     def add(self, comparisons: Sequence[Comparison]) -> None:
         """The comparisons of one method."""
+        drawn = section(comparisons[0].method, comparisons, f"p{len(self.sections)}")  # Ctrl-C here adds nothing
+        self.sections.append(drawn)
         self.comparisons += comparisons
-        self.sections.append(section(comparisons[0].method, comparisons, f"p{len(self.sections)}"))
 
     def html(self, left: Sequence[str] = ()) -> str:
         """The page; it needs nothing from outside and runs no script. left: methods that were to run and have not."""
