@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from textwrap import wrap
+from typing import Any, NamedTuple
 
 from psgd import pipeline
 from psgd.arrays import Factors
+from psgd.geometry import GEOMETRIES
 from psgd.methods import Method
 from psgd.outline import BYTES, Outline, Outlines, Silence
 from psgd.schedule import Memory
@@ -42,13 +44,14 @@ class Row:
 @dataclass(frozen=True)
 class Summary:
     """The rows of all parameters. methods: titles. counters: bytes of the counters of steps. skipped: how many steps
-    were, because a gradient was not finite.
+    were, because a gradient was not finite. notes: sentences on what stands out.
     """
 
     methods: tuple[str, ...]
     rows: tuple[Row, ...]
     counters: int = 0
     skipped: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def state(self) -> int:
@@ -117,11 +120,13 @@ class Summary:
         gone = [name for i, name in enumerate(cells[0]) if i not in kept]
         notes = [f"parameters: {', '.join(cells[-1][1:3])}", f"left out to fit {width} columns: {', '.join(gone)}"]
         notes *= bool(gone)
+        notes += [line for note in self.notes for line in wrap(note, width)]
         notes += [f"{self.skipped:,} steps skipped: a gradient was not finite"] * bool(self.skipped)
         return "\n".join([", ".join(self.methods), told(head), rule, *map(told, lines), rule, told(total), *notes])
 
 
 SPARE = (2, 1, 3, 5)  # columns of a summary that are left out where there is no room, in this order
+MUCH = 4  # times as dear is worth a note
 NAME = 24  # characters of names that have room beside the figures
 
 
@@ -247,9 +252,33 @@ def take_step(recipe: pipeline.Recipe, shape: Shape, dtype: str, xp: Outlines, *
     pipeline.displacement(g, u, 0.1, 0.1)
 
 
-def summary(rows: Iterable[tuple[Method, Row]], counters: int = 0, skipped: int = 0) -> Summary:
+def summary(pairs: Iterable[tuple[Method, Row]], counters: int = 0, skipped: int = 0) -> Summary:
     """The summary of rows, each with its method."""
-    pairs = list(rows)
-    return Summary(
-        tuple(dict.fromkeys(method.title for method, _ in pairs)), tuple(r for _, r in pairs), counters, skipped
-    )
+    by_method: dict[Method, list[Row]] = {}
+    for method, row in (pairs := list(pairs)):
+        by_method.setdefault(method, []).append(row)
+    notes = [note for method, own in by_method.items() for note in rotation_note(method, own)]
+    titles = dict.fromkeys(method.title for method in by_method)
+    return Summary(tuple(titles), tuple(row for _, row in pairs), counters, skipped, tuple(notes))
+
+
+def rotation_note(method: Method, own: Sequence[Row]) -> list[str]:
+    """What a fit would cost in a geometry that does not rotate, where that is much less: of long dense vectors."""
+    name = next((f.name for f in fields(method) if getattr(method, f.name) in tuple(GEOMETRIES)), None)
+    if name is None or GEOMETRIES[getattr(method, name)].turn is None:
+        return []
+    parameters = [Parameter(r.name, r.shape, r.dtype, r.layers is not None) for r in own]
+
+    def fit(geometry: str) -> int:
+        chosen: dict[str, Any] = {name: geometry}
+        return sum(r.fit for r in rows(replace(method, **chosen), parameters))
+
+    now = sum(r.fit for r in own)
+    fits = {geometry: fit(geometry) for geometry, record in GEOMETRIES.items() if record.turn is None}
+    cheap = {geometry: cost for geometry, cost in fits.items() if MUCH * cost < now}
+    if not cheap:
+        return []
+    return [
+        f"{method.title}: {name}={getattr(method, name)!r} rotates, which takes most of a fit's {in_flops(now)}; "
+        f"{', '.join(cheap)} do not, and fit in {in_flops(max(cheap.values()))} or less"
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import jax
@@ -392,6 +392,22 @@ def test_totals_are_sums():
     made = METHODS["quad"].of()
     pairs = [(made, one), (METHODS["kron"].of(), one), (made, one)]
     assert summary(pairs, 5) == Summary(("QUAD", "Kron"), (one,) * 3, 5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_rotation_of_a_long_vector_is_told(name):
+    """Where a geometry can be chosen, and one that does not rotate fits in less than a quarter of the operations."""
+    method = METHODS[name]()
+    notes = summary((method, r) for r in rows(method, [Parameter("w", (64, 8)), Parameter("b", (8,))])).notes
+    choosable = [f.name for f in fields(method) if getattr(method, f.name) in tuple(GEOMETRIES)]
+    dear = bool(choosable) and method.recipe().whole
+    assert [note.startswith(f"{method.title}: {choosable[0]}=") for note in notes] == [True] * dear
+    if dear:
+        lines = str(summary((method, r) for r in rows(method, [Parameter("w", (64, 8))]))).splitlines()
+        assert max(map(len, lines)) <= 80 and "rotates, which takes most of a fit's" in " ".join(lines)
+        cheap = next(g for g, record in GEOMETRIES.items() if record.turn is None)
+        still = replace(method, **{choosable[0]: cheap})
+        assert not summary((still, r) for r in rows(still, [Parameter("w", (64, 8))])).notes
 
 
 @pytest.mark.parametrize(
