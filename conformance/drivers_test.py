@@ -17,7 +17,15 @@ from psgd.methods import METHODS
 from psgd.noise import Counter, key
 
 # Compiling takes seconds, and adds nothing to what a driver shows.
-ALL_DRIVERS = pytest.mark.parametrize("driver", [name for name in DRIVERS if name != "torch-compiled"])
+# JAX compiles each step, and each operation by itself, once in a process: its drivers are all tried in one.
+ALL_DRIVERS = pytest.mark.parametrize(
+    "driver",
+    [
+        pytest.param(name, marks=pytest.mark.xdist_group("drivers in jax") if name.startswith("jax") else ())
+        for name in DRIVERS
+        if name != "torch-compiled"
+    ],
+)
 ALL_METHODS = pytest.mark.parametrize("method", METHODS)
 PROBLEM = PROBLEMS["least-squares"]
 SHAPES = {name: x.shape for name, x in PROBLEM.init(0).items()}

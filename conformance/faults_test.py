@@ -15,11 +15,16 @@ from psgd import axes, rotate
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# What JAX compiles for one, operation by operation, serves the other.
+catching = pytest.mark.xdist_group("faults")
 
+
+@catching
 def test_nothing_is_caught_where_nothing_is_wrong():
     assert caught() is None
 
 
+@catching
 def test_every_fault_is_caught_and_by_whom():
     results = {}
     for fault in FAULTS:
