@@ -61,7 +61,9 @@ def agreement(comparisons: Sequence[Comparison]) -> str:
     how = []
     if locked:
         allowed = max(map(largest_bound, locked))
-        how.append(f"one step from a common state differs by {max(map(largest, locked)):.1e} at most, of {allowed:g}")
+        how.append(
+            f"one step from a common state differs by {max(map(largest, locked)):.1e} at most ({allowed:g} is allowed)"
+        )
     if free:
         how.append("whole runs stay within their bounds")
     return f"{names} agree in {'all ' if len(methods) > 1 else ''}{counted(len(methods))}: {', and '.join(how)}"
