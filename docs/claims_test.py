@@ -163,7 +163,7 @@ def is_word(name):
     return len(name) > 2 and not re.search(r"_\w?$", name) and name != name.upper()
 
 
-@pytest.mark.parametrize("name", [*STRANGERS, *BORROWED])
+@pytest.mark.parametrize("name", [*sorted(STRANGERS), *BORROWED])
 def test_names_of_others_are_said_and_theirs(name):
     assert name in STRANGERS or resolved(name) is not None
     last = name.rpartition(".")[2]

@@ -238,7 +238,7 @@ def keeping() -> Any:
 
 def past() -> Any:
     """The hyperparameter `b1`."""
-    doc = "weight of the past in the average of gradients"
+    doc = "weight of the past in the average of gradients; in PyTorch `momentum`, where `b1` is taken too"
     return setting(0.9, doc, "[0, 1)", group_key="momentum")
 
 

@@ -43,6 +43,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def unknown(owner: str, name: str, known: Sequence[str]) -> str:
-    """The error about a hyperparameter that is not known: those that are, and what was meant."""
+    """The error about a hyperparameter that is not known: what was meant, then all that are."""
     why = "".join(f"; {reason}" for missing, reason in WITHOUT if missing == name)
-    return f"{owner}: unknown hyperparameter {name!r}; it has {', '.join(known)}{why}{did_you_mean(name, known)}"
+    hint = did_you_mean(name, known)
+    listed = f"{hint} It has" if hint else "; it has"
+    return f"{owner}: unknown hyperparameter {name!r}{why}{listed} {', '.join(known)}"

@@ -59,8 +59,8 @@ def test_a_name_of_another_package_finds_ours(name):
     }.items():
         for word in set(words) - set(known):
             assert nearest(word, known) in ours
-            said = f"{name}: unknown hyperparameter {word!r}; it has {', '.join(known)}"
-            assert unknown(name, word, known) == f"{said}; did you mean {nearest(word, known)!r}?"
+            said = f"{name}: unknown hyperparameter {word!r}; did you mean {nearest(word, known)!r}?"
+            assert unknown(name, word, known) == f"{said} It has {', '.join(known)}"
 
 
 @pytest.mark.parametrize(("name", "why"), WITHOUT)

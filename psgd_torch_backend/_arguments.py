@@ -14,14 +14,15 @@ ADAPTER = {
     "stack": Argument(
         True,
         "bool",
-        "step parameters of equal shape together (`torch.vmap`); the numbers are the same, many small layers are "
-        "faster",
+        "step parameters of equal shape together (`torch.vmap`); the numbers are the same to rounding, many small "
+        "layers are faster",
     ),
     "compile": Argument(
         False,
         "bool | str",
-        "compile the step with `torch.compile`. True: on a CPU the passes over large tensors, once for all shapes, "
-        'which takes seconds, and elsewhere as "whole": the whole step, once for each layout of parameters. Where no '
+        "compile the step with `torch.compile`. True: on a CPU the passes over tensors of 32,768 numbers and more, "
+        "once for all shapes, which takes seconds, or the whole step where one preconditioner is for all parameters; "
+        'elsewhere as "whole": the whole step, once for each layout of parameters. Where no '
         "compiler works it stays eager, with one warning. `torch.compile(optimizer.step)` changes nothing: it is not "
         "traced",
     ),

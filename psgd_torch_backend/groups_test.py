@@ -256,11 +256,11 @@ def test_names_of_other_packages_find_ours():
         (Affine, {"preconditioner_lr": 0.1}, "precond_lr"),
     ]
     for made, options, name in meant:
-        with pytest.raises(ValueError, match=rf"did you mean '{name}'\?$"):
+        with pytest.raises(ValueError, match=rf"did you mean '{name}'\? It has lr, "):
             made(parameters((2,)), **options)
     with pytest.raises(ValueError, match=r"memory_save_mode='smart_one_diag' must be .*; did you mean 'one_diag'\?$"):
         Kron(parameters((2,)), memory_save_mode="smart_one_diag")
-    with pytest.raises(ValueError, match=r"'merge_dims'; .*; whether axes are merged is part of a method here"):
+    with pytest.raises(ValueError, match=r"'merge_dims'; whether axes are merged is part of a method here"):
         Kron(parameters((2,)), merge_dims=True)
 
 

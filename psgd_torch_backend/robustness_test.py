@@ -206,7 +206,7 @@ def test_options_that_contradict_each_other_are_refused(name: str, options: dict
 # ---- construction: names and parameters -------------------------------------------------------
 @pytest.mark.contract("input: names")
 def test_a_misspelt_name_is_refused(optimizer_class: type[PSGD]):
-    text = f"^{optimizer_class.method.name}: unknown hyperparameter 'lrr'; it has lr, "
+    text = f"^{optimizer_class.method.name}: unknown hyperparameter 'lrr'; did you mean 'lr'\\? It has lr, "
     refused(optimizer_class, text, lrr=0.1)
     params = parameters((3, 2))
     optimizer = optimizer_class(params, **of_rank(optimizer_class, 2))
