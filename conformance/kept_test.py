@@ -51,10 +51,15 @@ def kept(optimizer: PSGD, p: torch.Tensor) -> list[torch.Tensor]:
     return [kind.geometry.root.factor(q, i) for i, q in enumerate(optimizer.state[p]["Q"].values())]
 
 
+# Operation by operation JAX compiles each one for each shape, and each branch anew: it walks where tensors are few.
+WALKS = {"mlp-digits": ["torch", "torch-loop", "jax", "numpy", "strict"], "least-squares": ["torch", "jax-eager"]}
+
+
+@pytest.mark.xdist_group("kept")  # those operations are compiled once in a process
+@pytest.mark.parametrize("problem", WALKS)
 @pytest.mark.parametrize("name", KEEPING)
-def test_all_drivers_walk_the_same_way(name: str):
-    drivers = ["torch", "torch-loop", "jax", "jax-eager", "numpy", "strict"]
-    report = compare(name, "mlp-digits", steps=4, drivers=drivers, locked=True, keep_p=True, **settings(name))
+def test_all_drivers_walk_the_same_way(name: str, problem: str):
+    report = compare(name, problem, steps=4, drivers=WALKS[problem], locked=True, keep_p=True, **settings(name))
     assert report.passed, report
 
 
