@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from psgd import pipeline
+from psgd.calls import by_name
 from psgd.methods import Method, checked, group_key
 from psgd.naming import nearest, unknown
 from psgd_torch_backend._arguments import ADAPTER_DEFAULTS
@@ -57,19 +58,10 @@ def arguments(method: type[Method]) -> tuple[list[str], list[str]]:
 
 
 def by_position(owner: str, method: type[Method], values: Sequence[Any], named: Group) -> Group:
-    """Arguments that were given by position and by name, all by name."""
+    """Arguments that were given by position and by name, all under their keys."""
     names, _ = arguments(method)
-    if len(values) > len(names):
-        why = "" if len(names) > 1 else f", since the order of {method.source} is another"
-        raise TypeError(
-            f"{owner}: by position there are params, {', '.join(names)}, and all else is given by name{why}; "
-            f"name the last {len(values) - len(names)} of what is given"
-        )
-    given = dict(zip(names, values, strict=False))
-    twice = [key for key in given if key in under_keys(method, named)]
-    if twice:
-        raise TypeError(f"{owner}: {twice[0]} is given twice, by position and by name; give it once")
-    return given | named
+    why = "" if len(names) > 1 else f", since the order of {method.source} is another"
+    return by_name(owner, names, values, under_keys(method, named), why)
 
 
 def under_keys(method: type[Method], given: Group) -> Group:

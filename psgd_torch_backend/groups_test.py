@@ -93,10 +93,10 @@ def test_near_misses_are_refused_in_a_group(optimizer_class: type[PSGD]):
     before = copy.deepcopy((params, optimizer.state_dict()))
     for name in optimizer.defaults:
         for wrong in (name.upper() if name.islower() else name.lower(), name + name[-1]):
-            with pytest.raises(ValueError, match=rf"unknown hyperparameter '{wrong}'; .*; did you mean '{name}'\?$"):
+            with pytest.raises(ValueError, match=rf"unknown hyperparameter '{wrong}'; did you mean '{name}'\? It has lr, "):
                 optimizer.add_param_group({"params": parameters((2,)), wrong: 0.1})
     for wrong, meant in (("learning_rate", "lr"), ("Learning-Rate", "lr"), ("beta1", "momentum")):
-        with pytest.raises(ValueError, match=rf"unknown hyperparameter '{wrong}'; .*; did you mean '{meant}'\?$"):
+        with pytest.raises(ValueError, match=rf"unknown hyperparameter '{wrong}'; did you mean '{meant}'\? It has lr, "):
             optimizer_class([{"params": parameters((2,)), wrong: 0.1}])
     assert_untouched(optimizer, params, before)
 
@@ -164,7 +164,7 @@ def test_the_signature_says_what_goes_by_position(optimizer_class: type[PSGD]):
     assert placed == ["params", *(renamed(method).get(x, x) for x in method.positional if x in own)]
     values = [signature.parameters[name].default for name in placed[1:]]
     assert optimizer_class(parameters((2,)), *values).defaults == optimizer_class(parameters((2,))).defaults
-    with pytest.raises(TypeError, match=f"^{optimizer_class.__name__}: by position there are params, lr.*the last 2 "):
+    with pytest.raises(TypeError, match=f"^{optimizer_class.__name__} takes lr.* by position and the others by name"):
         optimizer_class(parameters((2,)), *values, 1, 2)
     for again in {"lr", *placed[1:3]}:
         with pytest.raises(TypeError, match=f"^{optimizer_class.__name__}: {again} is given twice"):
@@ -172,7 +172,7 @@ def test_the_signature_says_what_goes_by_position(optimizer_class: type[PSGD]):
 
 
 def test_another_order_is_said_to_be_another():
-    with pytest.raises(TypeError, match="given by name, since the order of psgd_torch `KronWhiten` is another"):
+    with pytest.raises(TypeError, match="the others by name, since the order of psgd_torch `KronWhiten` is another"):
         KronWhiten(parameters((2,)), 0.1, 1.0)
     with pytest.raises(TypeError, match="momentum is given twice"):
         Kron(parameters((2,)), 0.1, 0.9, b1=0.5)

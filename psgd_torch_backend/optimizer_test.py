@@ -492,7 +492,7 @@ BAD_HYPERPARAMETERS = [
     ({"stack": 1}, "stack=1 must be True or False"),
     ({"compile": "yes"}, "compile='yes' must be True, False or 'whole'"),
     ({"maximize": None}, "maximize=None must be True or False"),
-    ({"stak": True}, r"unknown hyperparameter 'stak'; .*; did you mean 'stack'\?$"),
+    ({"stak": True}, r"unknown hyperparameter 'stak'; did you mean 'stack'\? It has lr, "),
     ({"scanned_layers": 1}, "scanned_layers=1 must be"),
     ({"stack_batch_size": 0}, "stack_batch_size=0 must be None or a whole number above 0"),
     ({"stack_batch_size": 2.0}, r"stack_batch_size=2\.0 must be None or a whole number above 0"),
