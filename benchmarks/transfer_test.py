@@ -126,7 +126,7 @@ def test_the_tables_are_printed(told, monkeypatch, capsys):
     monkeypatch.setattr(transfer, "measure", lambda setup, progress: told[0])
     transfer.main([])
     lines = capsys.readouterr().out.splitlines()
-    assert sum(f" {ADAMW} " in line for line in lines) == 1 + 2
+    assert sum(line.startswith(f"{ADAMW} ") for line in lines) == 1 + 2
     assert any("Length of the weights" in line for line in lines)
 
 

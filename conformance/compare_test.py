@@ -405,7 +405,7 @@ def test_the_envelope_grows(method):
     problem = PROBLEMS["rosenbrock"]
     start = rounded(problem.init(0), "float64")
     with double_precision("torch"):
-        grown = envelope(method_for(method, problem), problem, start, 200, "float64", 0, TorchEager, lambda: None)
+        grown = envelope(method_for(method, problem), problem, start, 200, "float64", 0, TorchEager, lambda n: None)
     assert grown.shape == (200,)
     assert np.all(np.diff(grown) >= 0)
     assert 0 < grown[0] < 1e-14

@@ -143,7 +143,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("balance turned round", rotate.balanced, "xp.exp(mean - r)", "xp.exp(r - mean)", GOLDEN),
     Fault("balance every 99 steps", methods.QuadTorch.tempo, "periodic(100)", "periodic(99)", GOLDEN),
     Fault("epsilon outside the bracket", criterion.relative, "(x, amount, e)", "(x, amount * eps(x), e)", GOLDEN),
-    Fault("epsilon a millionth", spectral.norm_bound, "(scale + small)", "(scale + 1e-6)", GOLDEN),
+    Fault("epsilon a millionth", spectral.norm_bound, "scale + small", "scale + 1e-6", GOLDEN),
     Fault("norm bound with one product less", spectral.norm_bound, "products - 1", "products - 2", GOLDEN),
     Fault("a thin difference is a sum", thin.Thin.__sub__, "-other.left", "other.left", GOLDEN),
     Fault("a thin triangle is summed from above", thin.triangle_from_left, "xp.triu", "xp.tril", GOLDEN),

@@ -133,8 +133,9 @@ def writable(*paths: Path | None) -> None:
 class Sheet:
     """A table without lines but one: columns of words to the left, of numbers to the right; only sentences break.
 
-    spare: columns that are left out where there is no room, these first; a line then says which. One of numbers stays
-    where a sentence says why there is none. None among the rows sets them apart.
+    spare: columns that are left out where there is no room, these first; a line then says which. Where none is named,
+    any but the first and the last, from the right. One of numbers stays where a sentence says why there is none. None
+    among the rows sets them apart.
     """
 
     left: Sequence[str]
@@ -178,7 +179,8 @@ class Sheet:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         sentences = [head for i, head in enumerate(self.right, len(self.left)) if self.widest(i) >= LONG]
         able = [head for head in (*self.left, *self.right) if head not in sentences]
-        spare, without = [head for head in self.spare if head in able], list[str]()
+        wanted = self.spare or able[-2:0:-1]  # rather than cut off what is last
+        spare, without = [head for head in wanted if head in able], list[str]()
         endless = options.update_width(10_000)  # in which no column is narrowed
         while spare and Measurement.get(console, endless, self.table(without)).minimum > options.max_width:
             without.append(spare.pop(0))

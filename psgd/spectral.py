@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from psgd._xp import adjoint, cast, conj, lifted_dtype, matmul, namespace, real, tiny
 from psgd.arrays import Factor, Matrix, Rows, Scalar
 from psgd.noise import Draws
-from psgd.thin import Hermitian, Thin, diagonal, from_right, part, row, row_norms
+from psgd.thin import Hermitian, Thin, diagonal, divided, from_right, part, row, row_norms
 
 
 def norm_bound(a: Hermitian, probes: Rows | None, *, products: int, positive: bool, offset: float = 0.0) -> Scalar:
@@ -36,7 +36,7 @@ def norm_bound(a: Hermitian, probes: Rows | None, *, products: int, positive: bo
     """
     xp, small = namespace(part(a)), tiny(part(a))
     scale = xp.max(diagonal(a)) if positive else xp.max(xp.abs(a))
-    a = a / (scale + small)
+    a = divided(a, scale + small)
     longest = row(a, xp.argmax(row_norms(a)))
     v = longest if probes is None else longest + _phases(probes, longest) * probes
     for _ in range(products - 1):

@@ -42,9 +42,6 @@ class Thin:
     def __sub__(self, other: Thin) -> Thin:
         return self + Thin(-other.left, other.right, -other.shift)
 
-    def __truediv__(self, number: Scalar) -> Thin:
-        return Thin(self.left / number, self.right, self.shift)  # the bounds on norms, which divide, know no shift
-
     def less(self, shift: float) -> Thin:
         """Itself - shift I."""
         return Thin(self.left, self.right, self.shift + shift)
@@ -83,6 +80,11 @@ def diagonal(a: Hermitian) -> Diagonal:
     if not isinstance(a, Thin):
         return _xp.diagonal(a)
     return namespace(a.left).sum(real(a.left * conj(a.right)), axis=1) - a.shift
+
+
+def divided(a: Hermitian, number: Scalar) -> Hermitian:
+    """The matrix over a number; of what is thin without its shift. No operator: torch.compile cannot follow one."""
+    return Thin(a.left / number, a.right) if isinstance(a, Thin) else a / number
 
 
 def row_norms(a: Hermitian) -> Diagonal:

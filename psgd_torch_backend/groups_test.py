@@ -91,12 +91,13 @@ def test_near_misses_are_refused_in_a_group(optimizer_class: type[PSGD]):
     params = parameters((3, 2))
     optimizer = optimizer_class(params, **of_rank(optimizer_class, 2))
     before = copy.deepcopy((params, optimizer.state_dict()))
+    said = "unknown hyperparameter '{}'; did you mean '{}'\\? It has lr, "
     for name in optimizer.defaults:
         for wrong in (name.upper() if name.islower() else name.lower(), name + name[-1]):
-            with pytest.raises(ValueError, match=rf"unknown hyperparameter '{wrong}'; did you mean '{name}'\? It has lr, "):
+            with pytest.raises(ValueError, match=said.format(wrong, name)):
                 optimizer.add_param_group({"params": parameters((2,)), wrong: 0.1})
     for wrong, meant in (("learning_rate", "lr"), ("Learning-Rate", "lr"), ("beta1", "momentum")):
-        with pytest.raises(ValueError, match=rf"unknown hyperparameter '{wrong}'; did you mean '{meant}'\? It has lr, "):
+        with pytest.raises(ValueError, match=said.format(wrong, meant)):
             optimizer_class([{"params": parameters((2,)), wrong: 0.1}])
     assert_untouched(optimizer, params, before)
 
