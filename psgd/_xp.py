@@ -100,6 +100,13 @@ def times(x: Array, a: Any) -> Array:
     return x * a if is_complex(a) and not is_complex(x) else x.mul_(cast(a, x.dtype))
 
 
+def running_sums(x: Array) -> Array:
+    """The sums over the first axis up to each entry."""
+    xp = namespace(x)
+    # torch.compile warns at array_api_compat's.
+    return xp.cumsum(x, dim=0) if xp.__name__.endswith("torch") else xp.cumulative_sum(x, axis=0)
+
+
 def tiny(x: Array) -> float:
     """Smallest normal number of the (real) dtype of `x`."""
     return float(namespace(x).finfo(x.dtype).smallest_normal)

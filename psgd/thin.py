@@ -131,7 +131,7 @@ def triangle_from_left(a: Thin, q: Matrix) -> Matrix:
     left, right, rows = (_in_blocks(x, blocks) for x in (a.left, a.right, q))
     sums = matmul(adjoint(right), rows)  # (blocks, k, n)
     later = xp.concat([xp.zeros_like(sums[:1, :, :]), xp.flip(sums, axis=0)[:-1, :, :]], axis=0)
-    later = xp.flip(xp.cumulative_sum(later, axis=0), axis=0)
+    later = xp.flip(_xp.running_sums(later), axis=0)
     within = xp.triu(matmul(left, adjoint(right)))
     out = matmul(xp.concat([within, left], axis=2), xp.concat([rows, later], axis=1))
     return _shifted(a, xp.reshape(out, (-1, n))[:n, :], q)
