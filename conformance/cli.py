@@ -524,7 +524,7 @@ def contracts(
     with packages():
         wanted = [name for name in CONTRACTS if whose in (None, name.partition(":")[0])]
         found = run(wanted)
-    table = Sheet(["contract", "what is demanded", "test", "verdict"])
+    table = Sheet(["contract", "what is demanded", "test", "verdict"], spare=())
     for name in wanted:
         own = [(v.test.rpartition("/")[2], v.word) for v in found if v.contract == name] or [("-", "no test")]
         for k, words in enumerate(own):

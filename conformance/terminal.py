@@ -140,7 +140,7 @@ class Sheet:
 
     left: Sequence[str]
     right: Sequence[str] = ()
-    spare: Sequence[str] = ()
+    spare: Sequence[str] | None = None
     title: str | None = None
     rows: list[tuple[str, ...] | None] = field(default_factory=list)
 
@@ -179,7 +179,7 @@ class Sheet:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         sentences = [head for i, head in enumerate(self.right, len(self.left)) if self.widest(i) >= LONG]
         able = [head for head in (*self.left, *self.right) if head not in sentences]
-        wanted = self.spare or able[-2:0:-1]  # rather than cut off what is last
+        wanted = able[-2:0:-1] if self.spare is None else self.spare  # rather than cut off what is last
         spare, without = [head for head in wanted if head in able], list[str]()
         endless = options.update_width(10_000)  # in which no column is narrowed
         while spare and Measurement.get(console, endless, self.table(without)).minimum > options.max_width:

@@ -58,10 +58,11 @@ def arguments(method: type[Method]) -> tuple[list[str], list[str]]:
 
 
 def by_position(owner: str, method: type[Method], values: Sequence[Any], named: Group) -> Group:
-    """Arguments that were given by position and by name, all under their keys."""
+    """Arguments that were given by position and by name, all by name."""
     names, _ = arguments(method)
     why = "" if len(names) > 1 else f", since the order of {method.source} is another"
-    return by_name(owner, names, values, under_keys(method, named), why)
+    by_name(owner, names, values, under_keys(method, named), why)  # only to refuse what has no place, or two
+    return dict(zip(names, values, strict=False)) | named
 
 
 def under_keys(method: type[Method], given: Group) -> Group:
