@@ -19,6 +19,7 @@ from psgd.strips import (
     upper_from_left,
     upper_from_right,
 )
+from psgd.thin import unfolded
 
 SHORT = 64  # axes that together are no longer than this are multiplied as one
 Act = Callable[..., Tensor]  # (factor, tensor, axis, used=) -> tensor
@@ -123,8 +124,7 @@ def gram(x: Tensor, axis: int, *, diagonal: bool) -> Factor:
         return xp.sum(squares, axis=rest) if rest else squares
     if axis == x.ndim - 1:
         return gram_of_columns(xp.reshape(x, (-1, x.shape[axis])))
-    front = xp.permute_dims(x, (axis, *(i for i in range(x.ndim) if i != axis))) if axis else x
-    return gram_of_rows(xp.reshape(front, (x.shape[axis], -1)))
+    return gram_of_rows(unfolded(x, axis))
 
 
 def outer(q: Factor) -> Factor:

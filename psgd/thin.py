@@ -57,9 +57,15 @@ def is_thin(shape: tuple[int, ...], axis: int) -> bool:
 
 def gram(x: Tensor, axis: int) -> Thin:
     """x contracted with its conjugate over every axis but one."""
-    front = namespace(x).permute_dims(x, (axis, *(i for i in range(x.ndim) if i != axis))) if axis else x
-    columns = namespace(x).reshape(front, (x.shape[axis], -1))
+    columns = unfolded(x, axis)
     return Thin(columns, columns)
+
+
+def unfolded(x: Tensor, axis: int) -> Matrix:
+    """The unfolding of x along an axis, (n, size / n): that axis as rows."""
+    xp = namespace(x)
+    front = xp.permute_dims(x, (axis, *(i for i in range(x.ndim) if i != axis))) if axis else x
+    return xp.reshape(front, (x.shape[axis], -1))
 
 
 def part(a: Hermitian) -> Array:
