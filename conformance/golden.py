@@ -441,12 +441,9 @@ def _scale(
                 seen[u.members[0]][0, ...] if u.scanned else u.joined(seen) if u.flat else seen[u.members[0]]
                 for u in own
             ]
-            scales = recipe.start(
-                [recipe.start.size(pipeline.working(recipe, x)) for x in take], method.tempo().damping
-            )
-            if pairs is not None:
-                vs = [u.joined(pairs[0]) if u.flat else pairs[0][u.members[0]] for u in own]
-                scales = [s * b for s, b in zip(scales, recipe.start.probed(vs), strict=True)]
+            vs = None if pairs is None else [u.joined(pairs[0]) if u.flat else pairs[0][u.members[0]] for u in own]
+            sizes = [recipe.start.size(pipeline.working(recipe, x)) for x in take]
+            scales, _ = recipe.start(sizes, method.tempo().damping, vs)
             for unit, scale in zip(own, scales, strict=True):
                 unit.rescale(recipe, scale)
 

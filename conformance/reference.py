@@ -17,8 +17,9 @@ Array = Any
 
 def start(
     method: Method, gradients: Sequence[Array], pairs: Sequence[tuple[Array, Array]] | None = None
-) -> list[pipeline.State]:
-    """First state of tensors that start together, with their automatic scale where the method gives none.
+) -> tuple[list[pipeline.State], bool]:
+    """First state of tensors that start together, with their automatic scale where the method gives none; and whether
+    the scale is known, for which any of them has to say something.
 
     pairs: (v, H v) of each, from which methods that fit to them take the scale.
     """
@@ -26,13 +27,13 @@ def start(
     xp = namespace(gradients[0])
     draws = noise.Counter(xp.full((1,), pipeline.first_key(tempo), dtype=xp.int32))
     scales: Sequence[Any] = [given] * len(gradients)
+    known: Any = True
     if given is None:
         seen = gradients if pairs is None else [h for _, h in pairs]
-        scales = recipe.start([recipe.start.size(pipeline.working(recipe, x)) for x in seen], tempo.damping)
-    if given is None and pairs is not None:
-        boosts = recipe.start.probed([pipeline.working(recipe, v) for v, _ in pairs])
-        scales = [scale * boost for scale, boost in zip(scales, boosts, strict=True)]
-    return [pipeline.init(recipe, g, scale, draws) for g, scale in zip(gradients, scales, strict=True)]
+        vs = None if pairs is None else [pipeline.working(recipe, v) for v, _ in pairs]
+        sizes = [recipe.start.size(pipeline.working(recipe, x)) for x in seen]
+        scales, known = recipe.start(sizes, tempo.damping, vs)
+    return [pipeline.init(recipe, g, scale, draws) for g, scale in zip(gradients, scales, strict=True)], bool(known)
 
 
 def trusted(method: Method, us: Sequence[Array]) -> list[Array]:
@@ -94,8 +95,8 @@ def vectors(method: Method, step: int, params: Mapping[str, Array]) -> dict[str,
 
 
 def fits(method: Method, step: int) -> bool:
-    """Does a method that fits Hessian-vector products do so at a step?"""
-    return pipeline.host_plan(method.tempo(), step, since=step).fit
+    """Does a method that fits Hessian-vector products do so at a step, after a first one that taught it something?"""
+    return pipeline.host_plan(method.tempo(), step, since=1).fit
 
 
 class Reference:
@@ -108,6 +109,7 @@ class Reference:
     def __init__(self, method: Method, params: Mapping[str, Array], scanned: Collection[str] = ()) -> None:
         self.method, self.params, self.scanned = method, dict(params), frozenset(scanned)
         self.states: dict[str, pipeline.State] = {}
+        self.known = False
         self.count = self.since = self.skipped = self.skipped_in_a_row = 0
 
     def _parts(self, name: str, x: Array) -> list[Array]:
@@ -122,7 +124,7 @@ class Reference:
             names = sorted(gradients)
             g = joined([gradients[name] for name in names])
             pair = None if pairs is None else tuple(joined([pairs[name][k] for name in names]) for k in (0, 1))
-            (state,) = start(self.method, [g], None if pair is None else [pair])
+            (state,), self.known = start(self.method, [g], None if pair is None else [pair])
             shapes = [tuple(gradients[name].shape) for name in names]
             self.states = dict(zip(names, spread(state, shapes), strict=True))
             return
@@ -131,7 +133,8 @@ class Reference:
         if pairs is not None:
             columns = {name: [self._parts(name, x) for x in pairs[name]] for name in gradients}
             given = [pair for name in gradients for pair in zip(*columns[name], strict=True)]
-        states = iter(start(self.method, [g for own in parts.values() for g in own], given))
+        begun, self.known = start(self.method, [g for own in parts.values() for g in own], given)
+        states = iter(begun)
         self.states = {name: self._whole(name, [next(states) for _ in own]) for name, own in parts.items()}
 
     def step(self, gradients: Mapping[str, Array], pairs: Mapping[str, tuple[Array, Array]] | None = None) -> None:
@@ -144,12 +147,21 @@ class Reference:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             return
         self.skipped_in_a_row = 0
-        if not self.states:
-            self._start(gradients, pairs)
-        self.count, self.since = self.count + 1, self.since + 1
         recipe = self.method.recipe()
+        if not self.known and (pairs is not None or not recipe.newton or not self.states):
+            old = self.states
+            self._start(gradients, pairs)
+            self.states = {name: s._replace(momentum=old.get(name, s).momentum) for name, s in self.states.items()}
+        if not (self.known or recipe.newton):  # nothing to begin with: nothing is counted
+            self.states = {}
+            decay = self.method.weight_decay
+            self.params = {
+                name: p + pipeline.displacement(p, 0 * p, self.method.lr, decay) for name, p in self.params.items()
+            }
+            return
+        self.count, self.since = self.count + 1, self.since + 1
         plan = pipeline.host_plan(self.method.tempo(), self.count, since=self.since)
-        plan = plan._replace(fit=pairs is not None) if recipe.newton else plan
+        plan = plan._replace(fit=pairs is not None and self.known) if recipe.newton else plan
         self.since = 0 if plan.fit else self.since
         xp = namespace(next(iter(gradients.values())))
         plan = plan._replace(key=xp.full((1,), plan.key, dtype=xp.int32))

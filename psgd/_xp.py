@@ -54,27 +54,56 @@ def eps(x: Array) -> float:
     return float(namespace(x).finfo(x.dtype).eps)
 
 
-def shrinkage(x: Array, *others: Array) -> Array:
-    """A number of at most 1, 0-d: what to multiply arrays by where squares of entries would not be finite; else 1.
+# ---- sizes -------------------------------------------------------------------------------
+# What a gradient, a factor and a probe measure may lie further apart than floating-point numbers reach. Products are
+# made of arrays in units of their own size, and those units are put back where the result has found its own.
+def largest(x: Array) -> Array:
+    """max|x|, 0-d."""
+    xp = namespace(x)
+    if is_complex(x) or not xp.__name__.endswith("torch") or prod(x.shape) < 1 << 12:
+        return xp.max(xp.abs(x))
+    return xp.maximum(xp.max(x), -xp.min(x))  # eager PyTorch would write |x| down
+
+
+def in_units(x: Array) -> tuple[Array, Array]:
+    """x / c and c = max(max|x|, 1), 0-d, but for x at the very end of the floats: products of it remain among them."""
+    xp = namespace(x)
+    if not prod(x.shape):
+        return x, xp.ones_like(xp.sum(xp.abs(x)))
+    c = xp.clip(largest(x), 1.0, 0.25 / tiny(x))  # whose inverse is no subnormal number, which some devices take for 0
+    return x / c, c
+
+
+def shrinkage(x: Array, unit: Array, y: Array | None = None) -> tuple[Array, Array]:
+    """What to multiply x and y by, 0-d: by `unit` and by 1, or both by less where squares of entries would not be
+    finite.
 
     A residual of squares is normalised by its own size: beyond such sizes it points nowhere else.
     """
     xp = namespace(x)
     if not prod(x.shape):
-        return xp.ones_like(xp.sum(xp.abs(x)))
-    top = largest(x)
-    for other in others:
-        top = xp.maximum(top, largest(other))
-    limit = float(xp.finfo(top.dtype).max) ** 0.375
-    return limit / xp.clip(top, min=limit)
+        return unit, xp.ones_like(unit)
+    highest = float(xp.finfo(unit.dtype).max)
+    limit = highest**0.25
+    for_x = xp.minimum(unit, limit / xp.clip(largest(x), min=4 * limit / highest))
+    for_y = for_x / unit
+    if y is None:
+        return for_x, for_y
+    other = limit / xp.clip(largest(y), min=limit)
+    return xp.minimum(for_x, unit * other), xp.minimum(for_y, other)
 
 
-def largest(x: Array) -> Array:
-    """max|x|, 0-d."""
-    xp = namespace(x)
-    if is_complex(x) or not xp.__name__.endswith("torch"):
-        return xp.max(xp.abs(x))
-    return xp.maximum(xp.max(x), -xp.min(x))  # eager PyTorch would write |x| down
+def says_something(x: Array) -> Array:
+    """Has x an entry from which a preconditioner can learn? 0-d."""
+    return is_something(cast(largest(x), lifted_dtype(x)))
+
+
+def is_something(size: Array) -> Array:
+    """Can a preconditioner learn from a tensor of this size? What is nearly subnormal would only make it grow.
+
+    NaN is something, for nobody should overlook it.
+    """
+    return namespace(size).logical_not(size <= tiny(size) ** 0.75)
 
 
 def plus(y: Array, a: Any, x: Array, *, used: bool = False) -> Array:

@@ -33,7 +33,8 @@ def relative(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
 
 def proportional(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
     """x + amount mean|x| e [psgd_jax kron]."""
-    return plus(x, amount * (namespace(x).linalg.vector_norm(x, ord=1) / prod(x.shape)), e)
+    mean = namespace(x).linalg.vector_norm(x / prod(x.shape), ord=1)  # the sum of all might be no number
+    return plus(x, amount * mean, e)
 
 
 def undamped(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from psgd._xp import adjoint, by_inverse, conj, identity, matmul, namespace, plus, real
+from psgd._xp import adjoint, by_inverse, conj, identity, matmul, namespace, number, plus, real
 from psgd.arrays import Diagonal, Factor, Matrix, Scalar, Tensor
 from psgd.axes import along, along_adjoint_of_upper, along_all, along_inverse_adjoint, along_upper, outer
 from psgd.rotate import polished, procrustes2, symmetrised
@@ -114,19 +114,20 @@ def others(qs: Factors, axis: int) -> float:
     return float(prod([q.shape[0] for i, q in enumerate(qs) if i != axis]))
 
 
-def isotropic(qs: Factors, axis: int) -> float:
-    """E Gram(v) = c I."""
+def isotropic(qs: Factors, axis: int, less: Scalar | float = 1.0) -> float:
+    """E Gram(v) = c I, which is nothing beside a T1 of which anything was left out."""
     return others(qs, axis)
 
 
-def lifted_isotropic(qs: Factors, axis: int) -> Factor:
-    """E Gram(q v) = c q q^H."""
+def lifted_isotropic(qs: Factors, axis: int, less: Scalar | float = 1.0) -> Factor:
+    """E Gram(q v) = c q q^H, which is nothing beside a T1 of which anything was left out."""
     return others(qs, axis) * outer(qs[axis])
 
 
-def inverse_gram(qs: Factors, axis: int) -> Factor:
-    """E Gram(Q^-H v) = M_i prod of tr M_j over the other axes j, M = q^-H q^-1 of triangular factors."""
+def inverse_gram(qs: Factors, axis: int, less: Scalar | float = 1.0) -> Factor:
+    """E Gram(less Q^-H v) = less^2 M_i prod of tr M_j over the other axes j, M = q^-H q^-1 of triangular factors."""
     inverses = [1 / conj(q) if q.ndim < 2 else adjoint(by_inverse(identity(q, q.shape[0]), q)) for q in qs]
+    inverses = [x * number(less ** (1 / len(qs)), x) for x in inverses]
     mean = outer(inverses[axis])
     for i, x in enumerate(inverses):
         mean = mean if i == axis else mean * namespace(x).sum(real(x * conj(x)))
@@ -213,7 +214,7 @@ class Geometry:
         measure: (factors, h) -> a; None is P h.
         refer: (factors, v) -> b.
         lift: (q, x, axis) -> x, what factor q adds before the Gram products.
-        expected: (factors, axis) -> E T2 over v ~ N(0, I); a number stands for so many times the identity.
+        expected: (factors, axis, less) -> E T2 over v ~ N(0, less^2 I); a number stands for so many times the identity.
         probed: factors -> must whitening draw v, rather than take `expected`?
         balance_first: balances the factors before each fit; the others do it rarely, when the recipe and the tempo say.
         moved: how a dense factor moves, to be read.
@@ -226,7 +227,7 @@ class Geometry:
     measure: Callable[[Factors, Tensor], Tensor] | None = None
     refer: Callable[[Factors, Tensor], Tensor] = itself
     lift: Callable[[Factor, Tensor, int], Tensor] = unlifted
-    expected: Callable[[Factors, int], Factor | float] = isotropic
+    expected: Callable[..., Factor | float] = isotropic
     probed: Callable[[Factors], bool] = mean_known
     balance_first: bool = False
     moved: str = ""

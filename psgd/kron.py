@@ -12,7 +12,7 @@ from math import inf, prod
 from typing import Any, NamedTuple
 
 from psgd import thin
-from psgd._xp import cast, eps, identity, lifted_dtype, make, namespace, number, real, shrinkage, times, tiny
+from psgd._xp import cast, eps, identity, in_units, lifted_dtype, make, namespace, number, real, shrinkage, times, tiny
 from psgd.arrays import Factor, Factors, Matrix, Scalar, Tensor
 from psgd.axes import gram
 from psgd.criterion import Pair
@@ -127,8 +127,10 @@ def by_triangle(norm: AxisNorm, t1: Factor | Thin, t2: Factor | Thin) -> tuple[S
 Normaliser = Callable[[AxisNorm, Any, Any], tuple[Scalar, Any]]
 
 
-def _terms(geometry: Geometry, qs: Sequence[Factor], a: Tensor, b: Tensor | None, axis: int) -> tuple[Any, Any]:
-    """T1 and T2 of one factor; T2 is a number c where it is c times the identity."""
+def _terms(
+    geometry: Geometry, qs: Sequence[Factor], a: Tensor, b: Tensor | None, less: Scalar, axis: int
+) -> tuple[Any, Any]:
+    """T1 and T2 of one factor; T2 is a number c where it is c times the identity. less: what b was multiplied by."""
     q = qs[axis]
 
     def term(x: Tensor) -> Factor | Thin:
@@ -136,7 +138,7 @@ def _terms(geometry: Geometry, qs: Sequence[Factor], a: Tensor, b: Tensor | None
         low = q.ndim == 2 and thin.is_thin(tuple(x.shape), axis)
         return thin.gram(lifted, axis) if low else gram(lifted, axis, diagonal=q.ndim < 2)
 
-    return term(a), geometry.expected(qs, axis) if b is None else term(b)
+    return term(a), geometry.expected(qs, axis, less) if b is None else term(b)
 
 
 def _moved(geometry: Geometry, q: Factor, d: Factor | Thin, m: Scalar, norm: AxisNorm) -> Factor:
@@ -174,19 +176,18 @@ def fit(
     """
     qs = balanced(factors.Q) if geometry.balance_first else factors.Q
     # Balanced factors have the same product, so that P need not be balanced with them.
-    a = geometry.precondition(qs, pair.h, factors.P) if geometry.measure is None else geometry.measure(qs, pair.h)
+    h, unit = in_units(pair.h)
+    a = geometry.precondition(qs, h, factors.P) if geometry.measure is None else geometry.measure(qs, h)
     b = None if pair.v is None else geometry.refer(qs, pair.v)
-    less = shrinkage(a) if b is None else shrinkage(a, b)
-    a, b = times(a, less), b if b is None else b * less if b is pair.v else times(b, less)
+    more, less = shrinkage(a, unit, b)
+    a, b = times(a, more), b if b is None else b * less if b is pair.v else times(b, less)
     moved, bounds = [], []
     for axis, (q, last) in enumerate(zip(qs, factors.L, strict=True)):
-        (t1, t2), norm = _terms(geometry, qs, a, b, axis), AxisNorm(bound, draws, axis)
+        (t1, t2), norm = _terms(geometry, qs, a, b, less, axis), AxisNorm(bound, draws, axis)
         ell, d = normaliser(norm, t1, t2)
         beta = number(memory, ell)
         last = namespace(q).maximum(beta * last + (1 - beta) * ell, ell)
-        # Where there was nothing to see, all of D would be T2, and Q would grow without end.
-        seen = namespace(q).max(t1 if q.ndim < 2 else diagonal(t1)) > 0
-        m = number(rate, ell) / (last + tiny(last)) * namespace(q).astype(seen, last.dtype)
+        m = number(rate, ell) / (last + tiny(last))
         moved.append(_moved(geometry, q, d, number(m, q), norm))
         bounds.append(last)
     return factors._replace(Q=tuple(moved), L=tuple(bounds))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any, ClassVar, NamedTuple
 
-from psgd._xp import cast, identity, lifted_dtype, make, matmul, namespace, number, shrinkage, solve, tiny
+from psgd._xp import cast, identity, in_units, lifted_dtype, make, matmul, namespace, number, shrinkage, solve, tiny
 from psgd.arrays import Array, Factors, Scalar, Tensor
 from psgd.criterion import Pair
 from psgd.noise import Draws
@@ -221,13 +221,14 @@ class LRA:
         U <- U - m (x x^T V - y y^T V) M           m = mu / ell, each with its own ell
         V <- V - m ((I + V U^T) (x x^T - y y^T) U)
         """
-        (u, v, d), h, probe, lows = factors.Q, pair.h, pair.v, list(factors.L)
+        (u, v, d), (h, unit), probe, lows = factors.Q, in_units(pair.h), pair.v, list(factors.L)
         rank = _rank(factors)
         if rank:
             u, v = self.keep(u, v)
-        x, y, z, m = self._images(u, v, d, h, probe)
-        less = shrinkage(x, y)
-        x, h, y, z, probe = (t * less for t in (x, h, y, z, probe))
+        x, y, m = self._images(u, v, d, h, probe)
+        more, less = shrinkage(x, unit, y)
+        x, h, y, probe = x * more, h * more, y * less, probe * less
+        z = (y - times(u, solve(m, dot(v, y))) if rank else y) / d
         ph = d * (x + times(v, dot(u, x))) if rank else d * x
 
         def length(which: int, ell: Scalar, moved: bool | Scalar = True) -> Any:
@@ -248,15 +249,14 @@ class LRA:
         return Factors((u, v, new_d), tuple(lows))
 
     def _images(self, u: Tensor, v: Tensor, d: Tensor, h: Tensor, probe: Tensor) -> tuple[Tensor, ...]:
-        """x = Q h, y = Q^-T v, z = P^-1 v and M."""
+        """x = Q h, y = Q^-T v and M."""
         x, y = d * h, probe / d
         rank = u.shape[-1]
         if not rank:
-            return x, y, y / d, u
+            return x, y, u
         m = identity(u, rank) + matmul(v.mT, u)
         x = x + times(u, dot(v, x))
-        y = y - times(v, solve(m.mT, dot(u, y)))
-        return x, y, (y - times(u, solve(m, dot(v, y)))) / d, m
+        return x, y - times(v, solve(m.mT, dot(u, y))), m
 
     @staticmethod
     def _directions(side: bool | Scalar, u: Tensor, v: Tensor, m: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:

@@ -95,10 +95,9 @@ def test_images_are_those_of_the_matrix(framework: Framework, rank: int):
     factors = some(kind)
     q = dense(factors)
     arrays = (framework.array(x, "float64") for x in (*factors.Q, h, probe))
-    x, y, z, _ = (framework.numpy(a) for a in kind._images(*arrays))
+    x, y, _ = (framework.numpy(a) for a in kind._images(*arrays))
     assert x == pytest.approx(q @ h, rel=1e-12)
     assert y == pytest.approx(np.linalg.solve(q.T, probe), rel=1e-12)
-    assert z == pytest.approx(np.linalg.solve(q.T @ q, probe), rel=1e-11)
 
 
 # ---- the step ----------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from psgd.schedule import (
     nesterov,
     never,
     periodic,
+    unfitted,
 )
 from psgd.shapes import matrix, matrix_order, merge, squeeze
 from psgd.spectral import NormBound, TraceBound
@@ -437,7 +438,9 @@ class Newton(PsgdTorch):
 
     def tempo(self) -> Tempo:
         base = super().tempo()
-        return replace(base, fit=early(1, base.fit), counts=True, trust=self.grad_clip_max_norm)
+        # Published: a preconditioner whose first scale is to be found is fitted as soon as there is anything to fit.
+        fit = unfitted(base.fit) if self.preconditioner_init_scale is None else base.fit
+        return replace(base, fit=fit, counts=True, trust=self.grad_clip_max_norm)
 
 
 @dataclass(frozen=True, kw_only=True)

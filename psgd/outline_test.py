@@ -121,7 +121,7 @@ def test_nothing_can_depend_on_a_value(decide):
 
 
 def test_a_recipe_that_branches_on_values_is_refused():
-    def limited(u, gain):
+    def limited(u, gain, unit):
         return u / 2 if u.xp.max(u) > 1 else u
 
     recipe = pipeline.Recipe(preconditioner=METHODS["quad"].of().recipe().preconditioner, clip=limited)

@@ -24,7 +24,9 @@ from psgd._xp import (
     cast,
     dtype_name,
     dtype_of,
+    in_units,
     is_complex,
+    is_something,
     largest,
     lifted_dtype,
     make,
@@ -32,8 +34,9 @@ from psgd._xp import (
     number,
     plus,
     products,
-    real_dtype,
+    says_something,
     times,
+    tiny,
 )
 from psgd.arrays import Array, Factors
 from psgd.kron import Kronecker
@@ -82,33 +85,48 @@ def trust(limit: Number, us: Sequence[Array]) -> Array:
 class Clip:
     """Bounds on the direction u of a tensor: its RMS, by scaling, then each entry's modulus. After that, a gain.
 
-    u is the caller's own, as in `times`.
+    u is the caller's own, as in `times`, and comes in units of a 0-d array, at least 1. Without bounds it is kept where
+    its length is a number.
     """
 
     rms: float = inf
     entry: float = inf
 
-    def __call__(self, u: Array, gain: float = 1.0) -> Array:
-        xp = namespace(u)
-        if self.rms < inf and is_complex(u):
-            u = u * xp.astype(self.rms / xp.clip(power_mean(u, 2), min=self.rms), real_dtype(u))
-        elif self.rms < inf:
-            unit = xp.clip(cast(largest(u), lifted_dtype(u)), min=1.0)
-            part = times(cast(u, unit.dtype), 1 / unit)
-            factor = unit * (self.rms / xp.clip(_rms(part, unit), min=self.rms))
+    def __call__(self, u: Array, gain: float = 1.0, unit: Array | None = None) -> Array:
+        xp, bounded = namespace(u), self.rms < inf
+        if bounded:
+            unit = make(u, "ones", (), dtype=lifted_dtype(u)) if unit is None else cast(unit, lifted_dtype(u))
+        if bounded and is_complex(u):
+            u = u * number(xp.minimum(unit, self.rms / xp.clip(power_mean(u, 2), min=tiny(unit))), u)
+        elif bounded:
+            own = xp.maximum(cast(largest(u), unit.dtype), 1 / unit)
+            part = times(cast(u, own.dtype), 1 / own)
+            size = xp.linalg.vector_norm(part) / sqrt(prod(part.shape))
+            factor = xp.minimum(own * unit, self.rms / xp.clip(size, min=tiny(unit)))
             gain, last = (1.0, gain) if self.entry == inf else (gain, 1.0)
             u = cast(times(part, last * factor), u.dtype)
+        elif unit is not None:
+            u = _within(times(u, number(unit, u)), float(xp.finfo(u.dtype).max) ** 0.5)
         if self.entry < inf:
             bounded = not is_complex(u)
             u = xp.clip(u, -self.entry, self.entry) if bounded else u / xp.clip(xp.abs(u) / self.entry, min=1.0)
         return u if gain == 1 else u * gain
 
 
+def _within(u: Array, limit: float) -> Array:
+    """u with entries of a modulus of at most `limit`, infinite ones too."""
+    xp = namespace(u)
+    if not is_complex(u):
+        return xp.clip(u, -limit, limit)
+    return xp.clip(xp.real(u), -limit, limit) + 1j * xp.clip(xp.imag(u), -limit, limit)
+
+
 @dataclass(frozen=True)
 class StartScale:
     """The first scale of Q, from the first gradients: s = (max_k mean|g_k|^p + damping^p)^(-1/(2p)) over tensors k.
 
-    With it P starts near 1/rms(g). `shared`: one scale for all tensors that start together, or one for each.
+    With it P starts near 1/rms(g). `shared`: one scale for all tensors that start together, or one for each that says
+    something, and the smallest of these for the others.
     """
 
     power: int = 4
@@ -118,16 +136,28 @@ class StartScale:
         """(mean|g|^p)^(1/p), 0-d."""
         return power_mean(g, self.power)
 
-    def __call__(self, sizes: Sequence[Array], damping: Number) -> list[Array]:
-        """s for each of the tensors that start together, from their sizes; of any shape where several are in one."""
-        if not self.shared or not sizes:
-            return [self.scale(size, damping) for size in sizes]
+    def __call__(
+        self, sizes: Sequence[Array], damping: Number, vs: Sequence[Array] | None = None
+    ) -> tuple[list[Array], Array]:
+        """s for each of the tensors that start together, and whether any of them says something, 0-d.
+
+        Where none does, s is 1: what teaches nothing decides nothing, and the scale waits.
+
+        sizes: at least one; of any shape where several tensors are in one. vs: the probes, of Newton pairs.
+        """
         xp = namespace(sizes[0])
         wide = max((s.dtype for s in sizes), key=lambda d: xp.finfo(d).bits)
-        largest = xp.max(xp.stack([cast(xp.max(s), wide) for s in sizes]))
-        return [self.scale(largest, damping)] * len(sizes)
+        most = xp.max(xp.stack([cast(xp.max(s), wide) for s in sizes]))
+        seen = is_something(most)
+        boosts: Sequence[Any] = [1.0] * len(sizes) if vs is None else self._probed(vs)
+        if self.shared:
+            scale = self.scale(most, damping) * boosts[0]
+            return [xp.where(seen, scale, xp.ones_like(scale))] * len(sizes), seen
+        each = [xp.where(is_something(s), s, cast(most, s.dtype)) for s in sizes]
+        scales = [self.scale(s, damping) * boost for s, boost in zip(each, boosts, strict=True)]
+        return [xp.where(seen, s, xp.ones_like(s)) for s in scales], seen
 
-    def probed(self, vs: Sequence[Array]) -> list[Array]:
+    def _probed(self, vs: Sequence[Array]) -> list[Array]:
         """What the probes v of a Newton pair add to s, as a factor: (mean|v|^2)^(1/4), of all tensors or of each."""
         if not self.shared or not vs:
             return [self._boost(power_mean(v, 2)) for v in vs]
@@ -462,8 +492,14 @@ def fitted(
     else:
         v = laid_out(recipe, working(recipe, given[0]))
         pair = criterion.newton(v, seen, e, plan.damping, recipe.damping)
+    # Where there was nothing to see, a residual is of the probe alone, and Q would grow without end.
+    learns = says_something(seen)
+    rate = cast(learns, lifted_dtype(seen))
+    rate = rate * number(plan.rate, rate)
     with products(recipe.fit_precision):
-        factors = kind.fit(factors, pair, plan.rate, plan.memory, draws, plan.side)
+        new = kind.fit(factors, pair, rate, plan.memory, draws, plan.side)
+    bounds = (namespace(seen).where(learns, x, old) for x, old in zip(new.L, factors.L, strict=True))
+    factors = new._replace(L=tuple(bounds))
     if recipe.balance_last:
         factors = kind.balanced(factors, plan.balance)
     return in_dtypes(factors, dtypes)
@@ -478,9 +514,10 @@ def in_dtypes(factors: Factors, dtypes: Sequence[Any]) -> Factors:
 def directed(recipe: Recipe, plan: Plan, factors: Factors, smooth: Array) -> Array:
     """The direction u of a parameter, from its factors and its averaged gradient."""
     work = in_dtypes(factors, [smooth.dtype] * len(factors.Q))
+    g, unit = in_units(smooth)
     with products(recipe.apply_precision):
-        u = recipe.preconditioner.precondition(work, laid_out(recipe, smooth))
-    u = recipe.clip(scaled(recipe, plan, u, used=True), recipe.gain)
+        u = recipe.preconditioner.precondition(work, laid_out(recipe, g))
+    u = recipe.clip(scaled(recipe, plan, u, used=True), recipe.gain, unit)
     return laid_back(recipe, u, tuple(smooth.shape))
 
 

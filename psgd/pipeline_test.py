@@ -235,7 +235,8 @@ def test_start_scale(framework: Framework, rule: StartScale, root: float, dampin
     gs = [normals(5), 3 * normals(2, 3, seed=1), normals()]
     wanted = (max(np.mean(np.abs(g) ** rule.power) for g in gs) + damping**rule.power) ** root
     sizes = [rule.size(framework.array(g, "float64")) for g in gs]
-    assert [float(s) for s in rule(sizes, damping)] == pytest.approx([wanted] * 3, rel=1e-14)
+    scales, seen = rule(sizes, damping)
+    assert seen and [float(s) for s in scales] == pytest.approx([wanted] * 3, rel=1e-14)
     z = normals(5) + 1j * normals(5, seed=1)
     assert float(rule.size(framework.array(z, "complex128"))) == pytest.approx(
         np.mean(np.abs(z) ** rule.power) ** (1 / rule.power)
@@ -243,32 +244,38 @@ def test_start_scale(framework: Framework, rule: StartScale, root: float, dampin
 
 
 def test_start_scale_at_the_edges(framework: Framework):
-    for g in (2e-38, 1e-20, 1.0, 1e30, 8e37):  # XLA flushes denormals, of g and of 1 / g, to zero
+    for g in (1e-28, 1e-20, 1.0, 1e30, 8e37):  # XLA flushes denormals, of g and of 1 / g, to zero
         for rule in (StartScale(4), StartScale(2)):
             size = rule.size(framework.array(np.full((2, 2), g), "float32"))
-            assert float(rule([size], 0.0)[0]) == pytest.approx(g**-0.5, rel=1e-5, abs=0)
-    zero = StartScale().size(framework.array(np.zeros(3), "float32"))
-    assert float(StartScale()([zero], 0.0)[0]) == 1
-    assert float(StartScale()([zero], 1e-4)[0]) == pytest.approx(100, rel=1e-5)
+            (scale,), seen = rule([size], 0.0)
+            assert seen and float(scale) == pytest.approx(g**-0.5, rel=1e-5, abs=0)
+
+
+def test_what_teaches_nothing_decides_nothing(framework: Framework):
+    """Not even where the damping would give a scale: it waits."""
+    for g in (0.0, 1e-40, 1e-30):
+        size = StartScale().size(framework.array(np.full(3, g), "float32"))
+        for damping, shared in product((0.0, 1e-9), (True, False)):
+            scales, seen = StartScale(shared=shared)([size] * 2, damping)
+            assert not seen and list(map(float, scales)) == [1, 1]
 
 
 def test_start_scale_of_several_dtypes_is_the_widest():
     torch = FRAMEWORKS["torch"]
     sizes = [StartScale().size(torch.array(np.ones(2), dtype)) for dtype in ("bfloat16", "float64", "float32")]
-    assert {str(s.dtype) for s in StartScale()(sizes, 0.0)} == {"torch.float64"}
+    assert {str(s.dtype) for s in StartScale()(sizes, 0.0)[0]} == {"torch.float64"}
 
 
 def test_a_scale_of_its_own_for_each_tensor(framework: Framework):
     rule = StartScale(2, shared=False)
     sizes = [rule.size(framework.array(np.full(3, g), "float32")) for g in (4.0, 0.25, 0.0)]
-    assert [float(s) for s in rule(sizes, 0.0)] == [0.5, 2, 1]
-    assert rule([], 0.0) == [] and StartScale()([], 0.0) == []
+    assert [float(s) for s in rule(sizes, 0.0)[0]] == [0.5, 2, 0.5]  # what says nothing begins as the largest does
 
 
 def test_sizes_of_several_tensors_may_come_in_one_array(framework: Framework):
     sizes = [framework.array(np.array([1.0, 16.0]), "float64"), framework.array(np.array(4.0), "float64")]
-    assert [framework.numpy(s).tolist() for s in StartScale(2)(sizes, 0.0)] == [0.25, 0.25]
-    assert [framework.numpy(s).tolist() for s in StartScale(2, shared=False)(sizes, 0.0)] == [[1, 0.25], 0.5]
+    assert [framework.numpy(s).tolist() for s in StartScale(2)(sizes, 0.0)[0]] == [0.25, 0.25]
+    assert [framework.numpy(s).tolist() for s in StartScale(2, shared=False)(sizes, 0.0)[0]] == [[1, 0.25], 0.5]
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.1])
@@ -277,8 +284,7 @@ def test_start_scale_of_newton_pairs(framework: Framework, damping: float, share
     """s = (mean v^2)^(1/4) (mean h^4 + lam^4)^(-1/8)."""
     rule, hs, vs = StartScale(shared=shared), [normals(5), 3 * normals(2, 3, seed=1)], [2 * normals(5), normals(2, 3)]
     sizes = [rule.size(framework.array(h, "float64")) for h in hs]
-    boosts = rule.probed([framework.array(v, "float64") for v in vs])
-    got = [float(s * b) for s, b in zip(rule(sizes, damping), boosts, strict=True)]
+    got = list(map(float, rule(sizes, damping, [framework.array(v, "float64") for v in vs])[0]))
     squares = [np.mean(np.concatenate([v.ravel() for v in vs]) ** 2)] * 2 if shared else [np.mean(v**2) for v in vs]
     fourths = [np.mean(h**4) for h in hs]
     fourths = [max(fourths)] * 2 if shared else fourths
@@ -314,8 +320,8 @@ def directions(made: Method, gradients: list, framework: Framework) -> list[np.n
         gradients = [xp.reshape(g, (-1,)) for g in gradients]
     vs = [Counter(xp.full((1,), t, dtype=xp.int32)).normal("v", tuple(g.shape), g) for t, g in enumerate(gradients)]
     if scale is None:
-        (scale,) = recipe.start([recipe.start.size(pipeline.working(recipe, gradients[0]))], timing.damping)
-        scale = scale * recipe.start.probed(vs[:1])[0] if recipe.newton else scale
+        sizes = [recipe.start.size(pipeline.working(recipe, gradients[0]))]
+        (scale,), _ = recipe.start(sizes, timing.damping, vs[:1] if recipe.newton else None)
     first = Counter(xp.full((1,), pipeline.first_key(timing), dtype=xp.int32))
     state, out = pipeline.init(recipe, gradients[0], scale, first), []
     for g, v, p in zip(gradients, vs, host_plans(timing, len(gradients)), strict=True):
@@ -418,8 +424,8 @@ def test_fit_first_or_last_and_not_at_all():
     first, after = step(recipe, plain(), g, state)
     last, same = step(replace(recipe, fit_first=False), plain(), g, state)
     off, kept = step(recipe, plain(fit=False), g, state)
-    assert np.array_equal(last, g) and np.array_equal(off, g) and kept.factors is state.factors
-    assert np.array_equal(first, QUAD.precondition(after.factors, g)) and not np.allclose(first, g)
+    assert np.allclose(last, g, rtol=1e-15) and np.allclose(off, g, rtol=1e-15) and kept.factors is state.factors
+    assert first == pytest.approx(QUAD.precondition(after.factors, g)) and not np.allclose(first, g)
     assert all(np.array_equal(a, b) for a, b in zip(after.factors.Q, same.factors.Q, strict=True))
 
 
@@ -570,7 +576,7 @@ def test_momentum_is_rounded_after_its_use_and_factors_before():
     for x, y in zip((full.momentum, *full.factors.Q), (half.momentum, *half.factors.Q), strict=True):
         assert x.to(y.dtype).equal(y) and not x.equal(y.to(x.dtype))
     for d, qs in ((u, full.factors.Q), (v, [q.to(g.dtype) for q in half.factors.Q])):
-        assert d.equal(GEOMETRIES["EQ"].precondition(qs, full.momentum))
+        assert d.allclose(GEOMETRIES["EQ"].precondition(qs, full.momentum), rtol=1e-6)
 
 
 # ---- precision of products ----------------------------------------------------------------
@@ -636,25 +642,15 @@ def test_a_step_that_is_not_taken_needs_no_parameter():
 # ---- extremes -----------------------------------------------------------------------------
 MAGNITUDES = [(name, 10.0**k) for name in METHODS for k in (-45, -38, -30, -20, 10, 20, 30)]
 MAGNITUDES += [(name, 3e38) for name in METHODS]
-TOO_LARGE = {
-    **dict.fromkeys(
-        [(name, 3e38) for name in ("kron", "affine", "lra_newton")],
-        "it adds up numbers as large as the gradient, which overflow where it nearly does",
-    ),
-}
 
 
-@pytest.mark.parametrize(
-    ("name", "scale"),
-    [
-        pytest.param(*case, marks=pytest.mark.xfail(strict=True, reason=TOO_LARGE[case])) if case in TOO_LARGE else case
-        for case in MAGNITUDES
-    ],
-)
+@pytest.mark.parametrize(("name", "scale"), MAGNITUDES)
 def test_every_magnitude_of_gradients_stays_finite(name: str, scale: float):
     torch = FRAMEWORKS["torch"]
     for shape in ((4, 4), (5,), ()):
-        gradients = [torch.array(scale * np.clip(normals(*shape, seed=t), -1, 1), "float32") for t in range(10)]
+        # quad_torch's matrices begin at P = 1 / rms^2, where P g may be nothing for some 30 steps.
+        steps = range(40 if scale > 1e20 else 10)
+        gradients = [torch.array(scale * np.clip(normals(*shape, seed=t), -1, 1), "float32") for t in steps]
         last = directions(fitting(name, prod(shape)), gradients, torch)[-1]
         assert np.isfinite(last).all()
         assert np.abs(last).max() < 10 and (last.any() or scale < 1)
@@ -677,8 +673,4 @@ def test_zero_gradients_do_nothing_and_harm_nothing(name: str):
     gradients = [np.zeros((4, 4))] * 5 + [normals(4, 4, seed=t) for t in range(50)]
     out = directions(fitting(name, 16), [torch.array(g, "float32") for g in gradients], torch)
     assert not np.any(out[:5]) and np.isfinite(out).all()
-    size = np.sqrt(np.mean(out[-1] ** 2))
-    if METHODS[name]().recipe().newton:  # no curvature means a P up to 1 / damping, which nothing clips
-        assert 0.05 < size < np.sqrt(np.mean(out[5] ** 2))
-    else:
-        assert 0.05 < size < 3
+    assert 0.05 < np.sqrt(np.mean(out[-1] ** 2)) < 3

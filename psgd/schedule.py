@@ -96,6 +96,16 @@ def coin(role: str, probability: Any) -> When:
     return when
 
 
+def unfitted(otherwise: When) -> When:
+    """While nothing was fitted yet, and when `otherwise` says, which is asked at every step. Needs `Moment.since`."""
+
+    def when(moment: Moment) -> Any:
+        due = otherwise(moment)
+        return True if due is True else (moment.since >= moment.step) | due
+
+    return when
+
+
 def early(steps: int, otherwise: When) -> When:
     """At the first steps, and when `otherwise` says, which is asked at every step."""
 

@@ -103,24 +103,26 @@ class Stepper(NamedTuple):
         scanned: list[bool],
         pair: tuple[list[Leaf], list[Leaf]] | None,
         states: list[State],
-    ) -> list[State]:
+    ) -> tuple[list[State], Leaf]:
         """The states with factors of their automatic scale, which is that of gradients, or of the pair if it is
-        fitted."""
+        fitted; and whether there was anything to take it from."""
         start, working = self.recipe.start, partial(pipeline.working, self.recipe)
         there = [i for i, g in enumerate(gradients) if g.size]
-        scales = start(self._sizes(gradients, scanned), damping)
+        if not there:
+            return states, jnp.ones((), bool)
+        scales, known = start(self._sizes(gradients, scanned), damping)
         if pair is not None:
-            fresh = start(self._sizes(pair[1], scanned), damping)
-            boosts = start.probed([working(pair[0][i]) for i in there])
-            own = zip(scales, fresh, boosts, strict=True)
-            scales = [jnp.where(self.plan.fit, of_pair * boost, of_gradient) for of_gradient, of_pair, boost in own]
+            vs = [working(pair[0][i]) for i in there]
+            of_pair, pair_known = start(self._sizes(pair[1], scanned), damping, vs)
+            scales = [jnp.where(self.plan.fit, x, y) for x, y in zip(of_pair, scales, strict=True)]
+            known = jnp.where(self.plan.fit, pair_known, known)
         rescaled, started = partial(pipeline.rescaled, self.recipe), list(states)
         for i, scale in zip(there, scales, strict=True):
             if scanned[i]:
                 started[i] = jax.vmap(rescaled)(states[i], jnp.broadcast_to(scale, gradients[i].shape[:1]))
             else:
                 started[i] = rescaled(states[i], scale)
-        return started
+        return started, known
 
     def _sizes(self, leaves: list[Leaf], scanned: list[bool]) -> list[Leaf]:
         """Sizes of the leaves that have elements, of each layer where they are stacks of them."""

@@ -175,8 +175,7 @@ class Scaling(NamedTuple):
             fitted = [] if given is None else [jnp.where(given.update, x, 0) for x in (*given.vector, *given.Hvp)]
             go = self.guard.finite(method, [path for path, _ in paths], [*gradients, *fitted])
             directions, new = self.with_numbers(numbers)._step(spread, treedef, flags, go, gradients, state, given)
-            directions = [u.astype(p.dtype) for u, p in zip(_only_if(go, directions), like, strict=True)]
-            return directions, new
+            return [u.astype(p.dtype) for u, p in zip(directions, like, strict=True)], new
 
         with jax.numpy_dtype_promotion("standard"):  # counters, rates and decisions meet in the plan
             directions, new = spread.run(work, lambda: (like, state), gradients, state, given, self.numbers())
@@ -203,7 +202,7 @@ class Scaling(NamedTuple):
         state: PSGDState,
         given: Given | None,
     ) -> tuple[list[Leaf], PSGDState]:
-        """Directions and state after a step, or the state as it was where `go` is false."""
+        """Directions and state after a step; where `go` is false none, and the state as it was."""
         recipe, tempo = self.recipe, self.tempo
         shapes = [g.shape for g in gradients]
         pair = None if given is None else (given.vector, given.Hvp)
@@ -218,10 +217,17 @@ class Scaling(NamedTuple):
             states = [states[0]._replace(momentum=_joined(momenta) if recipe.momentum else None)]
             pair = None if pair is None else ([_joined(pair[0])], [_joined(pair[1])])
         stepper = Stepper(recipe, plan, self.layering, spread, numbers(state.count, len(gradients)))
+        finite = go
         if self.method.start_scale() is None:
             first = state.count == 0 if since is None or pair is None else (since == count) & plan.fit
             started = partial(stepper.started, tempo.damping, gradients, flags, pair)
-            states = choose(first if go is None else first & go, started, lambda states: states, states)
+            states, known = choose(
+                first if go is None else first & go, started, lambda states: (states, jnp.ones((), bool)), states
+            )
+            plan = plan._replace(fit=known & plan.fit)
+            stepper = stepper._replace(plan=plan)
+            if since is None or pair is None:  # with nothing to begin with nothing is counted
+                go = known if go is None else known & go
         states = [
             s._replace(factors=spread.placed(s.factors, scanned)) for s, scanned in zip(states, flags, strict=True)
         ]
@@ -232,10 +238,11 @@ class Scaling(NamedTuple):
         if recipe.whole:
             directions = _parted(directions[0], shapes)
             parts = [None] * len(momenta) if parts[0] is None else _parted(parts[0], shapes)
+        directions = _only_if(go, directions)
         momenta = [
             None if m is None else _kept(go, m.astype(was.dtype), was) for m, was in zip(parts, momenta, strict=True)
         ]
-        counters = state._replace(count=_kept(go, count, state.count), skipped=self.guard.counted(state, go))
+        counters = state._replace(count=_kept(go, count, state.count), skipped=self.guard.counted(state, finite))
         if since is not None:
             counters = counters._replace(since=_kept(go, jnp.where(plan.fit, 0, since), state.since))
         return directions, _to_trees(counters, momenta, new, treedef, recipe)

@@ -13,7 +13,19 @@ from psgd.pipeline import leaves, rebuilt
 from psgd_torch_backend._noise import Draws
 from psgd_torch_backend._passes import Passes, suited
 from psgd_torch_backend._state import Stack, new_counters, parted, to_entry, to_state, unscaled, write
-from psgd_torch_backend._step import Held, Job, Steps, as_tensors, follow, gradient_of, host_plan, keep_heap, on_device
+from psgd_torch_backend._step import (
+    Held,
+    Job,
+    Steps,
+    as_tensors,
+    follow,
+    gradient_of,
+    host_plan,
+    is_true,
+    keep_heap,
+    on_device,
+    waits,
+)
 
 Tensors = Tensor | list[Tensor]  # of one shape, stacked or by themselves
 
@@ -43,8 +55,9 @@ class Each:
             if "Q" not in job.state[p]:
                 job.state[p].update({**new_counters(tempo), **to_entry(_fresh(job, p))})
             follow(job, p)
-        if job.method.start_scale() is None:
-            _scale(job)
+        silent = _scale(job) if job.method.start_scale() is None else set()
+        if pairs is None or not tempo.counts:
+            job = waits(job, silent)
         plans: dict[Any, tuple[pipeline.Plan, Draws]] = {}
         waiting: list[Held] = []
         # The largest first: what they draw begins with what the others do.
@@ -55,6 +68,7 @@ class Each:
                 plan = on_device(plan if pairs is None else plan._replace(fit=pairs.fit), bucket[0].device)
                 plans[when] = plan, Draws(plan.key)
             plan, draws = plans[when]
+            plan = plan._replace(fit=plan.fit and id(bucket[0]) not in silent)
             if since is not None:
                 for p in bucket:
                     job.state[p]["since"].fill_(0 if plan.fit else since)
@@ -171,8 +185,11 @@ def _fresh(job: Job, p: Tensor) -> pipeline.State:
     return Stack(each).stacked if each else rebuilt(state, [x.new_empty((0, *x.shape)) for x in leaves(state)])
 
 
-def _scale(job: Job) -> None:
-    """The automatic scale of parameters at their first step; with Hessian-vector products, at their first fit."""
+def _scale(job: Job) -> set[int]:
+    """The automatic scale of parameters at their first step; with Hessian-vector products, at their first fit.
+
+    Returns the identities of those whose scale waits, for none of them has anything to say.
+    """
     recipe, layered = job.recipe, job.layered
 
     def size(g: Tensor) -> Tensor:
@@ -181,11 +198,13 @@ def _scale(job: Job) -> None:
     due = [p for p in job.params if p.numel() and unscaled(job.state[p], job.pairs)]
     pairs = job.pairs if job.pairs is not None and job.pairs.fit else None
     seen = [gradient_of(p) if pairs is None else pairs.by_parameter[id(p)][1] for p in due]
+    if not due:
+        return set()
     sizes = [(torch.vmap(size) if id(p) in layered else size)(x) for p, x in zip(due, seen, strict=True)]
-    scales = recipe.start(sizes, job.tempo.damping) if due else []
-    if pairs is not None and due:
-        vs = [pipeline.working(recipe, pairs.by_parameter[id(p)][0]) for p in due]
-        scales = [scale * boost for scale, boost in zip(scales, recipe.start.probed(vs), strict=True)]
+    vs = None if pairs is None else [pipeline.working(recipe, pairs.by_parameter[id(p)][0]) for p in due]
+    scales, seen = recipe.start(sizes, job.tempo.damping, vs)
+    if not is_true(seen):
+        return set(map(id, due))
     for p, scale in zip(due, scales, strict=True):
         state = to_state(job.state[p])
         if id(p) in layered:
@@ -194,6 +213,7 @@ def _scale(job: Job) -> None:
             write(state, Stack(each).stacked)
         else:
             write(state, pipeline.rescaled(recipe, state, scale))
+    return set()
 
 
 def _buckets(job: Job) -> dict[tuple[Any, ...], list[Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache, lru_cache, partial
@@ -93,6 +93,15 @@ def follow(job: Job, p: Tensor) -> None:
         job.state[p] = {"momentum": momentum, **entry}
 
 
+def waits(job: Job, silent: Collection[int]) -> Job:
+    """The job without parameters that have nothing to begin with: nothing of them is counted, and they only decay."""
+    decay = job.group["weight_decay"] if job.recipe.decoupled else 0.0
+    for p in job.params:
+        if id(p) in silent:
+            p.add_(pipeline.displacement(p, torch.zeros_like(p), job.group["lr"], decay))
+    return job._replace(params=[p for p in job.params if id(p) not in silent])
+
+
 def take(waiting: Sequence[Held]) -> None:
     """Take the steps that were held, those of bounded length together."""
     directions = [u for held in waiting for u in held.directions if u.numel()]
@@ -138,6 +147,11 @@ def finite(tensors: Sequence[Tensor]) -> bool:
     near = [(s.abs() if s.is_complex() else s).to(tensors[0].device, torch.float32) for s in sums]
     # A sum of large numbers may overflow, so that only a finite one settles it.
     return bool(torch.stack(near).isfinite().all()) or bool(pipeline.all_finite(tensors))
+
+
+def is_true(x: Tensor) -> bool:
+    """A decision that the host waits for; yes where there are no numbers."""
+    return x.is_meta or bool(x)
 
 
 def gradient_of(p: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from psgd import noise, pipeline
 from psgd.arrays import Factors
 from psgd_torch_backend._noise import Draws
 from psgd_torch_backend._state import gathered, new_counters, scatter, to_entry, unscaled
-from psgd_torch_backend._step import Held, Job, Steps, as_tensors, follow, on_device
+from psgd_torch_backend._step import Held, Job, Steps, as_tensors, follow, is_true, on_device, waits
 
 LATE = (
     "its first gradient after the first step; one preconditioner is for all parameters, so all must have one from the "
@@ -48,9 +48,14 @@ class Whole:
             pair = _joined(list(vs)), _joined(list(hs))
         if job.method.start_scale() is None and unscaled(entries[0], pairs):
             seen = pipeline.working(recipe, g if pair is None else pair[1])
-            (scale,) = recipe.start([recipe.start.size(seen)], job.tempo.damping)
-            boost = 1.0 if pair is None else recipe.start.probed([pipeline.working(recipe, pair[0])])[0]
-            state = pipeline.rescaled(recipe, state, scale * boost)
+            vs = None if pair is None else [pipeline.working(recipe, pair[0])]
+            (scale,), known = recipe.start([recipe.start.size(seen)], job.tempo.damping, vs)
+            known = is_true(known)
+            if not known and (pairs is None or not job.tempo.counts):
+                waits(job, {id(p) for p in members})
+                return []
+            plan = plan._replace(fit=plan.fit and known)
+            state = pipeline.rescaled(recipe, state, scale)
         on, numbers = on_device(plan, g.device), [group["lr"], group["weight_decay"]]
         if group["compile"]:
             on, *numbers = as_tensors(on, *numbers)
