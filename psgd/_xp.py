@@ -65,27 +65,30 @@ def largest(x: Array) -> Array:
     return xp.maximum(xp.max(x), -xp.min(x))  # eager PyTorch would write |x| down
 
 
-def in_units(x: Array) -> tuple[Array, Array]:
-    """x / c and c = max(max|x|, 1), 0-d, but for x at the very end of the floats: products of it remain among them."""
-    xp = namespace(x)
-    if not prod(x.shape):
-        return x, xp.ones_like(xp.sum(xp.abs(x)))
-    c = xp.clip(largest(x), 1.0, 0.25 / tiny(x))  # whose inverse is no subnormal number, which some devices take for 0
-    return x / c, c
+def in_units(x: Array, scale: Any = 1.0) -> tuple[Array, Array, Array]:
+    """y = scale x / c, which products with large factors leave among the floats; c = max(max|scale x|, 1); max|scale x|.
+
+    At the end of the floats y is above 1: the inverse of a larger c is subnormal, which some devices take for zero.
+    """
+    xp, scale = namespace(x), number(scale, x)
+    size = largest(x) if isinstance(scale, float) and scale == 1 else largest(x) * scale
+    c = xp.clip(size, 1.0, 0.25 / tiny(x))
+    return x * (scale / c), c, size
 
 
-def shrinkage(x: Array, unit: Array, y: Array | None = None) -> tuple[Array, Array]:
+def shrinkage(x: Array, unit: Any, y: Array | None = None) -> tuple[Array, Array]:
     """What to multiply x and y by, 0-d: by `unit` and by 1, or both by less where squares of entries would not be
     finite.
 
     A residual of squares is normalised by its own size: beyond such sizes it points nowhere else.
     """
-    xp = namespace(x)
+    xp, highest = namespace(x), float(namespace(x).finfo(x.dtype).max)
     if not prod(x.shape):
-        return unit, xp.ones_like(unit)
-    highest = float(xp.finfo(unit.dtype).max)
+        one = xp.ones_like(xp.sum(xp.abs(x)))
+        return one * unit, one
     limit = highest**0.25
-    for_x = xp.minimum(unit, limit / xp.clip(largest(x), min=4 * limit / highest))
+    for_x = limit / xp.clip(largest(x), min=4 * limit / highest)
+    for_x = xp.clip(for_x, max=unit) if isinstance(unit, float) else xp.minimum(unit, for_x)
     for_y = for_x / unit
     if y is None:
         return for_x, for_y
@@ -93,17 +96,9 @@ def shrinkage(x: Array, unit: Array, y: Array | None = None) -> tuple[Array, Arr
     return xp.minimum(for_x, unit * other), xp.minimum(for_y, other)
 
 
-def says_something(x: Array) -> Array:
-    """Has x an entry from which a preconditioner can learn? 0-d."""
-    return is_something(cast(largest(x), lifted_dtype(x)))
-
-
 def is_something(size: Array) -> Array:
-    """Can a preconditioner learn from a tensor of this size? What is nearly subnormal would only make it grow.
-
-    NaN is something, for nobody should overlook it.
-    """
-    return namespace(size).logical_not(size <= tiny(size) ** 0.75)
+    """Can a preconditioner learn from a tensor of this size? What is nearly subnormal would only make it grow."""
+    return size > min(tiny(size), 2.0**-126) ** 0.75
 
 
 def plus(y: Array, a: Any, x: Array, *, used: bool = False) -> Array:

@@ -16,37 +16,47 @@ from typing import NamedTuple
 from psgd._xp import eps, namespace, number, plus, times
 from psgd.arrays import Scalar, Tensor
 
-Damping = Callable[[Tensor, Tensor, Scalar | float], Tensor]
+Damping = Callable[..., Tensor]  # (x, noise, amount, the unit of x) -> x damped
 
 
 class Pair(NamedTuple):
-    """h: damped, the shape of the tensor. v: the same shape, or None to take the expectation over it."""
+    """h: damped, the shape of the tensor, in units of a number. v: the same shape, or None to take the expectation over
+    it."""
 
     h: Tensor
     v: Tensor | None
+    unit: Scalar | float = 1.0
 
 
-def relative(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
+def relative(x: Tensor, e: Tensor, amount: Scalar | float, unit: Scalar | float = 1.0) -> Tensor:
     """x + (amount + eps |x|) e [psgd_torch]: never below rounding, without which unseen directions grow without end."""
-    return plus(plus(x, amount, e), eps(x), times(namespace(x).abs(x), e), used=True)
+    return plus(plus(x, amount / unit, e), eps(x), times(namespace(x).abs(x), e), used=True)
 
 
-def proportional(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
+def proportional(x: Tensor, e: Tensor, amount: Scalar | float, unit: Scalar | float = 1.0) -> Tensor:
     """x + amount mean|x| e [psgd_jax kron]."""
-    mean = namespace(x).linalg.vector_norm(x / prod(x.shape), ord=1)  # the sum of all might be no number
-    return plus(x, amount * mean, e)
+    return plus(x, amount * (namespace(x).linalg.vector_norm(x, ord=1) / prod(x.shape)), e)
 
 
-def undamped(x: Tensor, e: Tensor, amount: Scalar | float) -> Tensor:
+def undamped(x: Tensor, e: Tensor, amount: Scalar | float, unit: Scalar | float = 1.0) -> Tensor:
     """x itself [psgd_jax affine]."""
     return x
 
 
-def whitening(probed: bool, g: Tensor, e: Tensor, amount: Scalar | float, damping: Damping = relative) -> Pair:
+def whitening(
+    probed: bool,
+    g: Tensor,
+    e: Tensor,
+    amount: Scalar | float,
+    damping: Damping = relative,
+    unit: Scalar | float = 1.0,
+) -> Pair:
     """The pair that whitens g: (None, g damped by e), or (e, g damped by e) where a probe must be seen."""
-    return Pair(damping(g, e, number(amount, g)), e if probed else None)
+    return Pair(damping(g, e, number(amount, g), unit), e if probed else None, unit)
 
 
-def newton(v: Tensor, h: Tensor, e: Tensor, amount: Scalar | float, damping: Damping = relative) -> Pair:
+def newton(
+    v: Tensor, h: Tensor, e: Tensor, amount: Scalar | float, damping: Damping = relative, unit: Scalar | float = 1.0
+) -> Pair:
     """The pair that inverts the Hessian: (v, h damped by fresh noise e)."""
-    return Pair(damping(h, e, number(amount, h)), v)
+    return Pair(damping(h, e, number(amount, h), unit), v, unit)

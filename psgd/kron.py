@@ -12,7 +12,7 @@ from math import inf, prod
 from typing import Any, NamedTuple
 
 from psgd import thin
-from psgd._xp import cast, eps, identity, in_units, lifted_dtype, make, namespace, number, real, shrinkage, times, tiny
+from psgd._xp import cast, eps, identity, lifted_dtype, make, namespace, number, real, shrinkage, times, tiny
 from psgd.arrays import Factor, Factors, Matrix, Scalar, Tensor
 from psgd.axes import gram
 from psgd.criterion import Pair
@@ -176,10 +176,9 @@ def fit(
     """
     qs = balanced(factors.Q) if geometry.balance_first else factors.Q
     # Balanced factors have the same product, so that P need not be balanced with them.
-    h, unit = in_units(pair.h)
-    a = geometry.precondition(qs, h, factors.P) if geometry.measure is None else geometry.measure(qs, h)
+    a = geometry.precondition(qs, pair.h, factors.P) if geometry.measure is None else geometry.measure(qs, pair.h)
     b = None if pair.v is None else geometry.refer(qs, pair.v)
-    more, less = shrinkage(a, unit, b)
+    more, less = shrinkage(a, pair.unit, b)
     a, b = times(a, more), b if b is None else b * less if b is pair.v else times(b, less)
     moved, bounds = [], []
     for axis, (q, last) in enumerate(zip(qs, factors.L, strict=True)):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any, ClassVar, NamedTuple
 
-from psgd._xp import cast, identity, in_units, lifted_dtype, make, matmul, namespace, number, shrinkage, solve, tiny
+from psgd._xp import cast, identity, lifted_dtype, make, matmul, namespace, number, shrinkage, solve, tiny
 from psgd.arrays import Array, Factors, Scalar, Tensor
 from psgd.criterion import Pair
 from psgd.noise import Draws
@@ -221,12 +221,12 @@ class LRA:
         U <- U - m (x x^T V - y y^T V) M           m = mu / ell, each with its own ell
         V <- V - m ((I + V U^T) (x x^T - y y^T) U)
         """
-        (u, v, d), (h, unit), probe, lows = factors.Q, in_units(pair.h), pair.v, list(factors.L)
+        (u, v, d), h, probe, lows = factors.Q, pair.h, pair.v, list(factors.L)
         rank = _rank(factors)
         if rank:
             u, v = self.keep(u, v)
         x, y, m = self._images(u, v, d, h, probe)
-        more, less = shrinkage(x, unit, y)
+        more, less = shrinkage(x, pair.unit, y)
         x, h, y, probe = x * more, h * more, y * less, probe * less
         z = (y - times(u, solve(m, dot(v, y))) if rank else y) / d
         ph = d * (x + times(v, dot(u, x))) if rank else d * x

@@ -121,10 +121,11 @@ def test_nothing_can_depend_on_a_value(decide):
 
 
 def test_a_recipe_that_branches_on_values_is_refused():
-    def limited(u, gain, unit):
-        return u / 2 if u.xp.max(u) > 1 else u
+    class Limited(pipeline.Clip):
+        def __call__(self, u, gain=1.0, unit=None):
+            return u / 2 if u.xp.max(u) > 1 else u
 
-    recipe = pipeline.Recipe(preconditioner=METHODS["quad"].of().recipe().preconditioner, clip=limited)
+    recipe = pipeline.Recipe(preconditioner=METHODS["quad"].of().recipe().preconditioner, clip=Limited())
     with pytest.raises(TypeError, match="branches on the value"):
         seen(recipe, outline(3, 3), None, Silence())
 

@@ -34,7 +34,6 @@ from psgd._xp import (
     number,
     plus,
     products,
-    says_something,
     times,
     tiny,
 )
@@ -85,40 +84,34 @@ def trust(limit: Number, us: Sequence[Array]) -> Array:
 class Clip:
     """Bounds on the direction u of a tensor: its RMS, by scaling, then each entry's modulus. After that, a gain.
 
-    u is the caller's own, as in `times`, and comes in units of a 0-d array, at least 1. Without bounds it is kept where
-    its length is a number.
+    u is the caller's own, as in `times`, and comes in units of a 0-d array, at least 1.
     """
 
     rms: float = inf
     entry: float = inf
 
+    @property
+    def is_bound(self) -> bool:
+        """Is there a bound?"""
+        return self.rms < inf
+
     def __call__(self, u: Array, gain: float = 1.0, unit: Array | None = None) -> Array:
-        xp, bounded = namespace(u), self.rms < inf
-        if bounded:
-            unit = make(u, "ones", (), dtype=lifted_dtype(u)) if unit is None else cast(unit, lifted_dtype(u))
-        if bounded and is_complex(u):
+        xp = namespace(u)
+        if unit is None:
+            unit = make(u, "ones", (), dtype=lifted_dtype(u))
+        if self.is_bound and is_complex(u):
             u = u * number(xp.minimum(unit, self.rms / xp.clip(power_mean(u, 2), min=tiny(unit))), u)
-        elif bounded:
+        elif self.is_bound:
             own = xp.maximum(cast(largest(u), unit.dtype), 1 / unit)
             part = times(cast(u, own.dtype), 1 / own)
             size = xp.linalg.vector_norm(part) / sqrt(prod(part.shape))
             factor = xp.minimum(own * unit, self.rms / xp.clip(size, min=tiny(unit)))
             gain, last = (1.0, gain) if self.entry == inf else (gain, 1.0)
             u = cast(times(part, last * factor), u.dtype)
-        elif unit is not None:
-            u = _within(times(u, number(unit, u)), float(xp.finfo(u.dtype).max) ** 0.5)
         if self.entry < inf:
             bounded = not is_complex(u)
             u = xp.clip(u, -self.entry, self.entry) if bounded else u / xp.clip(xp.abs(u) / self.entry, min=1.0)
         return u if gain == 1 else u * gain
-
-
-def _within(u: Array, limit: float) -> Array:
-    """u with entries of a modulus of at most `limit`, infinite ones too."""
-    xp = namespace(u)
-    if not is_complex(u):
-        return xp.clip(u, -limit, limit)
-    return xp.clip(xp.real(u), -limit, limit) + 1j * xp.clip(xp.imag(u), -limit, limit)
 
 
 @dataclass(frozen=True)
@@ -440,15 +433,20 @@ def step(
     if not prod(g.shape):
         return working(recipe, g), state
     momentum, seen, smooth = observed(recipe, plan, g, state.momentum)
-    old = state.factors
-    new = choose(plan.fit, lambda f: fitted(recipe, plan, seen, f, draws, pair), lambda factors: factors, old)
-    return directed(recipe, plan, new if recipe.fit_first else old, smooth), State(momentum, new)
+    old, units = state.factors, in_units(smooth, scale_of(recipe, plan)) if recipe.clip.is_bound else None
+    same = units if seen is smooth else None
+
+    def fit(factors: Factors) -> Factors:
+        return fitted(recipe, plan, seen, factors, draws, pair, same)
+
+    new = choose(plan.fit, fit, lambda factors: factors, old)
+    return directed(recipe, plan, new if recipe.fit_first else old, smooth, units), State(momentum, new)
 
 
 def observed(recipe: Recipe, plan: Plan, g: Array, m: Array | None) -> tuple[Array | None, Array, Array]:
     """The new momentum; what is fitted to; what is preconditioned. The momentum comes and goes in its own dtype.
 
-    Averages are still to be `scaled`: P is linear, so that a number can wait until it has acted.
+    Averages are still to be scaled, see `scale_of`: P is linear, so that a number can wait until it has acted.
     """
     g = working(recipe, g)
     new, smooth = averaged(plan.momentum, g, None if m is None else cast(m, g.dtype))
@@ -456,17 +454,15 @@ def observed(recipe: Recipe, plan: Plan, g: Array, m: Array | None) -> tuple[Arr
     return new, smooth if recipe.whiten == "momentum" else g, smooth
 
 
-def scaled(recipe: Recipe, plan: Plan, x: Array, *, used: bool = False) -> Array:
-    """An average, or P of it, times the scale of averages. used: as in `times`."""
+def scale_of(recipe: Recipe, plan: Plan) -> Number:
+    """What an average, or P of it, has still to be multiplied by."""
     scale = plan.momentum.scale if recipe.momentum else None
-    if scale is None or (isinstance(scale, float) and scale == 1):
-        return x
-    return times(x, number(scale, x)) if used else x * number(scale, x)
+    return 1.0 if scale is None else scale
 
 
 def to_fit(recipe: Recipe, plan: Plan, seen: Array) -> Array:
     """What a fit sees of what was `observed`: a momentum at its scale, a gradient as it is."""
-    return scaled(recipe, plan, seen) if recipe.whiten == "momentum" else seen
+    return seen * number(scale_of(recipe, plan), seen) if recipe.whiten == "momentum" else seen
 
 
 def fitted(
@@ -476,10 +472,18 @@ def fitted(
     factors: Factors,
     draws: Draws | None = None,
     given: tuple[Array, Array] | None = None,
+    units: tuple[Array, Array, Array] | None = None,
 ) -> Factors:
-    """Factors after a fit to what was seen of a parameter, or to a given pair (v, H v), in their own dtypes."""
+    """Factors after a fit to what was seen of a parameter, or to a given pair (v, H v), in their own dtypes.
+
+    units: what was seen `in_units`, where that is known.
+    """
     kind, dtypes = recipe.preconditioner, [q.dtype for q in factors.Q]
-    seen = laid_out(recipe, to_fit(recipe, plan, seen) if given is None else working(recipe, given[1]))
+    if given is not None:
+        units = in_units(working(recipe, given[1]))
+    elif units is None:
+        units = in_units(seen, scale_of(recipe, plan) if recipe.whiten == "momentum" else 1.0)
+    seen, unit, size = laid_out(recipe, units[0]), *units[1:]
     draws = noise.Counter(plan.key) if draws is None else draws
     factors = in_dtypes(factors, [seen.dtype] * len(dtypes))
     if not recipe.balance_last:
@@ -488,18 +492,14 @@ def fitted(
     silent = recipe.damping is criterion.undamped and not probed
     e = seen if silent else draws.signs("damping", seen.shape, seen)
     if given is None:
-        pair = criterion.whitening(probed, seen, e, plan.damping, recipe.damping)
+        pair = criterion.whitening(probed, seen, e, plan.damping, recipe.damping, unit)
     else:
         v = laid_out(recipe, working(recipe, given[0]))
-        pair = criterion.newton(v, seen, e, plan.damping, recipe.damping)
+        pair = criterion.newton(v, seen, e, plan.damping, recipe.damping, unit)
     # Where there was nothing to see, a residual is of the probe alone, and Q would grow without end.
-    learns = says_something(seen)
-    rate = cast(learns, lifted_dtype(seen))
-    rate = rate * number(plan.rate, rate)
+    learns = cast(is_something(size), lifted_dtype(seen))
     with products(recipe.fit_precision):
-        new = kind.fit(factors, pair, rate, plan.memory, draws, plan.side)
-    bounds = (namespace(seen).where(learns, x, old) for x, old in zip(new.L, factors.L, strict=True))
-    factors = new._replace(L=tuple(bounds))
+        factors = kind.fit(factors, pair, learns * number(plan.rate, learns), plan.memory, draws, plan.side)
     if recipe.balance_last:
         factors = kind.balanced(factors, plan.balance)
     return in_dtypes(factors, dtypes)
@@ -511,13 +511,36 @@ def in_dtypes(factors: Factors, dtypes: Sequence[Any]) -> Factors:
     return factors._replace(Q=q, P=p)
 
 
-def directed(recipe: Recipe, plan: Plan, factors: Factors, smooth: Array) -> Array:
-    """The direction u of a parameter, from its factors and its averaged gradient."""
-    work = in_dtypes(factors, [smooth.dtype] * len(factors.Q))
-    g, unit = in_units(smooth)
+def preconditioned(recipe: Recipe, factors: Factors, g: Array) -> Array:
+    """P g, laid out as the preconditioner sees it."""
+    work = in_dtypes(factors, [g.dtype] * len(factors.Q))
     with products(recipe.apply_precision):
-        u = recipe.preconditioner.precondition(work, laid_out(recipe, g))
-    u = recipe.clip(scaled(recipe, plan, u, used=True), recipe.gain, unit)
+        return recipe.preconditioner.precondition(work, laid_out(recipe, g))
+
+
+def directed(
+    recipe: Recipe,
+    plan: Plan,
+    factors: Factors,
+    smooth: Array,
+    units: tuple[Array, Array, Array] | None = None,
+) -> Array:
+    """The direction u of a parameter, from its factors and its averaged gradient.
+
+    Without bounds, an entry so near the end of the floats that a million of its kind would pass it is left out.
+
+    units: the average `in_units`, where that is known.
+    """
+    if recipe.clip.is_bound:
+        g, unit, _ = in_units(smooth, scale_of(recipe, plan)) if units is None else units
+        u = recipe.clip(preconditioned(recipe, factors, g), recipe.gain, cast(unit, lifted_dtype(unit)))
+    else:
+        scale = scale_of(recipe, plan)
+        u = preconditioned(recipe, factors, smooth)
+        u = u if isinstance(scale, float) and scale == 1 else times(u, number(scale, u))
+        xp = namespace(u)
+        fits = xp.abs(u) < float(xp.finfo(u.dtype).max) * 2.0**-20
+        u = recipe.clip(xp.where(fits, u, xp.zeros_like(u)), recipe.gain)
     return laid_back(recipe, u, tuple(smooth.shape))
 
 

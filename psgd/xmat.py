@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
-from psgd._xp import eps, in_units, make, namespace, number, shrinkage, tiny
+from psgd._xp import eps, make, namespace, number, shrinkage, tiny
 from psgd.arrays import Factors, Scalar, Tensor
 from psgd.criterion import Pair
 from psgd.noise import Draws
@@ -88,12 +88,12 @@ class XShaped:
         The middle of b stays 0 where n is odd. Every pair of entries is a 2 x 2 matrix; its determinant a f(a) - b f(b)
         stays positive for mu < 1/2.
         """
-        (a, b), (h, unit), v = factors.Q, in_units(pair.h), pair.v
+        (a, b), h, v = factors.Q, pair.h, pair.v
         x = a * h + b * flipped(h)
         # Q^-T v by quotients of a and b: their products may be no numbers.
         w, ratio = v / a, b / flipped(a)
         y = (w - flipped(ratio * w)) / (1 - ratio * flipped(ratio))
-        more, less = shrinkage(x, unit, y)
+        more, less = shrinkage(x, pair.unit, y)
         x, y = x * more, y * less
         da, db = x * x - y * y, x * flipped(x) - y * flipped(y)
         if a.shape[0] % 2:

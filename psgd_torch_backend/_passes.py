@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from psgd import criterion, pipeline
-from psgd._xp import number
+from psgd._xp import in_units, number
 from psgd.arrays import Factors
 from psgd.noise import Draws
-from psgd.pipeline import Clip, Plan, Recipe, State, leaves, rebuilt
+from psgd.pipeline import Plan, Recipe, State, leaves, rebuilt
 from psgd_torch_backend._step import compiled
 
 LARGE = 1 << 15  # numbers in a tensor: with fewer, a call costs as much as it saves
@@ -40,10 +40,10 @@ def before(recipe: Recipe, plan: Plan, decay: Tensor, p: Tensor, g: Tensor, m: A
         m.copy_(momentum)
 
 
-def after(recipe: Recipe, plan: Plan, lr: Tensor, decay: Any, p: Tensor, u: Tensor) -> None:
-    """The step of a parameter, of bounded length."""
+def after(recipe: Recipe, plan: Plan, lr: Tensor, decay: Any, p: Tensor, u: Tensor, unit: Tensor) -> None:
+    """The step of a parameter along u, which comes in units, of bounded length."""
     u = u.clone()  # not written over, for the compiler would write u too
-    u = recipe.clip(pipeline.scaled(recipe, plan, u), recipe.gain)
+    u = recipe.clip(u, recipe.gain, unit * number(pipeline.scale_of(recipe, plan), unit))
     p.add_(pipeline.displacement(p, u, lr, decay))
 
 
@@ -54,10 +54,14 @@ def rows(x: Tensor | None, count: int) -> list[Any]:
 
 def suited(recipe: Recipe, tensors: Sequence[Tensor | None]) -> bool:
     """May these be stepped as flat vectors, and is it worth while?"""
-    return not recipe.trusted and all(
-        x.device.type == "cpu" and x.numel() >= LARGE and x.is_contiguous() and not x.is_complex()
-        for x in tensors
-        if x is not None
+    return (
+        recipe.clip.is_bound
+        and not recipe.trusted
+        and all(
+            x.device.type == "cpu" and x.numel() >= LARGE and x.is_contiguous() and not x.is_complex()
+            for x in tensors
+            if x is not None
+        )
     )
 
 
@@ -107,16 +111,18 @@ class Passes:
             new = old
             if plan.fit:
                 new = pipeline.fitted(recipe if pair else bare, plain, seen, old, draws, own)
-            return pipeline.directed(bare, plain, new if recipe.fit_first else old, s), *leaves(State(None, new))
+            g, unit, _ = in_units(s)
+            u = pipeline.preconditioned(bare, new if recipe.fit_first else old, g)
+            return pipeline.laid_back(bare, u, tuple(s.shape)), unit, *leaves(State(None, new))
 
         given = [s, *pair, *([h] if whitening else []), *leaves(State(None, state.factors))]
-        u, *new = (torch.vmap(one) if stacked else one)(*given)
-        for p, x in zip(targets, rows(u.contiguous(), len(targets)), strict=True):
-            self.after(recipe, plan, lr, decay if recipe.decoupled else 0.0, p.view(-1), x)
+        u, units, *new = (torch.vmap(one) if stacked else one)(*given)
+        for p, x, unit in zip(targets, rows(u.contiguous(), len(targets)), units.reshape(-1), strict=True):
+            self.after(recipe, plan, lr, decay if recipe.decoupled else 0.0, p.view(-1), x, unit)
         return rebuilt(State(None, state.factors), new).factors
 
 
 @lru_cache
 def _bare(recipe: Recipe) -> Recipe:
-    """The recipe without what the passes do."""
-    return replace(recipe, damping=criterion.undamped, clip=Clip(), gain=1.0)
+    """The recipe without what the passes do before a fit."""
+    return replace(recipe, damping=criterion.undamped)
