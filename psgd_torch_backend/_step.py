@@ -81,9 +81,10 @@ class Held(NamedTuple):
 
 def follow(job: Job, p: Tensor) -> None:
     """What was switched after the first step of a parameter: momentum begins as its gradient, P as that of Q."""
-    entry, with_p = job.state[p], partial(pipeline.with_p, job.recipe)
+    entry = job.state[p]
     if entry.get("Q") and job.recipe.keeps_p != ("P" in entry):
         entry.pop("P", None)
+        with_p = partial(pipeline.with_p, job.recipe)
         kept = (torch.vmap(with_p) if id(p) in job.layered else with_p)(to_state(entry).factors)
         entry.update(to_entry(State(None, kept)))
     if job.recipe.momentum and "momentum" not in entry:
@@ -135,7 +136,9 @@ def finite(tensors: Sequence[Tensor]) -> bool:
     if not tensors or tensors[0].is_meta:  # where there are no numbers
         return True
     sums = [x.sum(dtype=torch.float32 if x.element_size() < 4 else None) for x in tensors]
-    near = [(s.abs() if s.is_complex() else s).to(tensors[0].device, torch.float32) for s in sums]
+    near = sums
+    if any(s.dtype != torch.float32 or s.device != sums[0].device for s in sums):
+        near = [(s.abs() if s.is_complex() else s).to(sums[0].device, torch.float32) for s in sums]
     # A sum of large numbers may overflow, so that only a finite one settles it.
     return bool(torch.stack(near).isfinite().all()) or bool(pipeline.all_finite(tensors))
 
