@@ -14,7 +14,7 @@ from psgd.pipeline import State, leaves, rebuilt
 from psgd_torch_backend._noise import Draws
 from psgd_torch_backend._passes import Passes, suited
 from psgd_torch_backend._state import columns, new_counters, parted, stacked, to_entry, to_state, unscaled, write
-from psgd_torch_backend._step import Held, Job, Steps, as_tensors, follow, gradient_of, host_plan, keep_heap, on_device
+from psgd_torch_backend._step import Held, Job, Steps, as_tensors, follow, gradient_of, host_plan, on_device
 
 Tensors = Tensor | list[Tensor]  # of one shape, stacked or by themselves
 
@@ -38,7 +38,6 @@ class Each:
     def __call__(self, job: Job) -> list[Held]:
         """Step a group; what must wait for the directions of all others comes back."""
         tempo, pairs = job.tempo, job.pairs
-        keep_heap()
         for p in job.params:
             entry = job.state[p]
             if "Q" not in entry:

@@ -150,16 +150,6 @@ def gradient_of(p: Tensor) -> Tensor:
     return p.grad
 
 
-@cache
-def keep_heap() -> None:
-    """Have the C library keep the memory that a step frees, up to 64 MiB, and not return it and fetch it anew at each.
-
-    glibc returns what is free at the end of its heap once that is twice as large as the largest block that was freed
-    so far, of those up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). So one is freed, which was never touched.
-    """
-    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8, device="cpu")
-
-
 def make_step(recipe: Recipe, *, stacked: bool, layout: Sequence[int] | None = None) -> Step:
     """(plan, lr, weight_decay, p, g, state, draws, pair) -> (what to add to p, new state), of tensors or of stacks.
 
