@@ -75,8 +75,11 @@ def stacked(state: State) -> State:
 def write(old: State, new: State) -> None:
     """Overwrite a state, or `columns`, in place; momentum may come in another shape of as many elements."""
     for target, source in zip(leaves(old), leaves(new), strict=True):
-        if isinstance(target, list):
-            torch.unbind_copy(source, out=target)
+        if isinstance(target, list) and all(x.dtype == source.dtype for x in target):
+            torch.unbind_copy(source, out=target)  # one call for all
+        elif isinstance(target, list):  # of parameters that were turned to another dtype
+            for x, row in zip(target, source.unbind(), strict=True):
+                x.copy_(row)
         elif not (source.data_ptr() == target.data_ptr() != 0):
             target.copy_(source.reshape(target.shape))
 
