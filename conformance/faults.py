@@ -196,7 +196,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("torch: decay forgotten", _each.Each._batch, 'group["weight_decay"]', "0.0", LOCKED),
     Fault("torch: change of another tensor", _each.Each._batch, "change.unbind()", "change.unbind()[::-1]", LOCKED),
-    Fault("torch: state of another tensor", _state.Stack.__init__, "[rows[i]", "[rows[-1 - i]", LOCKED),
+    Fault("torch: state of another tensor", _state.write, "unbind_copy(source,", "unbind_copy(source.flip(0),", LOCKED),
     Fault(
         "torch: a scale for each",
         _each._scale,

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from psgd import pipeline
-from psgd.pipeline import leaves, rebuilt
+from psgd.arrays import Factors
+from psgd.pipeline import State, leaves, rebuilt
 from psgd_torch_backend._noise import Draws
 from psgd_torch_backend._passes import Passes, suited
-from psgd_torch_backend._state import Stack, new_counters, parted, to_entry, to_state, unscaled, write
+from psgd_torch_backend._state import columns, new_counters, parted, stacked, to_entry, to_state, unscaled, write
 from psgd_torch_backend._step import (
     Held,
     Job,
@@ -22,7 +23,6 @@ from psgd_torch_backend._step import (
     gradient_of,
     host_plan,
     is_true,
-    keep_heap,
     on_device,
     waits,
 )
@@ -36,10 +36,9 @@ ROOM_ELSEWHERE = 1 << 25
 
 
 class Each:
-    """Steps groups; `stacks` are the states of those that step together, by the first of them."""
+    """Steps groups."""
 
     def __init__(self) -> None:
-        self.stacks: dict[int, Stack] = {}
         self.steps = Steps()
 
     @cached_property
@@ -50,10 +49,10 @@ class Each:
     def __call__(self, job: Job) -> list[Held]:
         """Step a group; what must wait for the directions of all others comes back."""
         tempo, pairs = job.tempo, job.pairs
-        keep_heap()
         for p in job.params:
-            if "Q" not in job.state[p]:
-                job.state[p].update({**new_counters(tempo), **to_entry(_fresh(job, p))})
+            entry = job.state[p]
+            if "Q" not in entry:
+                entry.update({**new_counters(tempo), **to_entry(_fresh(job, p))})
             follow(job, p)
         silent = _scale(job) if job.method.start_scale() is None else set()
         if pairs is None or not tempo.counts:
@@ -78,14 +77,15 @@ class Each:
     @staticmethod
     def shapes(job: Job, p: Tensor) -> list[tuple[int, ...]]:
         """The shapes of a parameter's factors."""
-        layers, shape = kind = parted(p, id(p) in job.layered)
+        kind = p.shape, id(p) in job.layered
         if kind not in job.shapes:
+            layers, shape = parted(p, kind[1])
             job.shapes[kind] = [(*layers, *q) for q in job.recipe.preconditioner.shapes(job.recipe.layout(shape))]
         return job.shapes[kind]
 
     def checked(self, job: Job, p: Tensor) -> str:
         """What is wrong with a parameter's state, if anything."""
-        factors = job.state[p].get("Q") if job.state.get(p) else None
+        factors = job.state.get(p, {}).get("Q")
         if factors is None or [q.shape for q in factors.values()] == self.shapes(job, p):
             return ""
         return f"shape {tuple(p.shape)}, its state belongs to another; delete optimizer.state[p]"
@@ -93,17 +93,18 @@ class Each:
     def _step(self, job: Job, plan: pipeline.Plan, draws: Draws, bucket: list[Tensor]) -> list[Held]:
         """Step parameters of one shape, or the layers of one parameter, in batches if the group says so."""
         scanned = id(bucket[0]) in job.layered
-        state, many = self._gathered(job, bucket), scanned or len(bucket) > 1
+        many, entries = scanned or len(bucket) > 1, [job.state[p] for p in bucket]
+        state = columns(entries) if len(bucket) > 1 else to_state(entries[0])
         seen = [gradient_of(p) for p in bucket]
-        columns = [[p.detach() for p in bucket], [-g for g in seen] if job.group["maximize"] else seen]
+        given = [[p.detach() for p in bucket], [-g for g in seen] if job.group["maximize"] else seen]
         if job.pairs is not None and job.pairs.fit:
-            columns += map(list, zip(*(job.pairs.by_parameter[id(p)] for p in bucket), strict=True))
-        tensors: list[Tensors] = [column[0] if scanned else column for column in columns]
+            given += map(list, zip(*(job.pairs.by_parameter[id(p)] for p in bucket), strict=True))
+        tensors: list[Tensors] = [x[0] if scanned else x for x in given]
         count = len(tensors[0])
         size = job.group["stack_batch_size"] or at_a_time(count, state, bucket[0].device)
         waiting: list[Held] = []
         for some in (slice(i, i + size) for i in range(0, count, size)):
-            batch = rebuilt(state, [x[some] for x in leaves(state)]) if many and size < count else state
+            batch = rebuilt(state, [x[some] for x in leaves(state)]) if many else state
             waiting += self._batch(job, plan, draws, many, batch, *(x[some] for x in tensors))
         return waiting
 
@@ -113,7 +114,7 @@ class Each:
         plan: pipeline.Plan,
         draws: Draws,
         many: bool,
-        state: pipeline.State,
+        state: State,
         targets: Tensors,
         gradients: Tensors,
         *pair: Tensors,
@@ -122,17 +123,23 @@ class Each:
         group, recipe = job.group, job.recipe
         numbers, mode = [group["lr"], group["weight_decay"]], group["compile"]
         wholly = mode == "whole" or (mode and targets[0].device.type != "cpu")
-        passing = mode and not wholly and suited(recipe, [*apart(targets), *apart(gradients), state.momentum])
+        momenta = apart(state.momentum) if many and state.momentum is not None else [state.momentum] * len(targets)
+        passing = mode and not wholly and suited(recipe, [*apart(targets), *apart(gradients), *momenta])
         if wholly or passing:
             plan, *numbers = as_tensors(plan, *numbers)
         given = tuple(together(x, many) for x in pair)
-        if passing:
-            new = self.passes(recipe, plan, *numbers, apart(targets), apart(gradients), state, draws, many, given)
-            write(state._replace(momentum=None), pipeline.State(None, new))
+        if passing:  # which writes momenta where they lie
+            state = state._replace(momentum=None)
+            tensors = apart(targets), apart(gradients), momenta
+            new = self.passes(recipe, plan, *numbers, *tensors, stacked(state).factors, draws, many, given)
+            if plan.fit:
+                write(state, State(None, new))
             return []
         p, g = together(targets, many), together(gradients, many)
         step = self.steps.of(recipe, many, tuple(p.shape) if wholly else None)
-        change, new = step(plan, *numbers, p, g, state, None if wholly else draws, given or None)
+        change, new = step(plan, *numbers, p, g, stacked(state), None if wholly else draws, given or None)
+        if not plan.fit:  # the factors are what they were
+            state, new = (x._replace(factors=Factors((), ())) for x in (state, new))
         write(state, new)
         changes = list(change.unbind()) if many and isinstance(targets, list) else [change]
         targets = targets if isinstance(targets, list) else [targets]
@@ -142,22 +149,10 @@ class Each:
             target.add_(part)
         return []
 
-    def _gathered(self, job: Job, bucket: list[Tensor]) -> pipeline.State:
-        """The state of a bucket, to be overwritten in place: of one parameter, or the stack of them all."""
-        entries = [job.state[p] for p in bucket]
-        if len(bucket) == 1:
-            return to_state(entries[0])
-        stack = self.stacks.get(id(bucket[0]))
-        if stack is None or not stack.holds(entries):
-            stack = self.stacks[id(bucket[0])] = Stack(list(map(to_state, entries)))
-            for entry, view in zip(entries, stack.views, strict=True):
-                entry.update(to_entry(view))
-        return stack.stacked
 
-
-def at_a_time(count: int, state: pipeline.State, device: torch.device) -> int:
+def at_a_time(count: int, state: State, device: torch.device) -> int:
     """How many of `count` tensors step in one call, where the user did not say: few of large ones, in equal parts."""
-    numbers = sum(x.numel() for x in leaves(state))
+    numbers = sum(x.numel() if isinstance(x, Tensor) else len(x) * x[0].numel() for x in leaves(state))
     calls = -(-numbers // ROOM.get(device.type, ROOM_ELSEWHERE))
     return -(-count // min(calls, count)) if calls and count else 1
 
@@ -172,7 +167,7 @@ def apart(tensors: Tensors) -> list[Tensor]:
     return list(tensors.unbind()) if isinstance(tensors, Tensor) else tensors
 
 
-def _fresh(job: Job, p: Tensor) -> pipeline.State:
+def _fresh(job: Job, p: Tensor) -> State:
     """The first state of a parameter, or of the layers that it stacks. A scale of None is found by `_scale`."""
     scale = job.method.start_scale() or 1.0
     layers, shape = parted(p, id(p) in job.layered)
@@ -182,7 +177,12 @@ def _fresh(job: Job, p: Tensor) -> pipeline.State:
         return pipeline.rescaled(job.recipe, state, scale)
     scales = scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64, device=like.device)
     each = [pipeline.rescaled(job.recipe, state, s) for s in scales.expand(layers)]
-    return Stack(each).stacked if each else rebuilt(state, [x.new_empty((0, *x.shape)) for x in leaves(state)])
+    return _by_layer(each) if each else rebuilt(state, [x.new_empty((0, *x.shape)) for x in leaves(state)])
+
+
+def _by_layer(states: list[State]) -> State:
+    """The state of a parameter from those of the layers that it stacks."""
+    return stacked(columns(list(map(to_entry, states))))
 
 
 def _scale(job: Job) -> set[int]:
@@ -210,7 +210,7 @@ def _scale(job: Job) -> set[int]:
         if id(p) in layered:
             rows = [rebuilt(state, [x[k] for x in leaves(state)]) for k in range(len(p))]
             each = [pipeline.rescaled(recipe, row, s) for row, s in zip(rows, scale.expand(len(p)), strict=True)]
-            write(state, Stack(each).stacked)
+            write(state, _by_layer(each))
         else:
             write(state, pipeline.rescaled(recipe, state, scale))
     return set()

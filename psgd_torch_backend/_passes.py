@@ -80,14 +80,15 @@ class Passes:
         decay: Tensor,
         targets: Sequence[Tensor],
         gradients: Sequence[Tensor],
-        state: State,
+        momenta: Sequence[Tensor | None],
+        old: Factors,
         draws: Draws,
         stacked: bool,
         pair: tuple[Tensor, ...] = (),
     ) -> Factors:
         """Step parameters of one shape, and their momenta, in place. Returns their new factors.
 
-        stacked: `state` and `pair` are stacks. What is written is laid out as the momentum is.
+        stacked: `old` and `pair` are stacks.
         """
         bare, shape = _bare(recipe), tuple(targets[0].shape)
         plain = plan._replace(momentum=plan.momentum._replace(scale=None))
@@ -98,28 +99,29 @@ class Passes:
         e = None
         if whitening and recipe.damping is not criterion.undamped:
             e = pipeline.laid_back(recipe, draws.signs("damping", (prod(shape),), work), shape).reshape(-1)
-        buffers = [rows(x, len(targets)) for x in (state.momentum, h, s)]
-        for p, g, *mine in zip(targets, gradients, *buffers, strict=True):
-            m, seen, smooth = mine
-            self.before(recipe, plan, decay, p.view(-1), g.view(-1), m, e, seen, smooth)
+        buffers = [rows(x, len(targets)) for x in (h, s)]
+        for p, g, m, *mine in zip(targets, gradients, momenta, *buffers, strict=True):
+            flat = None if m is None else m.view(-1)
+            self.before(recipe, plan, decay, p.view(-1), g.view(-1), flat, e, *mine)
 
         def one(s: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             rest = list(tensors)
             own: Any = (rest.pop(0), rest.pop(0)) if pair else None
             seen = rest.pop(0) if whitening else s
-            old = rebuilt(State(None, state.factors), rest).factors
-            new = old
+            mine = rebuilt(kept, rest).factors
+            new = mine
             if plan.fit:
-                new = pipeline.fitted(recipe if pair else bare, plain, seen, old, draws, own)
+                new = pipeline.fitted(recipe if pair else bare, plain, seen, mine, draws, own)
             g, unit, _ = in_units(s)
-            u = pipeline.preconditioned(bare, new if recipe.fit_first else old, g)
+            u = pipeline.preconditioned(bare, new if recipe.fit_first else mine, g)
             return pipeline.laid_back(bare, u, tuple(s.shape)), unit, *leaves(State(None, new))
 
-        given = [s, *pair, *([h] if whitening else []), *leaves(State(None, state.factors))]
+        kept = State(None, old)
+        given = [s, *pair, *([h] if whitening else []), *leaves(kept)]
         u, units, *new = (torch.vmap(one) if stacked else one)(*given)
         for p, x, unit in zip(targets, rows(u.contiguous(), len(targets)), units.reshape(-1), strict=True):
             self.after(recipe, plan, lr, decay if recipe.decoupled else 0.0, p.view(-1), x, unit)
-        return rebuilt(State(None, state.factors), new).factors
+        return rebuilt(kept, new).factors
 
 
 @lru_cache

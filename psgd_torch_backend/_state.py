@@ -1,14 +1,12 @@
-"""State in PyTorch's terms: nested dictionaries of tensors for each parameter, and stacks of them.
+"""State in PyTorch's terms: nested dictionaries of tensors for each parameter.
 
-Parameters of equal shape step in one call, for which their state must lie side by side in one tensor. What the
-optimizer's `state` shows of each parameter are views of those stacks: nothing is copied to stack it, and what is
-written to a stack is seen in the state. Once the state was replaced (loaded, copied), the stacks are made anew.
+Each tensor of the state owns its memory, so that it is saved and freed as what it is. Parameters of equal shape step in
+one call: a step stacks their state, as much at a time as it takes, and writes the new state back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_
 from typing import Any
 
 import torch
@@ -53,38 +51,36 @@ def to_entry(state: State) -> Entry:
     return entry
 
 
+def columns(entries: Sequence[Entry]) -> State:
+    """The states of entries of one layout: what is a tensor in the state of one is a list of those of all."""
+    momenta = None if entries[0].get("momentum") is None else [entry["momentum"] for entry in entries]
+    factors = {}
+    for name in Factors._fields:
+        kept = [entry.get(name, {}) for entry in entries]  # some writers drop what is empty
+        factors[name] = tuple([own[str(i)] for own in kept] for i in range(len(kept[0])))
+    return State(momenta, Factors(**factors))
+
+
 def to_state(entry: Entry) -> State:
     """The inverse of `to_entry`."""
-    kept = {name: entry.get(name, {}) for name in Factors._fields}  # some writers drop what is empty
-    factors = {name: tuple(own[str(i)] for i in range(len(own))) for name, own in kept.items()}
-    return State(entry.get("momentum"), Factors(**factors))
+    state = columns([entry])
+    return rebuilt(state, [x for (x,) in leaves(state)])
 
 
-class Stack:
-    """The states of parameters of one layout, stacked along a new first axis."""
-
-    def __init__(self, states: Sequence[State]) -> None:
-        columns = list(zip(*map(leaves, states), strict=True))
-        self.stacked = rebuilt(states[0], [torch.stack(column) for column in columns])
-        unbound = [x.unbind() for x in leaves(self.stacked)]
-        self.views = [rebuilt(states[0], [rows[i] for rows in unbound]) for i in range(len(states))]
-        self.kept = [x for view in self.views for x in _tensors(to_entry(view))]
-
-    def holds(self, entries: Sequence[Entry]) -> bool:
-        """Do these entries show the views of this stack? Asked at every step."""
-        shown = [x for entry in entries for x in _tensors(entry)]
-        return len(shown) == len(self.kept) and all(map(is_, shown, self.kept))
-
-
-def _tensors(entry: Entry) -> list[Any]:
-    """The tensors of an entry, in the order in which it has them."""
-    return [entry.get("momentum"), *(x for name in Factors._fields for x in entry.get(name, {}).values())]
+def stacked(state: State) -> State:
+    """A state of `columns` with one tensor for each; what is a tensor already stays as it is."""
+    return rebuilt(state, [torch.stack(x) if isinstance(x, list) else x for x in leaves(state)])
 
 
 def write(old: State, new: State) -> None:
-    """Overwrite the tensors of a state in place; momentum may come in another shape of as many elements."""
+    """Overwrite a state, or `columns`, in place; momentum may come in another shape of as many elements."""
     for target, source in zip(leaves(old), leaves(new), strict=True):
-        if not (source.data_ptr() == target.data_ptr() != 0):
+        if isinstance(target, list) and all(x.dtype == source.dtype for x in target):
+            torch.unbind_copy(source, out=target)  # one call for all
+        elif isinstance(target, list):  # of parameters that were turned to another dtype
+            for x, row in zip(target, source.unbind(), strict=True):
+                x.copy_(row)
+        elif not (source.data_ptr() == target.data_ptr() != 0):
             target.copy_(source.reshape(target.shape))
 
 

@@ -81,9 +81,10 @@ class Held(NamedTuple):
 
 def follow(job: Job, p: Tensor) -> None:
     """What was switched after the first step of a parameter: momentum begins as its gradient, P as that of Q."""
-    entry, with_p = job.state[p], partial(pipeline.with_p, job.recipe)
+    entry = job.state[p]
     if entry.get("Q") and job.recipe.keeps_p != ("P" in entry):
         entry.pop("P", None)
+        with_p = partial(pipeline.with_p, job.recipe)
         kept = (torch.vmap(with_p) if id(p) in job.layered else with_p)(to_state(entry).factors)
         entry.update(to_entry(State(None, kept)))
     if job.recipe.momentum and "momentum" not in entry:
@@ -144,7 +145,9 @@ def finite(tensors: Sequence[Tensor]) -> bool:
     if not tensors or tensors[0].is_meta:  # where there are no numbers
         return True
     sums = [x.sum(dtype=torch.float32 if x.element_size() < 4 else None) for x in tensors]
-    near = [(s.abs() if s.is_complex() else s).to(tensors[0].device, torch.float32) for s in sums]
+    near = sums
+    if any(s.dtype != torch.float32 or s.device != sums[0].device for s in sums):
+        near = [(s.abs() if s.is_complex() else s).to(sums[0].device, torch.float32) for s in sums]
     # A sum of large numbers may overflow, so that only a finite one settles it.
     return bool(torch.stack(near).isfinite().all()) or bool(pipeline.all_finite(tensors))
 
@@ -159,16 +162,6 @@ def gradient_of(p: Tensor) -> Tensor:
     if p.grad is None:
         raise RuntimeError("a parameter lost its gradient while it was stepped")
     return p.grad
-
-
-@cache
-def keep_heap() -> None:
-    """Have the C library keep the memory that a step frees, up to 64 MiB, and not return it and fetch it anew at each.
-
-    glibc returns what is free at the end of its heap once that is twice as large as the largest block that was freed
-    so far, of those up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). So one is freed, which was never touched.
-    """
-    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8, device="cpu")
 
 
 def make_step(recipe: Recipe, *, stacked: bool, layout: Sequence[int] | None = None) -> Step:

@@ -18,6 +18,13 @@ MISUSED = (
     "the closure must return the loss, one number that can still be differentiated, or a sequence that begins with it; "
     "leave backward() to the optimizer (in Lightning: automatic_optimization = False)"
 )
+# How torch says that it cannot differentiate a derivative.
+ONCE = ("is not implemented", "once_differentiable", "double backward")
+TWICE = (
+    "the exact product with the Hessian differentiates the loss twice, and a part of it can be only once ({}); give "
+    "exact_hessian_vector_product=False, or, for scaled_dot_product_attention, compute the loss within "
+    "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+)
 Closure = Callable[[], Any]  # -> the loss, or a sequence that begins with it
 
 
@@ -119,8 +126,26 @@ def exact(
                 [torch.zeros_like(p) for p in params],
             )
         outputs, weights = zip(*pairs, strict=True)
-        products = torch.autograd.grad(outputs, params, weights, allow_unused=True, materialize_grads=True)
+        try:
+            products = torch.autograd.grad(outputs, params, weights, allow_unused=True, materialize_grads=True)
+        except RuntimeError as error:
+            if any(words in str(error) for words in ONCE):
+                raise RuntimeError(TWICE.format(str(error).partition("\n")[0])) from error
+            raise
     return _freed(returned), [None if g is None else g.detach() for g in grads], [h.detach() for h in products]
+
+
+def _generators(params: Sequence[Tensor]) -> Callable[[], None]:
+    """What sets torch's own generators, of the CPU and of all devices of the parameters, to where they are now."""
+    host, devices = torch.get_rng_state(), {p.device for p in params if p.device.type not in ("cpu", "meta")}
+    others = [(module, module.get_rng_state(d), d) for d in devices for module in [torch.get_device_module(d)]]
+
+    def put_back() -> None:
+        torch.set_rng_state(host)
+        for module, state, device in others:
+            module.set_rng_state(state, device)
+
+    return put_back
 
 
 def by_differences(
@@ -128,18 +153,21 @@ def by_differences(
 ) -> tuple[Any, list[Tensor | None], list[Tensor]]:
     """The same by (g(p + delta v) - g(p)) / delta, delta the square root of the dtype's epsilon.
 
-    The closure is called twice, and must be the same function both times. Parameters come back bit for bit, also when
-    it raises at the second call.
+    The closure is called twice, with the same random numbers of torch, of which one call is used up. Beside them it
+    must be the same function both times. Parameters come back bit for bit, also when it raises at the second call.
     """
     delta = sqrt(max(torch.finfo(p.dtype).eps for p in params))
+    start = _generators(params)
     returned, grads = gradients(closure, params)
-    kept = [p.detach().clone() for p in params]
+    end, kept = _generators(params), [p.detach().clone() for p in params]
     try:
         with torch.no_grad():
             for p, v in zip(params, vectors, strict=True):
                 p.add_(v, alpha=delta)
+        start()
         _, moved = gradients(closure, params)
     finally:
+        end()
         with torch.no_grad():
             for p, was in zip(params, kept, strict=True):
                 p.copy_(was)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -425,3 +426,82 @@ def test_readme_newton():
         optimizer.step(Hvp=hvp, vector=vector, update_preconditioner=update)
         losses.append(loss.item())
     assert losses[0] == 14.0 and losses[1] < 1e-12
+
+
+# ---- random numbers, and what can be differentiated once --------------------------------------
+def dropping() -> tuple[list[nn.Parameter], Callable[[], Tensor]]:
+    """The parameters of a small net with dropout, and its loss."""
+    params, _ = net()
+    x, y = normal(20, 3, seed=7, dtype=torch.float64), normal(20, seed=8, dtype=torch.float64)
+    w, b, out = params
+
+    def loss() -> Tensor:
+        return ((nn.functional.dropout(torch.tanh(x @ w + b), 0.5) @ out - y) ** 2).mean()
+
+    return params, loss
+
+
+def test_both_calls_see_the_same_random_numbers_and_use_up_those_of_one():
+    params, loss = dropping()
+    vectors = drawn(params)
+    results, ends = [], []
+    for way in (hessian.gradients, hessian.exact, hessian.by_differences):
+        torch.manual_seed(3)
+        results.append(way(loss, params, *([] if way is hessian.gradients else [vectors])))
+        ends.append(torch.get_rng_state())
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+    for exact, near in zip(results[1][2], results[2][2], strict=True):
+        assert torch.allclose(exact, near, rtol=1e-5, atol=1e-6)
+
+
+def test_differences_train_under_dropout_as_exact_products_do(newton_class: type[PSGD]):
+    losses = []
+    for exact in (True, False):
+        torch.manual_seed(0)
+        params, loss = dropping()
+        optimizer = newton_class(params, lr=0.05, exact_hessian_vector_product=exact, grad_clip_max_norm=1.0)
+        losses.append(torch.stack([optimizer.step(loss) for _ in range(30)]))
+    assert torch.allclose(*losses, rtol=1e-3)
+
+
+def test_generators_are_put_back_where_the_second_call_fails():
+    params, loss = dropping()
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(loss())
+        if len(calls) == 2:
+            raise ArithmeticError("no loss")
+        return calls[-1]
+
+    torch.manual_seed(3)
+    loss()
+    after_one = torch.get_rng_state()
+    torch.manual_seed(3)
+    with pytest.raises(ArithmeticError):
+        hessian.by_differences(closure, params, drawn(params))
+    assert torch.equal(torch.get_rng_state(), after_one)
+
+
+def test_generators_of_other_devices_are_put_back(monkeypatch: pytest.MonkeyPatch):
+    """Told by a module in place of that of the accelerator, which may not be there."""
+    device, states = torch.device("cuda:1"), {}
+    module = SimpleNamespace(get_rng_state=lambda d: ("state of", d), set_rng_state=lambda s, d: states.update({d: s}))
+    monkeypatch.setattr(torch, "get_device_module", lambda d: module)
+    hessian._generators([SimpleNamespace(device=device), *parameters((3,))])()
+    assert states == {device: ("state of", device)}
+
+
+@pytest.mark.parametrize("way", ["step", "helper"])
+def test_attention_that_is_differentiated_once_is_told_from_a_bug(way: str):
+    (p,) = parameters((1, 2, 4, 8))
+
+    def loss(p: Tensor = p) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(p, p, p).square().sum()
+
+    with pytest.raises(RuntimeError, match=r"exact_hessian_vector_product=False.*SDPBackend\.MATH") as caught:
+        KronNewton([p]).step(loss) if way == "step" else hessian_helper(0, loss, p)
+    assert "is not implemented" in str(caught.value.__cause__)
+    KronNewton([p], exact_hessian_vector_product=False).step(loss)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        KronNewton([p]).step(loss)

@@ -160,7 +160,11 @@ class PSGD(torch.optim.Optimizer):
                 and sets the gradients to None again. Methods that fit Hessian-vector products need one that
                 returns the loss, or a sequence that begins with it, and does not call `backward`: the optimizer
                 differentiates it, twice where the step fits. With `exact_hessian_vector_product=False` it is called
-                again at perturbed parameters, which are then put back, bit for bit, whatever it raises.
+                again at perturbed parameters, which are then put back, bit for bit, whatever it raises. It must then
+                be one function of the parameters: torch's generators, of the CPU and of the parameters' devices,
+                start at the second call where they did at the first, so that dropout has one mask; what a forward
+                pass changes, such as the running statistics of BatchNorm, changes twice, and the generators of
+                Python, of NumPy and of your own go on.
             Hvp: instead of whitening, or of a closure, fit to products of the Hessian with a vector, as
                 `hessian_helper` returns them: one tensor for each parameter, in the order of the parameters or by
                 their names.
