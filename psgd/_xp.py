@@ -31,10 +31,26 @@ def namespace(x: Array) -> ModuleType:
     return known if known is not None else importlib.import_module("array_api_compat.torch")
 
 
+def is_array(x: Any) -> bool:
+    """Is `x` an array of any library, or a number of NumPy?"""
+    return not isinstance(x, type) and all(hasattr(x, name) for name in ("shape", "dtype", "item"))
+
+
+def is_of_jax(x: Any) -> bool:
+    """Is `x` an array of JAX, concrete or traced?"""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.Array)
+
+
+def is_traced(x: Any) -> bool:
+    """Is `x` an array of JAX whose numbers are not known yet?"""
+    return is_of_jax(x) and isinstance(x, sys.modules["jax"].core.Tracer)
+
+
 def dtype_name(dtype: Any) -> str:
     """`torch.bfloat16`, `jnp.bfloat16`, `np.dtype("float32")`, "float32": all by their plain name."""
     name = getattr(dtype, "__name__", None) or str(dtype)
-    return name.rsplit(".", maxsplit=1)[-1]
+    return str(name).rsplit(".", maxsplit=1)[-1]
 
 
 def dtype_of(xp: ModuleType, name: str) -> Any:

@@ -36,8 +36,10 @@ from psgd._xp import (
     times,
 )
 from psgd.arrays import Array, Factors
+from psgd.calls import is_count
 from psgd.kron import Kronecker
 from psgd.lra import LRA
+from psgd.naming import shown
 from psgd.noise import Draws
 from psgd.schedule import Memory, Moment, Number, Toss, When, always, never
 from psgd.shapes import Shape, as_is, in_order
@@ -248,10 +250,10 @@ MAX_SKIPS = 10
 
 def checked_policy(owner: str, nonfinite: Any, max_skips: Any) -> None:
     """Refuse what is no policy, or no number of steps."""
-    if nonfinite not in POLICIES:
-        raise ValueError(f"{owner}: nonfinite={nonfinite!r} must be one of {', '.join(map(repr, POLICIES))}")
-    if not isinstance(max_skips, int) or isinstance(max_skips, bool) or max_skips < 1:
-        raise ValueError(f"{owner}: max_skips={max_skips!r} must be a whole number above 0")
+    if not isinstance(nonfinite, str) or nonfinite not in POLICIES:
+        raise ValueError(f"{owner}: nonfinite={shown(nonfinite)} must be one of {', '.join(map(repr, POLICIES))}")
+    if not is_count(max_skips):
+        raise ValueError(f"{owner}: max_skips={shown(max_skips)} must be a whole number above 0")
 
 
 def not_finite(owner: str, name: str) -> str:
