@@ -89,7 +89,7 @@ LONGEST = 500  # characters of a sentence
 
 
 def fault(argument: str, make: Callable[[Any], Any], value: Any) -> str | None:
-    """What is wrong with what becomes of a value: it must be taken, or refused by one sentence that names the argument."""
+    """What is wrong with what becomes of a value: it is taken, or refused by one sentence that names the argument."""
     try:
         make(value)
     except (ValueError, TypeError) as error:

@@ -699,9 +699,7 @@ class PsgdJax(Method):
     b1: float = past()
     nesterov: bool = setting(False, "look one step ahead with the average", kind="flag")
     precond_lr: Any = setting(0.1, "step size of the factors", RATES, scheduled=True)
-    precond_init_scale: float | None = setting(
-        None, "first scale of Q; None takes it from the first gradients", SCALES
-    )
+    precond_init_scale: float | None = setting(None, "first scale of Q; None takes it from the first gradients", SCALES)
     update_global_norm_clip: float | None = setting(
         None, "largest length of the direction over all tensors; None is no limit", "(0, inf)"
     )

@@ -62,7 +62,7 @@ def check_record(method: Method, recipe: Recipe, state: Any, leaves: int) -> Non
         if x is None and name != "count":
             continue
         whole = type(x) is int or (is_array(x) and dtype_name(x.dtype).startswith(("int", "uint")))
-        if not whole or np.shape(x) != shape or (_is_known(x) and np.min(x) < 0):
+        if not whole or np.shape(x) != shape or (_is_known(x) and np.asarray(x).min() < 0):
             raise ValueError(f"{method.name}: {name}={shown(x)} in the state must count steps, from 0; {INIT}")
 
 

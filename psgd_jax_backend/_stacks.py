@@ -53,7 +53,8 @@ class Layering(NamedTuple):
                 "a prefix of them"
             )
         axes = self.spread_over
-        if not (axes is None or isinstance(axes, str) or (isinstance(axes, tuple) and all(isinstance(x, str) for x in axes))):
+        names = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+        if not all(isinstance(x, str) for x in names):
             return f"spread_over={shown(axes)} must be None, the name of an axis of the mesh, or a tuple of such names"
         return None
 

@@ -1,4 +1,4 @@
-"""What is no number and what is no state is refused in a sentence, before anything is traced; what NumPy read is taken."""
+"""What is no number or no state is refused in a sentence, before anything is traced; what NumPy read is taken."""
 
 from __future__ import annotations
 
@@ -129,9 +129,7 @@ def test_state_that_is_none_is_refused(name: str, states: dict[str, PSGDState]):
 
 @pytest.mark.contract("jax: inputs")
 @pytest.mark.parametrize(("part", "change", "text"), [row[:3] for row in WRONG if row[3] and row[0] != "since"])
-def test_what_is_known_of_traced_state_is_refused_too(
-    part: str, change: Any, text: str, states: dict[str, PSGDState]
-):
+def test_what_is_known_of_traced_state_is_refused_too(part: str, change: Any, text: str, states: dict[str, PSGDState]):
     with jax.enable_x64(text.startswith("Q of .* is float64")):
         tx, state = scaling("procrustes"), states["procrustes"]
         bad = state._replace(**{part: change(getattr(state, part))})
@@ -149,7 +147,7 @@ def test_state_of_another_optimizer_is_refused(name: str, states: dict[str, PSGD
 
 
 def test_state_of_another_tree_is_refused(states: dict[str, PSGDState]):
-    with pytest.raises(ValueError, match="quad: .*state") as caught:
+    with pytest.raises(ValueError, match=r"quad: .*state") as caught:
         scaling("quad").update({"w": PARAMS, "v": PARAMS["w"]}, states["quad"])
     assert "\n" not in str(caught.value)
 

@@ -123,7 +123,8 @@ def alias(method: type[Method], module: str, name: str = "") -> Callable[..., Ma
 
     def optimizer(*args: Any, **given: Any) -> Made:
         hyperparameters, mapping = _checked(name, method, parameters, args, given)
-        mask, learning_rate = hyperparameters.pop(method.mask_name, None), hyperparameters.pop("learning_rate", field.default)
+        mask = hyperparameters.pop(method.mask_name, None)
+        learning_rate = hyperparameters.pop("learning_rate", field.default)
         made = method.of(**hyperparameters)
         if not callable(learning_rate) or isinstance(learning_rate, type):
             try:
@@ -132,8 +133,8 @@ def alias(method: type[Method], module: str, name: str = "") -> Callable[..., Ma
                 raise ValueError(f"{error}; here it is learning_rate, which may be a schedule too") from None
         if not (is_tree_of_flags(mask) or (callable(mask) and not isinstance(mask, type))):
             raise ValueError(
-                f"{method.name}: {method.mask_name}={shown(mask)} must be None, a tree of booleans as the parameters or "
-                "a prefix of them, or a function of the parameters that gives one"
+                f"{method.name}: {method.mask_name}={shown(mask)} must be None, a tree of booleans as the parameters "
+                "or a prefix of them, or a function of the parameters that gives one"
             )
         decay = made.weight_decay
         off = isinstance(decay, (int, float)) and decay == 0
@@ -184,8 +185,8 @@ RETURNS = (
 NEEDS = {True: "it needs them.", False: "with them it fits products of the Hessian instead."}
 RAISES = {
     "ValueError": "for an argument that is unknown, out of range or, where it shapes the program, an array; from "
-    "`init` and `update` for trees that do not match each other; from `update` for state that `init` would not make, in "
-    "another dtype, say, or with a NaN, which is looked for where arrays are NumPy's or a CPU's and not traced.",
+    "`init` and `update` for trees that do not match each other; from `update` for state that `init` would not make, "
+    "as in another dtype, or with a NaN, which is looked for where arrays are NumPy's or a CPU's and not traced.",
     "TypeError": "for more arguments by position than have a place; from `init` and `update` for leaves that the "
     "method does not take, such as whole numbers.",
     "FloatingPointError": "from `update`, for gradients that are not finite, as `nonfinite` and `max_skips` say.",

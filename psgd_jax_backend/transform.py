@@ -24,7 +24,7 @@ from psgd.methods import Method
 from psgd.pipeline import Recipe, State, Tempo
 from psgd.summary import Row, Summary
 from psgd_jax_backend._arguments import ADAPTER_SENTENCES
-from psgd_jax_backend._checks import check_leaf, check_kept, check_parameters, check_record, check_shapes
+from psgd_jax_backend._checks import check_kept, check_leaf, check_parameters, check_record, check_shapes
 from psgd_jax_backend._sharding import Spread
 from psgd_jax_backend._stacks import Layering, Stepper, choose, numbers
 from psgd_jax_backend._state import Guard, Leaf, PSGDState, Tree, states
