@@ -216,7 +216,8 @@ def replay_function(
         g, *given = player.seen(t, shape)
         e = draws.normal("damping", g.shape, g)
         if given:
-            pair = criterion.newton(*given, e, options["damping"])
+            v, h = given
+            pair = criterion.newton(v, h, e, options["damping"])
         else:
             pair = criterion.whitening(geometry.probed(factors.Q), g, e, options["damping"])
         factors = kron.fit(geometry, bound, factors, pair, options["lr"], options["betaL"], draws)
@@ -243,7 +244,8 @@ def replay_lra(player: Player) -> Iterator[Compared]:
         g, *given = player.seen(t, (-1,))
         e = draws.normal("damping", first.shape, first)
         if given:
-            pair = criterion.newton(*given, e, options["damping"])
+            v, h = given
+            pair = criterion.newton(v, h, e, options["damping"])
         else:
             pair = criterion.whitening(True, g, e, options["damping"])
         side = draws.toss("side") < 0.5

@@ -145,7 +145,7 @@ def writable(*paths: Path | None) -> None:
 
 
 @contextmanager
-def program() -> Iterator[None]:
+def exits() -> Iterator[None]:
     """For programs that typer does not run: a refusal ends them too."""
     try:
         yield

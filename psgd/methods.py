@@ -104,8 +104,10 @@ def plain(value: Any, *, static: bool = False) -> Any:
         return value
     try:
         number = float(value)
-    except (OverflowError, ValueError):  # more than floats hold; a signalling NaN
-        return nan if isinstance(value, Decimal) else inf if value > 0 else -inf
+    except OverflowError:  # more than floats hold
+        return inf if abs(value) == value else -inf
+    except ValueError:  # a signalling NaN
+        return nan
     return value if isinstance(value, int) and abs(value) < 2**53 else number
 
 

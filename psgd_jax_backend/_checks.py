@@ -161,8 +161,9 @@ def _kept(recipe: Recipe, owner: Any) -> dict[str, Any]:
 
 def _computed(method: Method) -> list[Any]:
     """The dtypes that parameters may have."""
-    names = ["float32", "bfloat16", "float16", *(["float64"] if jax.config.jax_enable_x64 else [])]
-    names += ["complex64", *(["complex128"] if jax.config.jax_enable_x64 else [])] if method.complex_parameters else []
+    wide = jnp.result_type(float) == "float64"
+    names = ["float32", "bfloat16", "float16", *(["float64"] if wide else [])]
+    names += ["complex64", *(["complex128"] if wide else [])] if method.complex_parameters else []
     return list(map(jnp.dtype, names))
 
 
