@@ -24,7 +24,8 @@ optimizer.step()
 
 
 def state(step):
-    return {"optimizer": {"p": optimizer.state[p]["momentum"], "Q": optimizer.state[p]["Q"]["0"]}, "step": torch.tensor(step)}
+    kept = {"momentum": optimizer.state[p]["momentum"], "Q": optimizer.state[p]["Q"]["0"]}
+    return {"optimizer": kept, "step": torch.tensor(step)}
 
 
 def by_file(step):

@@ -16,6 +16,8 @@ from math import prod
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from psgd.arrays import Array
 
 HALF = ("bfloat16", "float16")
@@ -34,6 +36,21 @@ def namespace(x: Array) -> ModuleType:
 def is_array(x: Any) -> bool:
     """Is `x` an array of any library, or a number of NumPy?"""
     return not isinstance(x, type) and all(hasattr(x, name) for name in ("shape", "dtype", "item"))
+
+
+def is_of_numpy(x: Any) -> bool:
+    """Is `x` an array of NumPy?"""
+    return isinstance(x, (np.ndarray, np.generic))
+
+
+def on_host(x: Array) -> Any:
+    """The array as one of NumPy; of a CPU without a copy."""
+    return np.asarray(x)
+
+
+def has_nan(x: Array) -> bool:
+    """Is there a NaN in an array whose numbers are known? Looks on the host."""
+    return bool(np.isnan(on_host(x)).any())
 
 
 def is_of_jax(x: Any) -> bool:

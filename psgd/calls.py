@@ -8,6 +8,7 @@ from operator import index
 from typing import Any, TypeVar
 
 from psgd.naming import shown
+from psgd.pipeline import POLICIES
 
 Helper = TypeVar("Helper", bound=Callable[..., Any])
 
@@ -15,6 +16,14 @@ Helper = TypeVar("Helper", bound=Callable[..., Any])
 def is_count(value: Any) -> bool:
     """Is a value a whole number above 0, of Python?"""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def checked_policy(owner: str, nonfinite: Any, max_skips: Any) -> None:
+    """Refuse what is no policy, or no number of steps."""
+    if not isinstance(nonfinite, str) or nonfinite not in POLICIES:
+        raise ValueError(f"{owner}: nonfinite={shown(nonfinite)} must be one of {', '.join(map(repr, POLICIES))}")
+    if not is_count(max_skips):
+        raise ValueError(f"{owner}: max_skips={shown(max_skips)} must be a whole number above 0")
 
 
 def is_step(value: Any) -> bool:

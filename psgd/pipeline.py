@@ -36,10 +36,8 @@ from psgd._xp import (
     times,
 )
 from psgd.arrays import Array, Factors
-from psgd.calls import is_count
 from psgd.kron import Kronecker
 from psgd.lra import LRA
-from psgd.naming import shown
 from psgd.noise import Draws
 from psgd.schedule import Memory, Moment, Number, Toss, When, always, never
 from psgd.shapes import Shape, as_is, in_order
@@ -246,14 +244,6 @@ class State(NamedTuple):
 
 POLICIES = ("skip", "raise", "propagate")  # of a step whose gradients hold a NaN or an infinity
 MAX_SKIPS = 10
-
-
-def checked_policy(owner: str, nonfinite: Any, max_skips: Any) -> None:
-    """Refuse what is no policy, or no number of steps."""
-    if not isinstance(nonfinite, str) or nonfinite not in POLICIES:
-        raise ValueError(f"{owner}: nonfinite={shown(nonfinite)} must be one of {', '.join(map(repr, POLICIES))}")
-    if not is_count(max_skips):
-        raise ValueError(f"{owner}: max_skips={shown(max_skips)} must be a whole number above 0")
 
 
 def not_finite(owner: str, name: str) -> str:

@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from psgd import pipeline
-from psgd._xp import dtype_name, is_array, is_traced, lifted_dtype
+from psgd._xp import dtype_name, has_nan, is_array, is_traced, lifted_dtype, on_host
 from psgd.arrays import Factors
 from psgd.methods import Method
 from psgd.naming import shown
@@ -62,7 +61,7 @@ def check_record(method: Method, recipe: Recipe, state: Any, leaves: int) -> Non
         if x is None and name != "count":
             continue
         whole = type(x) is int or (is_array(x) and dtype_name(x.dtype).startswith(("int", "uint")))
-        if not whole or np.shape(x) != shape or (_is_known(x) and np.asarray(x).min() < 0):
+        if not whole or jnp.shape(x) != shape or (_is_known(x) and on_host(x).min() < 0):
             raise ValueError(f"{method.name}: {name}={shown(x)} in the state must count steps, from 0; {INIT}")
 
 
@@ -127,8 +126,8 @@ def _is_of_others(
     layers: tuple[int, ...] = (),
 ) -> bool:
     """Does state belong to other parameters than gradients do, whose factors have some shapes?"""
-    moved = [m for m, g in zip(momenta, gradients, strict=True) if m is not None and np.shape(m) != g.shape]
-    q, bounds, p = (list(map(np.shape, xs)) for xs in factors)
+    moved = [m for m, g in zip(momenta, gradients, strict=True) if m is not None and getattr(m, "shape", 0) != g.shape]
+    q, bounds, p = ([getattr(x, "shape", None) for x in xs] for xs in factors)
     return bool(moved) or q != list(shapes) or any(x != layers for x in bounds) or (bool(p) and p != q)
 
 
@@ -142,7 +141,7 @@ def _check_arrays(
             if not is_array(x) or x.dtype not in kept:
                 has = x.dtype if is_array(x) else f"a {type(x).__name__}"
                 raise ValueError(f"{method.name}: {name} of {where} is {has}, and is kept in {kept[0]}; {INIT}")
-            if look and _is_at_hand(x) and np.isnan(np.asarray(x)).any():
+            if look and _is_at_hand(x) and has_nan(x):
                 raise ValueError(f"{method.name}: {name} of {where} holds a NaN; go back to a checkpoint without one")
 
 

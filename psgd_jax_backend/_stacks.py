@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from psgd import pipeline
 from psgd.arrays import Factors
 from psgd.calls import is_count
+from psgd.methods import plain
 from psgd.naming import shown
 from psgd.pipeline import Plan, Recipe, State
 from psgd_jax_backend._sharding import Spread
@@ -28,7 +28,7 @@ MOST_LAYERS = 2**31 - 1  # that JAX can count
 
 def is_tree_of_flags(tree: Tree) -> bool:
     """Is it a tree of booleans, or None?"""
-    return all(isinstance(x, (bool, np.bool_)) for x in jax.tree.leaves(tree))
+    return all(isinstance(plain(x), bool) for x in jax.tree.leaves(tree))
 
 
 class Layering(NamedTuple):

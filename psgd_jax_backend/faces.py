@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from optax import GradientTransformationExtraArgs as Made
 
+from psgd._xp import is_of_jax, is_of_numpy
 from psgd.calls import by_name
 from psgd.documentation import WIDTH, documented
 from psgd.methods import Method, checked
@@ -67,11 +67,11 @@ def _parameters(method: type[Method], *left_out: str) -> list[Parameter]:
 
 def _seed(value: Any) -> Any:
     """A seed; of a JAX key, as psgd_jax takes, its last word."""
-    if not isinstance(value, (jax.Array, np.ndarray)):
+    if not (is_of_jax(value) or is_of_numpy(value)):
         return value
     typed = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
     words = jax.random.key_data(value) if typed else value
-    if words.ndim != 1 or words.dtype != np.uint32 or words.size < 2:
+    if words.ndim != 1 or words.dtype != jnp.uint32 or words.size < 2:
         return value
     word = words[-1]
     return word if isinstance(word, jax.core.Tracer) else int(word)

@@ -19,6 +19,7 @@ from psgd import noise, pipeline
 from psgd import summary as costs
 from psgd._xp import real_dtype
 from psgd.arrays import Factors
+from psgd.calls import checked_policy
 from psgd.documentation import entries, filled
 from psgd.methods import Method
 from psgd.pipeline import Recipe, State, Tempo
@@ -75,7 +76,7 @@ def scale_by_psgd(
     guard, wrong = Guard(nonfinite, max_skips), layering.complaint()
     if wrong:
         raise ValueError(f"{method.name}: {wrong}")
-    pipeline.checked_policy(method.name, *guard)
+    checked_policy(method.name, *guard)
     if recipe.whole and any(map(bool, jax.tree.leaves(scanned_layers))):
         raise ValueError(f"{method.name} has one preconditioner for all parameters, no scanned_layers; leave them out")
     made = Scaling(method, recipe, method.tempo(), layering, guard)

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psgd import pipeline
 from psgd._xp import is_array
-from psgd.calls import by_name, is_count
+from psgd.calls import by_name, checked_policy, is_count
 from psgd.methods import Method, checked, group_key, plain
 from psgd.naming import nearest, shown, unknown
 from psgd_torch_backend._arguments import ADAPTER_DEFAULTS
@@ -104,7 +103,7 @@ def complete(owner: str, method: type[Method], given: Group) -> Group:
         layers = flags["scanned_layers"] = tuple(layers)
     if not (isinstance(layers, bool) or (isinstance(layers, tuple) and all(isinstance(x, str) for x in layers))):
         raise ValueError(f"{owner}: scanned_layers={shown(layers)} must be True, False or a tuple of names")
-    pipeline.checked_policy(owner, flags["nonfinite"], flags["max_skips"])
+    checked_policy(owner, flags["nonfinite"], flags["max_skips"])
     made = method_of(method, {k: v for k, v in given.items() if k not in ADAPTER_DEFAULTS})
     tensors = {name: x for name in ("lr", "weight_decay") if isinstance(x := given.get(name), Tensor)}
     dense = {name: x for name, x in tensors.items() if x.layout == torch.strided}
