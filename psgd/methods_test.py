@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import FrozenInstanceError, fields, replace
+from decimal import Decimal
+from fractions import Fraction
 from math import inf, nan
 
 import jax
@@ -348,6 +350,13 @@ def test_schedules_are_asked_at_each_step():
 
 
 # ---- wrong values ---------------------------------------------------------------------------
+# What float32 has to hold: steps, scales and noise of the factors.
+BOUNDED = [
+    (name, f)
+    for name, made in METHODS.items()
+    for f in fields(made)
+    if f.name in ("damping", "noise_scale") or f.name.endswith(("init_scale", "preconditioner_lr", "precond_lr"))
+]
 WRONG = [
     ("procrustes", "lr", -1.0, "[0, inf)"),
     ("procrustes", "lr", nan, "[0, inf)"),
@@ -441,6 +450,7 @@ WRONG = [
     ("kwns4", "resync_every", 0, "[1, inf)"),
     ("xmat", "update_global_norm_clip", 0.0, "(0, inf)"),
     ("xmat", "step_normalizer_order", "3rd", "'1st', '2nd'"),
+    *((name, f.name, 1e308, f.metadata["within"]) for name, f in BOUNDED),
     ("procrustes", "lr", np.float64(-1), "[0, inf)"),
     ("procrustes", "lr", np.float32(nan), "[0, inf)"),
 ]
@@ -453,6 +463,24 @@ def test_a_wrong_value_says_what_is_wrong(name: str, argument: str, value: objec
     shown = "'int8'" if value is torch.int8 else repr(value)
     assert f"{name}: {argument}={shown} " in str(caught.value) and allowed in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value", [Fraction(1, 2), Decimal("0.5"), np.float32(0.5), np.array([[0.5]]), torch.tensor(0.5)]
+)
+def test_what_is_a_number_is_kept_as_one(value: object):
+    kept = METHODS["quad"](momentum=value).momentum
+    assert type(kept) is float and kept == 0.5
+
+
+@pytest.mark.parametrize(
+    "value", [10**400, 10**5000, Fraction(10**400), Decimal("sNaN"), torch.ones((), device="meta")]
+)
+def test_a_number_that_is_no_float_is_refused(value: object):
+    with pytest.raises(ValueError, match=r"quad: lr=.* must ") as caught:
+        METHODS["quad"](lr=value)
+    assert len(str(caught.value)) < 200
+    assert METHODS["quad"](max_size_dense=10**400).max_size_dense == inf
 
 
 def test_a_whole_float_is_a_seed():
