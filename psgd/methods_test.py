@@ -465,17 +465,17 @@ def test_a_wrong_value_says_what_is_wrong(name: str, argument: str, value: objec
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "value", [Fraction(1, 2), Decimal("0.5"), np.float32(0.5), np.array([[0.5]]), torch.tensor(0.5)]
-)
+HALVES = [Fraction(1, 2), Decimal("0.5"), np.float32(0.5), np.array([[0.5]]), torch.tensor(0.5)]
+NO_FLOATS = [10**400, 10**5000, Fraction(10**400), Decimal("sNaN"), torch.ones((), device="meta")]
+
+
+@pytest.mark.parametrize("value", HALVES, ids=lambda value: type(value).__name__)
 def test_what_is_a_number_is_kept_as_one(value: object):
     kept = METHODS["quad"](momentum=value).momentum
     assert type(kept) is float and kept == 0.5
 
 
-@pytest.mark.parametrize(
-    "value", [10**400, 10**5000, Fraction(10**400), Decimal("sNaN"), torch.ones((), device="meta")]
-)
+@pytest.mark.parametrize("value", NO_FLOATS, ids=lambda value: type(value).__name__)
 def test_a_number_that_is_no_float_is_refused(value: object):
     with pytest.raises(ValueError, match=r"quad: lr=.* must ") as caught:
         METHODS["quad"](lr=value)
