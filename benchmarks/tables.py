@@ -19,7 +19,7 @@ from rich.markup import escape
 from benchmarks.peers import METHODS, USUAL
 from benchmarks.sets import ParameterSet
 from conformance.packages import PACKAGES, is_there, missing, release
-from conformance.terminal import Sheet, console, known, markdown, refuse, write_json
+from conformance.terminal import Sheet, console, exits, known, markdown, refuse, writable, write_json
 
 Cells = list[Sequence[str]]  # a head, then rows
 # Columns to the left.
@@ -143,6 +143,8 @@ def one_table(
     parser.add_argument("--markdown", action="store_true", help="print the table as docs/benchmarks.md has it")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     given = parser.parse_args(arguments)
+    with exits():
+        writable(given.json)
     result = measured(Console(stderr=True), quick=given.quick)
     title, cells = titled(result)
     tell_table(title, cells, Console(width=width), as_markdown=given.markdown)
@@ -162,6 +164,8 @@ def tables_and_picture(
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     given = parser.parse_args(arguments)
+    with exits():
+        writable(given.json, given.picture)
     console = Console(width=None if sys.stdout.isatty() else width)
     result = measured(Console(stderr=True), quick=given.quick)
     show(result, tables(result), console, as_markdown=given.markdown)

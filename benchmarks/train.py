@@ -511,7 +511,7 @@ def read(path: Path) -> dict[str, Any]:
     """Figures of an earlier command; none where there is no file yet."""
     try:
         return json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         refuse(f"{path} does not hold figures of this command: {error}")
 
 

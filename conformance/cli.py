@@ -37,6 +37,7 @@ try:
         progress,
         refuse,
         verdict,
+        visible,
         writable,
         write_json,
     )
@@ -58,6 +59,7 @@ from conformance.frameworks import FRAMEWORKS, Framework, compiled_once, one_thr
 from conformance.problems import PROBLEMS
 from conformance.tolerances import LOCKED
 from psgd.methods import METHODS, Method
+from psgd.naming import shown
 from psgd.outline import BYTES
 from psgd.summary import Parameter, counters, rows, summary
 
@@ -328,9 +330,7 @@ def replayed(case: recorded.Case, folder: Path, framework: Framework, tick: Tick
         return recorded.replay(case, folder, framework)
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
-        return recorded.Result(
-            str(case["file"]).removesuffix(".npz"), case["family"], inf, case.get("rtol", 0.0), message
-        )
+        return recorded.Result(case["file"].removesuffix(".npz"), case["family"], inf, case["rtol"], message)
     finally:
         tick(1)
 
@@ -354,9 +354,9 @@ def read_cases(folder: Path, families: Sequence[str]) -> list[recorded.Case]:
     try:
         with files():
             cases = recorded.cases(folder)
-        held = dict.fromkeys(case["family"] for case in cases)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        refuse(str(error) if type(error) is ValueError else f"{folder}/index.json is not an index of cases: {error!r}")
+    except ValueError as error:
+        refuse(str(error))
+    held = dict.fromkeys(case["family"] for case in cases)
     for name in families:
         known("family", name, held)
     order = list(held)
@@ -372,9 +372,9 @@ def golden_table(results: Results) -> Sheet:
         if line[0].family != family:
             family = line[0].family
             made.add_section()
-            made.add_row(f"[bold]{escape(family)}[/]", *[""] * (1 + len(results)))
+            made.add_row(f"[bold]{escape(visible(family))}[/]", *[""] * (1 + len(results)))
         errors = [f"[green]{r.error:.1e}[/]" if r.passed else f"[bold red]{r.error:.1e} ✗[/]" for r in line]
-        made.add_row(f"  {escape(line[0].case)}", f"{line[0].rtol:.0e}", *errors)
+        made.add_row(f"  {escape(visible(line[0].case))}", f"{line[0].rtol:.0e}", *errors)
     return made
 
 
@@ -439,18 +439,19 @@ def tell_golden(out: Console, results: Results, waiting: Mapping[str, Mapping[st
         for r in lines:
             if not r.passed:
                 text = f"{name}: {r.case} is off by {r.error:.1e}, more than {r.rtol:.0e}, at {r.where}"
-                out.print(text, markup=False, style="red", soft_wrap=True)
+                out.print(visible(text), markup=False, style="red", soft_wrap=True)
     for name, lines in results.items():
         passed = sum(r.passed for r in lines)
         out.print(f"{name}: {passed} passed, {len(lines) - passed} failed", markup=False)
     for what, names in waiting.items():
         if names:
-            out.print(f"not yet supported {what}: {counted(names)}", markup=False, soft_wrap=True)
+            out.print(visible(f"not yet supported {what}: {counted(names)}"), markup=False, soft_wrap=True)
 
 
 # ---- planning -------------------------------------------------------------------------------
 # Bytes of an adapter's counter of steps, whether it keeps one for each parameter, and bytes of its count of skips.
 COUNTERS = {"torch": (8, True, 0), "jax": (4, False, 8)}
+LONGEST = 2**40  # numbers along an axis
 DTYPES = [name for name in BYTES if name.startswith(("float", "bfloat", "complex"))]
 
 
@@ -459,13 +460,14 @@ def read_shapes(path: Path) -> dict[str, dict[str, Any]]:
     try:
         given = json.loads(path.read_text())
         read = {name: x if isinstance(x, dict) else {"shape": x} for name, x in given.items()}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         refuse(f"{path} is not a JSON object of shapes ({error}); write {{'weight': [768, 3072], ...}}")
+    read = {visible(name): x for name, x in read.items()}
     for name, x in read.items():
-        whole = isinstance(x.get("shape"), list) and all(type(n) is int and n >= 0 for n in x["shape"])
+        whole = isinstance(x.get("shape"), list) and all(type(n) is int and 0 <= n <= LONGEST for n in x["shape"])
         typed = isinstance(x.get("dtype", ""), str) and isinstance(x.get("scanned", False), bool)
         if not (whole and typed) or x.keys() - {"shape", "dtype", "scanned"} or (x.get("scanned") and not x["shape"]):
-            refuse(f"{path}: {name} is {json.dumps(x)}; give a list of whole numbers, and of a stack of layers an axis")
+            refuse(f"{path}: {name} is {shown(x)}; give a list of whole numbers, and of a stack of layers an axis")
         known("dtype", x.get("dtype", "float32"), DTYPES)
     return read
 
@@ -519,6 +521,7 @@ def contracts(
     groups = sorted({name.partition(":")[0] for name in CONTRACTS})
     if whose is not None:
         known("group of contracts", whose, groups)
+    writable(json_file)
     if not (ROOT / "pyproject.toml").exists():
         refuse(f"the tests are not part of the installed package, and {ROOT} is no checkout; run it from one")
     with packages():

@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import step, tables, train
-from conformance import cli, demo, packages, terminal, tolerances
+from conformance import cli, contracts, demo, packages, soak, terminal, tolerances
 from conformance.compare import KINDS
 from conformance.problems import PROBLEMS
 from conformance.report_test import comparison
@@ -369,7 +369,61 @@ def test_golden_of_one_family(tmp_path):
     assert "0 passed, 0 failed" in result.output
 
 
-@pytest.mark.parametrize("index", ["not json", "[]", '{"schema": 1}', '{"schema": 99, "cases": []}', None])
+def test_golden_shows_and_does_not_send_what_a_terminal_would_obey(tmp_path):
+    """In the names of files and families, in the table, in sentences and in what an exception says."""
+    name = "red\x1b[31m\u202e.npz"
+    folder = folder_of(tmp_path, {"family": "to\x1bcome", "file": name}, {"file": name}, {"rtol": 0.5, "file": "x.npz"})
+    result = psgd("golden", folder)
+    assert result.exit_code == 1
+    assert "\x1b[31m" not in result.output and "\u202e" not in result.output
+    assert result.output.count(r"red\x1b[31m\u202e") == 3 and r"to\x1bcome (1)" in result.output
+    result = psgd("golden", folder, "--family", "\x1b[31m")
+    assert result.exit_code == 2 and "\x1b[31m" not in result.stderr and r"to\x1bcome" in result.stderr
+
+
+UNWRITABLE = ["no/such/out.json", ".", "x" * 300]
+
+
+@pytest.mark.parametrize("file", UNWRITABLE, ids=["no folder", "a folder", "a long name"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["golden", RECORDED, "--json"],
+        ["demo", "--report"],
+        ["demo", "--picture"],
+        ["contracts", "--json"],
+        ["bench", "step", "--json"],
+    ],
+    ids=lambda command: " ".join(map(str, [command[0], command[-1]])),
+)
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch, command, file):
+    def work(*_, **__):
+        raise AssertionError("work began")
+
+    for module, name in [(cli, "replay_all"), (cli, "run_demo"), (step, "measure"), (contracts, "run")]:
+        monkeypatch.setattr(module, name, work)
+    monkeypatch.chdir(tmp_path)
+    result = psgd(*command, file)
+    assert result.exit_code == 2, repr(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_look_whether_a_file_can_be_written_leaves_no_trace(tmp_path):
+    old = tmp_path / "old"
+    old.write_text("kept")
+    terminal.writable(old, tmp_path / "new", None)
+    assert old.read_text() == "kept" and list(tmp_path.iterdir()) == [old]
+
+
+def test_a_program_without_typer_ends_with_the_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        soak.main(["--json", str(tmp_path / "no" / "out.json")])
+    assert capsys.readouterr().err.startswith("psgd: ")
+
+
+@pytest.mark.parametrize(
+    "index", ["not json", "[]", '{"schema": 1}', '{"schema": 99, "cases": []}', '{"schema": 1, "cases": []}', None]
+)
 def test_golden_refuses_a_folder_without_a_good_index(tmp_path, index):
     if index is not None:
         (tmp_path / "index.json").write_text(index)

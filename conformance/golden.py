@@ -1,7 +1,8 @@
 """Replays recorded runs of the published implementations through the core, with their recorded random draws.
 
 A folder holds `index.json` and one `.npz` a case; `conformance/golden/README.md` describes the schema. Each family
-of cases has a function here that yields what the core computed beside what was recorded.
+of cases has a function here that yields what the core computed beside what was recorded. What the schema demands of a
+family has to be there: a case from which something is missing is none, and does not pass.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from psgd._xp import eps, make, namespace
 from psgd.geometry import GEOMETRIES
 from psgd.lra import LRA
 from psgd.methods import METHODS, Method
+from psgd.naming import shown
 from psgd.spectral import NormBound, TraceBound, general_bound
 
 Case = Mapping[str, Any]
-Data = Mapping[str, np.ndarray]
 Compared = tuple[str, Any, np.ndarray]  # name, what the core computed, what was recorded
 Replay = Callable[["Player"], Iterator[Compared]]
 
@@ -48,6 +49,28 @@ class Result:
     @property
     def passed(self) -> bool:
         return self.error <= self.rtol
+
+
+class Data(dict[str, np.ndarray]):
+    """The arrays of a case."""
+
+    def __missing__(self, name: str) -> np.ndarray:
+        raise ValueError(f"the case lacks {name}, which its schema demands")
+
+
+# What has to be recorded after each recorded step, where the core computes it. L of psgd_jax was not kept.
+RESULTS = ("Q", "L", "m", "out", "param")
+STATE = {"jax": ("Q", "m", "out", "param"), "optimizer": ("Q", "L", "m", "param"), "function": ("Q", "L", "out")}
+DIAGONAL = 2  # the index in Q of a low-rank preconditioner's diagonal, in which its scale is
+
+
+OPTIMIZERS = ("class_", "quad_torch_")
+LAZY = ("quad_torch_", "class_KWNS4")  # they have no state before the first step
+
+
+def kind_of(family: str) -> str:
+    """Was it a transformation of psgd_jax, another optimizer, or a function that ran?"""
+    return "jax" if family.startswith("jax_") else "optimizer" if family.startswith(OPTIMIZERS) else "function"
 
 
 class Recording:
@@ -102,6 +125,21 @@ class Player:
     def geometry(self) -> Any:
         return GEOMETRIES[self.case["geometry"]]
 
+    def demands(self, t: int, kind: str, i: int) -> bool:
+        """Has array i of a kind to be recorded after step t, where 0 is before the first?"""
+        family = self.case["family"]
+        if family == "primitive":
+            return True
+        if kind not in STATE[kind_of(family)]:
+            return False
+        if t or kind_of(family) != "optimizer":
+            return t in (0, *(self.case.get("recorded_state_steps") or self.steps))
+        if family.startswith(LAZY) or kind not in ("Q", "L"):
+            return False
+        given = self.case["hyperparameters"].get("preconditioner_init_scale") is not None
+        unscaled = kind == "L" and family == "class_DenseNewton"  # whose Q is made when its scale is known
+        return given or unscaled or (family.startswith("class_LRA") and not (kind == "Q" and i == DIAGONAL))
+
     def array(self, x: np.ndarray, dtype: str | None = None) -> Any:
         dtype = self.case["dtype"] if dtype is None else dtype
         if "/" in dtype:  # primitives of mixed dtype
@@ -111,11 +149,16 @@ class Player:
     def read(self, name: str) -> Any:
         return self.array(self.data[name])
 
+    def seen(self, t: int, shape: Sequence[int]) -> list[Any]:
+        """What a function was given at a step: the gradient, and in the Newton families v and H v."""
+        kinds = ("grad", "v", "h") if self.case["family"].endswith("newton") else ("grad",)
+        return [self.array(self.data[f"{kind}/{t}/0"].reshape(shape)) for kind in kinds]
+
     def state(self, t: int, kind: str, arrays: Sequence[Any]) -> Iterator[Compared]:
-        """State arrays of step t beside the recorded ones, where step t was recorded."""
+        """State arrays of step t beside the recorded ones, where they were recorded or have to be."""
         for i, x in enumerate(arrays):
             name = f"{kind}/{t}/{i}"
-            if name in self.data:
+            if name in self.data or self.demands(t, kind, i):
                 yield name, self.framework.numpy(x).reshape(self.data[name].shape), self.data[name]
 
 
@@ -167,19 +210,16 @@ def replay_function(
     first = player.array(player.data["grad/1/0"].reshape(shape))
     factors = kron.rescaled(geometry, kron.init(dense, first), scale)
     yield from player.state(0, "Q", factors.Q)
+    yield from player.state(0, "L", factors.L)
     for t in player.steps:
         draws = Recording(player, t)
-        g, v, h = (
-            player.array(player.data[f"{kind}/{t}/0"].reshape(shape)) if f"{kind}/{t}/0" in player.data else None
-            for kind in ("grad", "v", "h")
-        )
-        if g is None:
-            raise ValueError(f"no gradient was recorded at step {t}")
+        g, *given = player.seen(t, shape)
         e = draws.normal("damping", g.shape, g)
-        if h is None:
-            pair = criterion.whitening(geometry.probed(factors.Q), g, e, options["damping"])
-        else:
+        if given:
+            v, h = given
             pair = criterion.newton(v, h, e, options["damping"])
+        else:
+            pair = criterion.whitening(geometry.probed(factors.Q), g, e, options["damping"])
         factors = kron.fit(geometry, bound, factors, pair, options["lr"], options["betaL"], draws)
         if coin and not geometry.balance_first:
             factors = factors._replace(Q=rotate.balanced(factors.Q, draws.toss("balance") < 0.01))
@@ -198,17 +238,16 @@ def replay_lra(player: Player) -> Iterator[Compared]:
     factors = kind.rescaled(kind.init(first, begun), options["init_scale"])
     begun.spent()
     yield from player.state(0, "Q", factors.Q)
+    yield from player.state(0, "L", factors.L)
     for t in player.steps:
         draws = Recording(player, t)
-        g, v, h = (
-            player.array(player.data[f"{name}/{t}/0"].reshape(-1)) if f"{name}/{t}/0" in player.data else None
-            for name in ("grad", "v", "h")
-        )
+        g, *given = player.seen(t, (-1,))
         e = draws.normal("damping", first.shape, first)
-        if h is None:
-            pair = criterion.whitening(True, g, e, options["damping"])
-        else:
+        if given:
+            v, h = given
             pair = criterion.newton(v, h, e, options["damping"])
+        else:
+            pair = criterion.whitening(True, g, e, options["damping"])
         side = draws.toss("side") < 0.5
         factors = kind.fit(factors, pair, options["lr"], options["betaL"], draws, side)
         draws.spent()
@@ -300,6 +339,8 @@ def replay_optimizer(
         plans = _plans(player, options, groups, t, draws, since, common)
         since = 0 if plans[0].fit else since
         pairs = _pairs(player, t, draws) if plans[0].fit else None
+        if pairs is None and plans[0].fit and (options[0].recipe().newton or f"flag/{t}" in player.data):
+            raise ValueError(f"the case lacks h/{t}/0, which its schema demands where there is a fit")
         if whole and not plans[0].fit and f"flag/{t}" not in player.data:
             draws.normals.clear()  # psgd_jax draws a probe at every step
         if t == 1:
@@ -412,8 +453,9 @@ class Unit:
 def _state(player: Player, t: int, units: Sequence[Unit]) -> Iterator[Compared]:
     yield from player.state(t, "Q", [q for unit in units for q in unit.state.factors.Q])
     yield from player.state(t, "L", [x for unit in units for x in unit.state.factors.L])
-    flat = player.case["state"].get("m", []) == ["all, flattened"]
-    yield from player.state(t, "m", [m for u in units for m in ([u.state.momentum] if flat else u.momenta)])
+    flat = (player.case.get("state") or {}).get("m") == ["all, flattened"]
+    momenta = [m for u in units if u.momenta for m in ([u.state.momentum] if flat else u.momenta)]
+    yield from player.state(t, "m", momenta)
 
 
 def _scale(
@@ -481,7 +523,8 @@ def _plans(
     heads: dict[str, float] = {}
     group_of = {i: group["params"][0] for group in groups for i in group["params"]}
     flag = f"flag/{t}"
-    told = bool(player.data[flag]) if flag in player.data else None
+    asked = player.case["family"].endswith("_hessian") or player.case.get("mode") == "hessian"
+    told = bool(player.data[flag]) if asked else None
 
     def toss(role: str) -> float:
         if role not in common:
@@ -701,23 +744,104 @@ def error(got: np.ndarray, want: np.ndarray, atol: float) -> float:
 def replay(case: Case, folder: Path, framework: Framework) -> Result:
     """Replay one case; `error` is the worst of all its arrays."""
     with double_precision(framework.name), np.load(folder / case["file"]) as data:
-        player = Player(case, dict(data), framework)
-        worst, where = 0.0, ""
-        for name, got, want in FAMILIES[case["family"]](player):
-            this = error(got, want.astype(got.dtype), case.get("atol", 0.0))
-            if this >= worst:
-                worst, where = this, name
-        if not where:
-            raise ValueError(f"{case['file']} recorded nothing to compare with")
+        worst, where = compared(Player(case, Data(data), framework))
     return Result(case["file"].removesuffix(".npz"), case["family"], worst, case["rtol"], where)
 
 
+def compared(player: Player) -> tuple[float, str]:
+    """The worst error of a case, and its array."""
+    case, names = player.case, set[str]()
+    worst, where = 0.0, ""
+    for name, got, want in FAMILIES[case["family"]](player):
+        this = error(got, want.astype(got.dtype), case.get("atol", 0.0))
+        names.add(name)
+        if this >= worst:
+            worst, where = this, name
+    if not where:
+        raise ValueError(f"{case['file']} recorded nothing to compare with")
+    kinds = () if case["family"] == "primitive" else RESULTS  # whose parameters are given
+    left = [x for x in player.data if x.split("/")[0] in kinds and x not in names and "/0/" not in x]
+    if left:
+        raise ValueError(f"{left[0]} was recorded, but nothing was computed to compare with it")
+    return worst, where
+
+
 def cases(folder: Path) -> list[Case]:
-    """All cases of a folder, in its order."""
+    """All cases of a folder, in its order; ValueError where its index is none."""
     path = Path(folder) / "index.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no index.json; give a folder of recorded cases, as conformance/golden is")
-    index = json.loads(path.read_text())
-    if index.get("schema") != 1:
-        raise ValueError(f"{path} has schema {index.get('schema')!r}; this version reads schema 1")
-    return list(index["cases"])
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}); give a folder of recorded cases") from error
+    if not isinstance(index, dict) or index.get("schema") != 1:
+        schema = index.get("schema") if isinstance(index, dict) else index
+        raise ValueError(f"{path} has schema {shown(schema)}; this version reads schema 1")
+    found = index.get("cases")
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{path} holds no cases; give a folder of recorded cases, as conformance/golden is")
+    for k, case in enumerate(found):
+        wrong = complaint(case, Path(folder))
+        if wrong:
+            name = shown(case["file"]) if isinstance(case, dict) and "file" in case else f"number {k}"
+            raise ValueError(f"{path}: case {name}: {wrong}")
+    return found
+
+
+MOST = 10**6  # steps, and numbers along an axis: what is beyond was not recorded
+
+
+def complaint(case: Any, folder: Path) -> str | None:
+    """What is wrong with a case of an index, as far as the index tells; None where nothing is."""
+    if not isinstance(case, dict):
+        return f"it is {shown(case)} and not an object of fields"
+    file = case.get("file")
+    if not isinstance(file, str) or not file or "\0" in file:
+        return f"file={shown(file)} must name its .npz file"
+    if Path(file).name != file or (folder / file).resolve().parent != folder.resolve():
+        return f"file={shown(file)} must be a file of this folder itself: no path out of it, and no link"
+    for field, kind in {"family": str, **({"function": str} if case.get("family") == "primitive" else {})}.items():
+        if not isinstance(case.get(field), kind):
+            return f"{field}={shown(case.get(field))} must be a text"
+    if not supported(case):
+        return None
+    for field, (fits, wanted) in FIELDS.items():
+        if not fits(case.get(field)):
+            return f"{field}={shown(case.get(field))} must be {wanted}"
+    return None
+
+
+def _is_whole(x: Any) -> bool:
+    return type(x) is int and 0 <= x <= MOST
+
+
+def _is_share(x: Any) -> bool:
+    return type(x) in (int, float) and 0 <= x < 1
+
+
+def _are(fits: Callable[[Any], bool], *, optional: bool = False) -> Callable[[Any], bool]:
+    """Is it a list of what fits?"""
+    return lambda xs: (optional and xs is None) or (isinstance(xs, list) and all(map(fits, xs)))
+
+
+def _is_mapping(x: Any) -> bool:
+    return isinstance(x, dict)
+
+
+def _is_text(x: Any) -> bool:
+    return isinstance(x, str)
+
+
+# Of a case that can be replayed: what each field has to be.
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rtol": (_is_share, "a number in [0, 1)"),
+    "atol": (lambda x: x is None or (type(x) in (int, float) and 0 <= x < inf), "a number in [0, inf)"),
+    "steps": (lambda x: _is_whole(x) and x > 0, f"a whole number in [1, {MOST}]"),
+    "recorded_state_steps": (_are(_is_whole, optional=True), "a list of steps"),
+    "dtype": (_is_text, "the name of a dtype"),
+    "shapes": (_are(_are(_is_whole)), f"a list of shapes, of whole numbers up to {MOST}"),
+    "hyperparameters": (lambda x: x is None or _is_mapping(x), "an object of options"),
+    "groups": (_are(lambda x: _is_mapping(x) and _are(_is_whole)(x.get("params")), optional=True), "a list of groups"),
+    "draws": (lambda x: x is None or (_is_mapping(x) and all(map(_are(_is_text), x.values()))), "lists of draws"),
+}

@@ -34,7 +34,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import psgd_jax_backend
 from conformance.packages import release
-from conformance.terminal import Sheet, console, markdown, writable, write_json
+from conformance.terminal import Sheet, console, exits, markdown, writable, write_json
 from psgd.methods import METHODS
 from psgd_jax_backend import state_sharding
 
@@ -506,7 +506,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for flag, choices in (("only", PARTS), ("method", METHODS), ("mesh", MESHES), ("mode", MODES), ("layout", LAYOUTS)):
         parser.add_argument(f"--{flag}", action="append", choices=list(choices), help="this one alone; may be repeated")
     given = parser.parse_args(arguments)
-    writable(given.json)
+    with exits():
+        writable(given.json)
     devices()
     progress, found = console(stderr=True), dict[str, list[Row]]()
     versions = {name: release(name) for name in ("jax", "jaxlib", "numpy")}

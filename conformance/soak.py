@@ -31,7 +31,7 @@ from conformance import terminal
 from conformance.drivers import Arrays, JaxEager, TorchEager
 from conformance.packages import release
 from conformance.problems import Problem
-from conformance.terminal import Sheet, console, verdict, writable, write_json
+from conformance.terminal import Sheet, console, exits, verdict, writable, write_json
 from psgd import criterion, pipeline
 from psgd.methods import METHODS, Method
 
@@ -347,7 +347,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", action="append", choices=METHODS, help="this one alone; may be repeated")
     parser.add_argument("--torch-steps", type=int, default=LONG, metavar="N", help="length of PyTorch's longest walk")
     given = parser.parse_args(arguments)
-    writable(given.json)
+    with exits():
+        writable(given.json)
     found, progress = list[Row](), console(stderr=True)
     for framework in given.framework or WALKERS:
         lengths = SHORT if given.quick else {LONG: given.torch_steps} if framework == "torch" else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -35,9 +36,14 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False)
 
 
+def visible(text: str) -> str:
+    """Text from a file, whose control characters a terminal would obey: they are shown as Python writes them."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def refuse(sentence: str) -> NoReturn:
     """Say why nothing was done, and end with exit code 2."""
-    console(stderr=True).print(f"psgd: {escape(sentence)}", soft_wrap=True)
+    console(stderr=True).print(f"psgd: {escape(visible(sentence))}", soft_wrap=True)
     raise typer.Exit(2)
 
 
@@ -67,7 +73,7 @@ def files() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        refuse(f"{error.filename}: {error.strerror}")
+        refuse(f"{error.filename or 'a file'}: {error.strerror or error}")
 
 
 @contextmanager
@@ -124,9 +130,27 @@ def write_json(path: Path | None, value: Any) -> None:
 
 def writable(*paths: Path | None) -> None:
     """Refuse at once, and not after the work, what could not be written at its end."""
-    for path in paths:
-        if path and not path.absolute().parent.is_dir():
+    for path in filter(None, paths):
+        if not path.absolute().parent.is_dir():
             refuse(f"{path.parent} is not a folder, so {path.name} cannot be written there")
+        with files():
+            if path.is_dir():
+                refuse(f"{path} is a folder and cannot be written to")
+            if path.exists():
+                if not os.access(path, os.W_OK):
+                    refuse(f"{path} may not be written to")
+            else:
+                path.touch()  # nothing less tells of every name and every file system
+                path.unlink()
+
+
+@contextmanager
+def exits() -> Iterator[None]:
+    """For programs that typer does not run: a refusal ends them too."""
+    try:
+        yield
+    except typer.Exit as refused:
+        raise SystemExit(refused.exit_code) from None
 
 
 @dataclass

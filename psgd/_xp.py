@@ -16,6 +16,8 @@ from math import prod
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from psgd.arrays import Array
 
 HALF = ("bfloat16", "float16")
@@ -31,10 +33,41 @@ def namespace(x: Array) -> ModuleType:
     return known if known is not None else importlib.import_module("array_api_compat.torch")
 
 
+def is_array(x: Any) -> bool:
+    """Is `x` an array of any library, or a number of NumPy?"""
+    return not isinstance(x, type) and all(hasattr(x, name) for name in ("shape", "dtype", "item"))
+
+
+def is_of_numpy(x: Any) -> bool:
+    """Is `x` an array of NumPy?"""
+    return isinstance(x, (np.ndarray, np.generic))
+
+
+def on_host(x: Array) -> Any:
+    """The array as one of NumPy; of a CPU without a copy."""
+    return np.asarray(x)
+
+
+def has_nan(x: Array) -> bool:
+    """Is there a NaN in an array whose numbers are known? Looks on the host."""
+    return bool(np.isnan(on_host(x)).any())
+
+
+def is_of_jax(x: Any) -> bool:
+    """Is `x` an array of JAX, concrete or traced?"""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.Array)
+
+
+def is_traced(x: Any) -> bool:
+    """Is `x` an array of JAX whose numbers are not known yet?"""
+    return is_of_jax(x) and isinstance(x, sys.modules["jax"].core.Tracer)
+
+
 def dtype_name(dtype: Any) -> str:
     """`torch.bfloat16`, `jnp.bfloat16`, `np.dtype("float32")`, "float32": all by their plain name."""
     name = getattr(dtype, "__name__", None) or str(dtype)
-    return name.rsplit(".", maxsplit=1)[-1]
+    return str(name).rsplit(".", maxsplit=1)[-1]
 
 
 def dtype_of(xp: ModuleType, name: str) -> Any:

@@ -7,7 +7,23 @@ from functools import wraps
 from operator import index
 from typing import Any, TypeVar
 
+from psgd.naming import shown
+from psgd.pipeline import POLICIES
+
 Helper = TypeVar("Helper", bound=Callable[..., Any])
+
+
+def is_count(value: Any) -> bool:
+    """Is a value a whole number above 0, of Python?"""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def checked_policy(owner: str, nonfinite: Any, max_skips: Any) -> None:
+    """Refuse what is no policy, or no number of steps."""
+    if not isinstance(nonfinite, str) or nonfinite not in POLICIES:
+        raise ValueError(f"{owner}: nonfinite={shown(nonfinite)} must be one of {', '.join(map(repr, POLICIES))}")
+    if not is_count(max_skips):
+        raise ValueError(f"{owner}: max_skips={shown(max_skips)} must be a whole number above 0")
 
 
 def is_step(value: Any) -> bool:
@@ -54,7 +70,7 @@ def by_name(
     """Arguments by name, those too that were given by position. why: there are no more positions, for an error."""
     if len(args) > len(positions):
         order = f"{', '.join(positions)} by position and the others by name" if positions else "arguments by name alone"
-        raise TypeError(f"{owner} takes {order}{why}; name {args[len(positions)]!r} and what follows it")
+        raise TypeError(f"{owner} takes {order}{why}; name {shown(args[len(positions)])} and what follows it")
     placed = dict(zip(positions, args, strict=False))
     twice = [name for name in placed if name in given]
     if twice:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, replace
-from math import inf
+from decimal import Decimal
+from math import inf, nan, prod
 from numbers import Real
 from typing import Any, ClassVar
 
 from psgd import criterion, lra, xmat
-from psgd._xp import PRECISIONS, dtype_name
+from psgd._xp import PRECISIONS, dtype_name, is_array, is_of_jax, is_traced
 from psgd.geometry import GEOMETRIES, OF_HERMITIAN_Q, Geometry, inverse_gram, mean_dear
 from psgd.kron import DenseRule, Kronecker, by_terms, by_triangle
 from psgd.lra import LRA
-from psgd.naming import did_you_mean, unknown
+from psgd.naming import did_you_mean, shown, unknown
 from psgd.pipeline import Clip, Recipe, StartScale, Tempo
 from psgd.schedule import (
     Annealed,
@@ -40,6 +41,12 @@ from psgd.shapes import matrix, matrix_order, merge, squeeze
 from psgd.spectral import NormBound, TraceBound
 
 METHODS: dict[str, type[Method]] = {}
+
+SCALES = "[1e-18, 1e18]"  # whose squares are numbers of float32, as the inverses of their squares are
+NOISES = "[0, 1e18]"
+RATES = "(0, 10]"  # of factors, whose steps are a share of them
+RANKS = "[0, 1000000]"
+REAL = ("float", "bfloat", "int", "uint")  # how the names of the dtypes of real numbers begin
 
 
 # ---- hyperparameters -------------------------------------------------------------------
@@ -82,11 +89,34 @@ def outside(value: float, within: str) -> bool:
     return not (above and below)
 
 
+def plain(value: Any, *, static: bool = False) -> Any:
+    """The number that a value is, or that an array of one element holds, as Python's own; any other value as it is.
+
+    An array of JAX stays one, 0-d: at the next call, traced, its number may not be known. static: it has to be.
+    """
+    if is_array(value) and prod(value.shape) == 1:
+        if is_traced(value) or (is_of_jax(value) and not static):
+            return value.reshape(())
+        try:
+            value = value.item()
+        except (RuntimeError, TypeError):  # it holds no numbers, as on the device "meta"
+            return value
+    if not isinstance(value, (Real, Decimal)) or isinstance(value, bool):
+        return value
+    try:
+        number = float(value)
+    except OverflowError:  # more than floats hold
+        return inf if abs(value) == value else -inf
+    except ValueError:  # a signalling NaN
+        return nan
+    return value if isinstance(value, int) and abs(value) < 2**53 else number
+
+
 def complaint(f: Field[Any], value: Any) -> str | None:
     """What is wrong with a value of a hyperparameter, with the remedy; None where nothing is."""
     kind, within, names = f.metadata["kind"], f.metadata["within"], f.metadata["names"]
     if f.metadata["scheduled"] and isinstance(value, Annealed):
-        ok = all(isinstance(x, Real) for x in value) and 0 < value.min_prob <= value.max_prob
+        ok = all(map(_is_number, value)) and 0 < value.min_prob <= value.max_prob
         ok = (
             ok
             and not outside(value.max_prob, within or "(0, inf)")
@@ -94,56 +124,67 @@ def complaint(f: Field[Any], value: Any) -> str | None:
             and value.flat_start >= 0
         )
         return None if ok else f"must be four numbers, largest in {within}, smallest in (0, largest], decay, flat start"
-    if f.metadata["scheduled"] and callable(value):
+    if f.metadata["scheduled"] and callable(value) and not isinstance(value, type):
         return None
     if kind == "flag":
         return None if isinstance(value, bool) else "must be True or False"
     if kind == "dtype":
-        ok = value is None or value in ("bfloat16", "float16", "float32", "float64")
+        ok = value is None or (isinstance(value, str) and value in ("bfloat16", "float16", "float32", "float64"))
         return None if ok else "must be None or one of bfloat16, float16, float32, float64"
     if kind == "name":
-        return None if value in names() else f"must be one of {', '.join(map(repr, names()))}"
+        ok = (value is None or isinstance(value, str)) and value in names()
+        return None if ok else f"must be one of {', '.join(map(repr, names()))}"
     if kind == "pair":
-        numbers = isinstance(value, tuple) and len(value) == 2
-        numbers = numbers and all(isinstance(v, Real) and not isinstance(v, bool) for v in value)
-        ok = numbers and 0 < float(value[0]) <= float(value[1])
+        ok = isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value)) and 0 < value[0] <= value[1]
         return None if ok else "must be a pair of numbers, 0 < first <= second"
     if value is None and f.default is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, Real):
-        known = not hasattr(value, "shape")  # the value of an array may not be known, as under a tracer
+    if is_of_jax(value) and not value.shape and dtype_name(value.dtype).startswith(REAL):
+        if is_traced(value):
+            return None
+        value = value.item()
+    if not _is_number(value):
         wanted = "a number or a function of the step" if f.metadata["scheduled"] else "a number"
-        return f"must be {wanted}" if known else None
-    if kind == "whole" and float(value) != inf and not float(value).is_integer():
+        return f"must be {wanted}{', not an array of another kind or size' if is_array(value) else ''}"
+    if kind == "whole" and value != inf and not float(value).is_integer():
         return "must be a whole number"
-    return f"must lie in {within}" if within and outside(float(value), within) else None
+    return f"must lie in {within}" if within and outside(value, within) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def normalised(f: Field[Any], value: Any) -> Any:
     """A value as it is kept: a dtype by its name, a pair as a tuple, a whole number as an integer, ..."""
     kind = f.metadata["kind"]
-    if f.metadata["scheduled"] and isinstance(value, (tuple, list)) and len(value) == len(Annealed._fields):
-        return Annealed(*value)
-    if kind == "dtype" and value is not None:
-        return dtype_name(value)
-    if kind == "pair" and isinstance(value, list):
-        return tuple(value)
+    if kind == "dtype":
+        try:
+            return None if value is None else dtype_name(value)
+        except Exception:  # it has no name, so it is no dtype
+            return shown(value)
+    if isinstance(value, (tuple, list)):
+        value = tuple(map(plain, value))
+        many = f.metadata["scheduled"] and len(value) == len(Annealed._fields)
+        return Annealed(*value) if many else value
+    value = plain(value, static=f.metadata["structural"])
     if kind == "name" and isinstance(value, str) and value not in f.metadata["names"]():
         return value.replace("p5", ".5")  # psgd_torch's other spelling of Q0.5EQ1.5
-    if kind == "whole" and isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer():
-        return int(float(value))
+    if kind == "whole" and _is_number(value) and float(value).is_integer():
+        return int(value)
     return value
 
 
 def checked(owner: str, f: Field[Any], value: Any, name: str = "") -> Any:
     """A value of a hyperparameter as it is kept; an error that says what is wrong with it. name: it was given as."""
-    value = normalised(f, value)
-    wrong = complaint(f, value)
+    kept = normalised(f, value)
+    wrong = complaint(f, kept)
     if wrong:
         choices = [x for x in f.metadata["names"]() if isinstance(x, str)] if f.metadata["kind"] == "name" else []
         meant = did_you_mean(value, choices) if isinstance(value, str) else ""
-        raise ValueError(f"{owner}: {name or f.name}={value!r} {wrong}; the default is {f.default!r}{meant}")
-    return value
+        told = shown(kept if f.metadata["kind"] == "dtype" else value)
+        raise ValueError(f"{owner}: {name or f.name}={told} {wrong}; the default is {f.default!r}{meant}")
+    return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,12 +326,12 @@ class QuadTorch(Method):
     max_size_dense: float = setting(16384, "longest axis that gets a dense factor", "[1, inf]", "whole")
     max_skew_dense: float = skewest()
     preconditioner_lr: float = setting(
-        0.7, "first step size of the factors; falls as 1/sqrt(1 + step/10000) to 0.3, its floor", "(0, inf)"
+        0.7, "first step size of the factors; falls as 1/sqrt(1 + step/10000) to 0.3, its floor", RATES
     )
     preconditioner_init_scale: float | None = setting(
-        None, "first scale of each factor; None takes it from the first gradients", "(0, inf)"
+        None, "first scale of each factor; None takes it from the first gradients", SCALES
     )
-    noise_scale: float = setting(1e-9, "noise added to what is whitened, times a random sign", "[0, inf)")
+    noise_scale: float = setting(1e-9, "noise added to what is whitened, times a random sign", NOISES)
     dtype: Any = setting(None, "dtype of all state, or its name; None is the parameter's", kind="dtype")
     keep_p: bool = keeping()
 
@@ -374,9 +415,9 @@ class PsgdTorch(Method):
     preconditioner_update_probability: float = setting(1.0, "probability of a fit, by one coin a step", "(0, 1]")
     lr_preconditioner: float = setting(0.1, "step size of the factors", "(0, 1)")
     betaL: float = setting(0.9, "memory of the running bound on the residual", "[0, 1)")
-    damping: float = setting(1e-9, "noise added to what is fitted, beside one rounding of it", "[0, inf)")
+    damping: float = setting(1e-9, "noise added to what is fitted, beside one rounding of it", NOISES)
     preconditioner_init_scale: float | None = setting(
-        None, "first scale of Q; None takes it from what is fitted first", "(0, inf)"
+        None, "first scale of Q; None takes it from what is fitted first", SCALES
     )
 
     def balance(self) -> When:
@@ -483,7 +524,7 @@ class KronNewton(Newton, OfAxes):
 class OfRank(PsgdTorch):
     """A low-rank preconditioner of all parameters."""
 
-    rank_of_approximation: int = setting(10, "rank; 0 is a diagonal preconditioner", "[0, inf)", "whole")
+    rank_of_approximation: int = setting(10, "rank; 0 is a diagonal preconditioner", RANKS, "whole")
 
     def whole(self) -> dict[str, Any]:
         """The preconditioner, in a recipe."""
@@ -533,7 +574,7 @@ class Kwns4(Whitening):
     lr_preconditioner: float = setting(0.5, "step size of the factors", "(0, 1)")
     preconditioner_max_size: float = longest()
     preconditioner_max_skew: float = skewest()
-    preconditioner_init_scale: float | None = setting(1.0, "first scale of Q", "(0, inf)")
+    preconditioner_init_scale: float | None = setting(1.0, "first scale of Q", SCALES)
     preconditioner_dtype: Any = setting("bfloat16", "dtype of all state; None is the parameter's", kind="dtype")
     resync_every: int = setting(1_000_000, "has no effect: ranks cannot drift apart here", "[1, inf)", "whole")
     keep_p: bool = keeping()
@@ -605,8 +646,8 @@ class KronJax(Method):
         names=lambda: (None, "one_diag", "all_diag"),
     )
     momentum_into_precond_update: bool = setting(True, "whiten the momentum; False whitens the gradient", kind="flag")
-    preconditioner_lr: float = setting(0.1, "step size of the factors", "(0, inf)")
-    preconditioner_init_scale: float = setting(1.0, "first scale of Q", "(0, inf)")
+    preconditioner_lr: float = setting(0.1, "step size of the factors", RATES)
+    preconditioner_init_scale: float = setting(1.0, "first scale of Q", SCALES)
     mu_dtype: Any = setting(None, "dtype in which the momentum is kept; None is the parameter's", kind="dtype")
     precond_dtype: Any = setting(
         None, "dtype in which the factors are kept; None is the parameter's, at least float32", kind="dtype"
@@ -662,10 +703,8 @@ class PsgdJax(Method):
     )
     b1: float = past()
     nesterov: bool = setting(False, "look one step ahead with the average", kind="flag")
-    precond_lr: Any = setting(0.1, "step size of the factors", "(0, inf)", scheduled=True)
-    precond_init_scale: float | None = setting(
-        None, "first scale of Q; None takes it from the first gradients", "(0, inf)"
-    )
+    precond_lr: Any = setting(0.1, "step size of the factors", RATES, scheduled=True)
+    precond_init_scale: float | None = setting(None, "first scale of Q; None takes it from the first gradients", SCALES)
     update_global_norm_clip: float | None = setting(
         None, "largest length of the direction over all tensors; None is no limit", "(0, inf)"
     )
@@ -761,7 +800,7 @@ class LraJax(PsgdJax):
     positional = order_of_psgd_jax("uvd_rank_of_approximation")
 
     uvd_rank_of_approximation: int = setting(
-        10, "rank; 0 is a diagonal preconditioner; of n parameters in all at most n - 1", "[0, inf)", "whole"
+        10, "rank; 0 is a diagonal preconditioner; of n parameters in all at most n - 1", RANKS, "whole"
     )
 
     def recipe(self) -> Recipe:

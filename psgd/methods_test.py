@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import FrozenInstanceError, fields, replace
+from decimal import Decimal
+from fractions import Fraction
 from math import inf, nan
 
 import jax
@@ -348,6 +350,13 @@ def test_schedules_are_asked_at_each_step():
 
 
 # ---- wrong values ---------------------------------------------------------------------------
+# What float32 has to hold: steps, scales and noise of the factors.
+BOUNDED = [
+    (name, f)
+    for name, made in METHODS.items()
+    for f in fields(made)
+    if f.name in ("damping", "noise_scale") or f.name.endswith(("init_scale", "preconditioner_lr", "precond_lr"))
+]
 WRONG = [
     ("procrustes", "lr", -1.0, "[0, inf)"),
     ("procrustes", "lr", nan, "[0, inf)"),
@@ -370,9 +379,9 @@ WRONG = [
     ("quad", "max_size_dense", -inf, "whole number"),
     ("quad", "max_skew_dense", -1, "[0, inf]"),
     ("quad", "max_skew_dense", nan, "[0, inf]"),
-    ("quad", "preconditioner_lr", 0, "(0, inf)"),
-    ("quad", "preconditioner_init_scale", 0.0, "(0, inf)"),
-    ("quad", "noise_scale", -1e-9, "[0, inf)"),
+    ("quad", "preconditioner_lr", 0, "(0, 10]"),
+    ("quad", "preconditioner_init_scale", 0.0, "[1e-18, 1e18]"),
+    ("quad", "noise_scale", -1e-9, "[0, 1e18]"),
     ("quad", "dtype", "int8", "bfloat16, float16, float32, float64"),
     ("quad", "dtype", "complex64", "bfloat16, float16, float32, float64"),
     ("quad", "dtype", torch.int8, "bfloat16, float16, float32, float64"),
@@ -386,10 +395,10 @@ WRONG = [
     ("kron_whiten", "lr_preconditioner", 0, "(0, 1)"),
     ("kron_whiten", "lr_preconditioner", 1, "(0, 1)"),
     ("kron_whiten", "betaL", 1, "[0, 1)"),
-    ("kron_whiten", "damping", nan, "[0, inf)"),
+    ("kron_whiten", "damping", nan, "[0, 1e18]"),
     ("kron_whiten", "preconditioner_max_size", -1, "[0, inf]"),
     ("kron_whiten", "preconditioner_max_skew", -1, "[0, inf]"),
-    ("kron_whiten", "preconditioner_init_scale", -1, "(0, inf)"),
+    ("kron_whiten", "preconditioner_init_scale", -1, "[1e-18, 1e18]"),
     ("kron_whiten", "grad_clip_max_amps", (3.0, 2.0), "0 < first <= second"),
     ("kron_whiten", "grad_clip_max_amps", (0.0, 2.0), "0 < first <= second"),
     ("kron_whiten", "grad_clip_max_amps", (nan, 2.0), "0 < first <= second"),
@@ -408,7 +417,7 @@ WRONG = [
     ("kron", "memory_save_mode", "diag", "None, 'one_diag', 'all_diag'"),
     ("kron", "momentum_into_precond_update", 1, "True or False"),
     ("kron", "preconditioner_init_scale", None, "number"),
-    ("kron", "preconditioner_init_scale", 0, "(0, inf)"),
+    ("kron", "preconditioner_init_scale", 0, "[1e-18, 1e18]"),
     ("kron", "mu_dtype", "int8", "bfloat16, float16, float32, float64"),
     ("kron", "precond_dtype", "complex64", "bfloat16, float16, float32, float64"),
     ("kron", "precond_update_precision", "float64", "None, 'bfloat16', 'tensorfloat32', 'float32'"),
@@ -416,9 +425,9 @@ WRONG = [
     ("affine", "b1", -0.1, "[0, 1)"),
     ("affine", "nesterov", 0, "True or False"),
     ("affine", "preconditioner_update_probability", 1.5, "(0, 1]"),
-    ("affine", "precond_lr", 0, "(0, inf)"),
+    ("affine", "precond_lr", 0, "(0, 10]"),
     ("affine", "precond_lr", "fast", "a number or a function of the step"),
-    ("affine", "precond_init_scale", -1, "(0, inf)"),
+    ("affine", "precond_init_scale", -1, "[1e-18, 1e18]"),
     ("affine", "update_global_norm_clip", 0.0, "(0, inf)"),
     ("affine", "step_normalizer_order", "3rd", "'1st', '2nd'"),
     ("affine", "step_normalizer_order", None, "'1st', '2nd'"),
@@ -431,16 +440,17 @@ WRONG = [
     ("kron_newton", "grad_clip_max_norm", None, "number"),
     ("dense_newton", "exact_hessian_vector_product", 1, "True or False"),
     ("lra_newton", "lr_preconditioner", 1, "(0, 1)"),
-    ("lra_whiten", "rank_of_approximation", -1, "[0, inf)"),
+    ("lra_whiten", "rank_of_approximation", -1, "[0, 1000000]"),
     ("lra_whiten", "rank_of_approximation", 2.5, "whole number"),
-    ("low_rank_approximation", "uvd_rank_of_approximation", inf, "[0, inf)"),
+    ("low_rank_approximation", "uvd_rank_of_approximation", inf, "[0, 1000000]"),
     ("kwns4", "decoupled_weight_decay", None, "True or False"),
     ("kwns4", "preconditioner_dtype", "int8", "bfloat16, float16, float32, float64"),
-    ("kwns4", "preconditioner_init_scale", 0.0, "(0, inf)"),
+    ("kwns4", "preconditioner_init_scale", 0.0, "[1e-18, 1e18]"),
     ("kwns4", "preconditioner_init_scale", None, "number"),
     ("kwns4", "resync_every", 0, "[1, inf)"),
     ("xmat", "update_global_norm_clip", 0.0, "(0, inf)"),
     ("xmat", "step_normalizer_order", "3rd", "'1st', '2nd'"),
+    *((name, f.name, 1e308, f.metadata["within"]) for name, f in BOUNDED),
     ("procrustes", "lr", np.float64(-1), "[0, inf)"),
     ("procrustes", "lr", np.float32(nan), "[0, inf)"),
 ]
@@ -453,6 +463,24 @@ def test_a_wrong_value_says_what_is_wrong(name: str, argument: str, value: objec
     shown = "'int8'" if value is torch.int8 else repr(value)
     assert f"{name}: {argument}={shown} " in str(caught.value) and allowed in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+HALVES = [Fraction(1, 2), Decimal("0.5"), np.float32(0.5), np.array([[0.5]]), torch.tensor(0.5)]
+NO_FLOATS = [10**400, 10**5000, Fraction(10**400), Decimal("sNaN"), torch.ones((), device="meta")]
+
+
+@pytest.mark.parametrize("value", HALVES, ids=lambda value: type(value).__name__)
+def test_what_is_a_number_is_kept_as_one(value: object):
+    kept = METHODS["quad"](momentum=value).momentum
+    assert type(kept) is float and kept == 0.5
+
+
+@pytest.mark.parametrize("value", NO_FLOATS, ids=lambda value: type(value).__name__)
+def test_a_number_that_is_no_float_is_refused(value: object):
+    with pytest.raises(ValueError, match=r"quad: lr=.* must ") as caught:
+        METHODS["quad"](lr=value)
+    assert len(str(caught.value)) < 200
+    assert METHODS["quad"](max_size_dense=10**400).max_size_dense == inf
 
 
 def test_a_whole_float_is_a_seed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 CUTOFF = 0.75  # of difflib's ratio: one letter of four may be off
 # What one thing is called in the published packages, in PyTorch and in optax: each line is one thing.
@@ -22,6 +23,18 @@ SYNONYMS = (
 )
 # Arguments of published packages to which nothing here corresponds, and why.
 WITHOUT = (("merge_dims", "whether axes are merged is part of a method here, and no argument"),)
+
+
+LONGEST = 80  # characters of a value in an error
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: on one line, and where that is long its beginning and its end."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # whatever it is: the error is about something else
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 20]}...{text[-17:]}"
 
 
 def _folded(name: str) -> str:

@@ -269,14 +269,6 @@ POLICIES = ("skip", "raise", "propagate")  # of a step whose gradients hold a Na
 MAX_SKIPS = 10
 
 
-def checked_policy(owner: str, nonfinite: Any, max_skips: Any) -> None:
-    """Refuse what is no policy, or no number of steps."""
-    if nonfinite not in POLICIES:
-        raise ValueError(f"{owner}: nonfinite={nonfinite!r} must be one of {', '.join(map(repr, POLICIES))}")
-    if not isinstance(max_skips, int) or isinstance(max_skips, bool) or max_skips < 1:
-        raise ValueError(f"{owner}: max_skips={max_skips!r} must be a whole number above 0")
-
-
 def not_finite(owner: str, name: str) -> str:
     """What is said where the policy is to raise."""
     return (

@@ -12,12 +12,23 @@ import jax.numpy as jnp
 
 from psgd import pipeline
 from psgd.arrays import Factors
+from psgd.calls import is_count
+from psgd.methods import plain
+from psgd.naming import shown
 from psgd.pipeline import Plan, Recipe, State
 from psgd_jax_backend._sharding import Spread
 from psgd_jax_backend._state import Leaf, Tree
 
 # A leaf so many times as large as its factors is not gathered.
 LONG = 8
+
+
+MOST_LAYERS = 2**31 - 1  # that JAX can count
+
+
+def is_tree_of_flags(tree: Tree) -> bool:
+    """Is it a tree of booleans, or None?"""
+    return all(isinstance(plain(x), bool) for x in jax.tree.leaves(tree))
 
 
 class Layering(NamedTuple):
@@ -28,6 +39,24 @@ class Layering(NamedTuple):
     lax_map_scanned_layers: bool = False
     lax_map_batch_size: int = 8
     spread_over: str | tuple[str, ...] | None = None
+
+    def complaint(self) -> str | None:
+        """Which of them is none, and what it must be."""
+        for name in ("stack", "lax_map_scanned_layers"):
+            if not isinstance(getattr(self, name), bool):
+                return f"{name}={shown(getattr(self, name))} must be True or False"
+        if not (is_count(self.lax_map_batch_size) and self.lax_map_batch_size <= MOST_LAYERS):
+            return f"lax_map_batch_size={shown(self.lax_map_batch_size)} must be a whole number in [1, {MOST_LAYERS}]"
+        if not is_tree_of_flags(self.scanned_layers):
+            return (
+                f"scanned_layers={shown(self.scanned_layers)} must be None or a tree of booleans, as the parameters or "
+                "a prefix of them"
+            )
+        axes = self.spread_over
+        names = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+        if not all(isinstance(x, str) for x in names):
+            return f"spread_over={shown(axes)} must be None, the name of an axis of the mesh, or a tuple of such names"
+        return None
 
     def flags(self, tree: Tree) -> list[bool]:
         """Is each leaf of a tree a stack of layers?"""

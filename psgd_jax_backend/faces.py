@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import optax
 from optax import GradientTransformationExtraArgs as Made
 
+from psgd._xp import is_of_jax, is_of_numpy
 from psgd.calls import by_name
 from psgd.documentation import WIDTH, documented
-from psgd.methods import Method
-from psgd.naming import unknown
+from psgd.methods import Method, checked
+from psgd.naming import shown, unknown
 from psgd_jax_backend._arguments import ADAPTER, Default
+from psgd_jax_backend._stacks import is_tree_of_flags
 from psgd_jax_backend._state import Tree, states
 from psgd_jax_backend.transform import scale_by_psgd
 
@@ -65,11 +67,13 @@ def _parameters(method: type[Method], *left_out: str) -> list[Parameter]:
 
 def _seed(value: Any) -> Any:
     """A seed; of a JAX key, as psgd_jax takes, its last word."""
-    if not hasattr(value, "dtype"):
+    if not (is_of_jax(value) or is_of_numpy(value)):
         return value
     typed = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
     words = jax.random.key_data(value) if typed else value
-    word = words.reshape(-1)[-1] if words.ndim == 1 or typed else words
+    if words.ndim != 1 or words.dtype != jnp.uint32 or words.size < 2:
+        return value
+    word = words[-1]
     return word if isinstance(word, jax.core.Tracer) else int(word)
 
 
@@ -115,14 +119,23 @@ def scaling(method: type[Method], module: str, name: str = "") -> Callable[..., 
 def alias(method: type[Method], module: str, name: str = "") -> Callable[..., Made]:
     """`<name>`: the whole optimizer: direction, decoupled weight decay, learning rate (a number or a schedule)."""
     parameters, name = _parameters(method), name or method.name
-    (rate,) = (f.default for f in fields(method) if f.name == "lr")
+    (field,) = (f for f in fields(method) if f.name == "lr")
 
     def optimizer(*args: Any, **given: Any) -> Made:
         hyperparameters, mapping = _checked(name, method, parameters, args, given)
-        mask, learning_rate = hyperparameters.pop(method.mask_name, None), hyperparameters.pop("learning_rate", rate)
+        mask = hyperparameters.pop(method.mask_name, None)
+        learning_rate = hyperparameters.pop("learning_rate", field.default)
         made = method.of(**hyperparameters)
-        if not callable(learning_rate):
-            method.of(lr=learning_rate)  # only to check it
+        if not callable(learning_rate) or isinstance(learning_rate, type):
+            try:
+                learning_rate = checked(method.name, field, learning_rate)
+            except ValueError as error:
+                raise ValueError(f"{error}; here it is learning_rate, which may be a schedule too") from None
+        if not (is_tree_of_flags(mask) or (callable(mask) and not isinstance(mask, type))):
+            raise ValueError(
+                f"{method.name}: {method.mask_name}={shown(mask)} must be None, a tree of booleans as the parameters "
+                "or a prefix of them, or a function of the parameters that gives one"
+            )
         decay = made.weight_decay
         off = isinstance(decay, (int, float)) and decay == 0
         scaled, decayed = (
@@ -172,7 +185,8 @@ RETURNS = (
 NEEDS = {True: "it needs them.", False: "with them it fits products of the Hessian instead."}
 RAISES = {
     "ValueError": "for an argument that is unknown, out of range or, where it shapes the program, an array; from "
-    "`init` and `update` for trees that do not match each other.",
+    "`init` and `update` for trees that do not match each other; from `update` for state that `init` would not make, "
+    "as in another dtype, or with a NaN, which is looked for where arrays are NumPy's or a CPU's and not traced.",
     "TypeError": "for more arguments by position than have a place; from `init` and `update` for leaves that the "
     "method does not take, such as whole numbers.",
     "FloatingPointError": "from `update`, for gradients that are not finite, as `nonfinite` and `max_skips` say.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import fields, replace
 from functools import partial
@@ -19,11 +19,13 @@ from psgd import noise, pipeline
 from psgd import summary as costs
 from psgd._xp import real_dtype
 from psgd.arrays import Factors
+from psgd.calls import checked_policy
 from psgd.documentation import entries, filled
 from psgd.methods import Method
 from psgd.pipeline import Recipe, State, Tempo
 from psgd.summary import Row, Summary
 from psgd_jax_backend._arguments import ADAPTER_SENTENCES
+from psgd_jax_backend._checks import check_kept, check_leaf, check_parameters, check_record, check_shapes
 from psgd_jax_backend._sharding import Spread
 from psgd_jax_backend._stacks import Layering, Stepper, choose, numbers
 from psgd_jax_backend._state import Guard, Leaf, PSGDState, Tree, states
@@ -52,7 +54,8 @@ def scale_by_psgd(
 
     Raises:
         ValueError: for an argument of the adapter that is out of range; from `init` and `update` for trees that do not
-            match each other.
+            match each other; from `update` for state of another method, of other dtypes, with negative counts or, where
+            it is looked for (in arrays of NumPy and of a CPU that are not traced), with a NaN.
         TypeError: from `init` and `update` for leaves that the method does not take, such as whole numbers.
         FloatingPointError: from `update`, for gradients that are not finite, as `nonfinite` and `max_skips` say.
 
@@ -70,12 +73,12 @@ def scale_by_psgd(
     """
     recipe = method.recipe()
     layering = Layering(stack, scanned_layers, lax_map_scanned_layers, lax_map_batch_size, spread_over)
-    guard = Guard(nonfinite, max_skips)
-    pipeline.checked_policy(method.name, *guard)
+    guard, wrong = Guard(nonfinite, max_skips), layering.complaint()
+    if wrong:
+        raise ValueError(f"{method.name}: {wrong}")
+    checked_policy(method.name, *guard)
     if recipe.whole and any(map(bool, jax.tree.leaves(scanned_layers))):
         raise ValueError(f"{method.name} has one preconditioner for all parameters, no scanned_layers; leave them out")
-    if lax_map_scanned_layers and not (isinstance(lax_map_batch_size, int) and lax_map_batch_size > 0):
-        raise ValueError(f"{method.name}: lax_map_batch_size={lax_map_batch_size!r} must be a whole number above 0")
     made = Scaling(method, recipe, method.tempo(), layering, guard)
     return optax.GradientTransformationExtraArgs(made.init, made.update)
 
@@ -106,7 +109,7 @@ class Scaling(NamedTuple):
         leaves, treedef = _flattened(params)
         flags = self.layering.flags(params)
         for (path, leaf), scanned in zip(jax.tree_util.tree_leaves_with_path(params), flags, strict=True):
-            _check_leaf(method, path, leaf, scanned)
+            check_leaf(method, path, leaf, scanned)
         for told in _listeners.get():
             told(method, params, flags, SKIPS_BYTES if guard.nonfinite == "skip" else 0)
 
@@ -161,11 +164,15 @@ class Scaling(NamedTuple):
         flags, paths = self.layering.flags(updates), jax.tree_util.tree_leaves_with_path(updates)
         gradients = list(map(jnp.asarray, leaves))
         for (path, g), scanned in zip(paths, flags, strict=True):
-            _check_leaf(method, path, g, scanned)
+            check_leaf(method, path, g, scanned)
         given = _pair(method, paths, treedef, Hvp, vector, update_preconditioner)
-        _check_kept(method, recipe, state)
-        _check_state(method, recipe, paths, flags, gradients, *_to_states(state, treedef, recipe))
-        _check_parameters(method, paths, like)
+        check_record(method, recipe, state, len(leaves))
+        kept = _kept_states(method, state, treedef, recipe)
+        check_shapes(method, recipe, paths, flags, gradients, *kept)
+        check_parameters(method, paths, like)
+        look = self.guard.nonfinite != "propagate"
+        check_kept(method, recipe, paths, None if params is None else like, *kept, look=look)
+        state = jax.tree.map(jnp.asarray, state)  # what was read from a file may be of NumPy
         like = list(map(jnp.asarray, like))
         spread = Spread.of([*gradients, *like], self.layering.spread_over)
 
@@ -360,68 +367,6 @@ def summary(tx: optax.GradientTransformation, params: Tree, state: Tree = None) 
     return costs.summary(lines, counted, skipped)
 
 
-# ---- checks -----------------------------------------------------------------------------
-def _check_leaf(method: Method, path: Any, leaf: Any, scanned: bool) -> None:
-    dtype, where = jnp.result_type(leaf), jax.tree_util.keystr(path) or "the parameter"
-    if scanned and not jnp.ndim(leaf):
-        raise ValueError(f"{method.name}: scanned_layers says that {where} stacks layers, but it is a scalar")
-    if jnp.issubdtype(dtype, jnp.complexfloating) and not method.complex_parameters:
-        raise TypeError(f"{method.name} does not support complex parameters; {where} is {dtype}: split it in two")
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(f"{method.name} needs floating-point parameters; {where} is {dtype}: use optax.masked")
-
-
-def _check_parameters(method: Method, paths: Any, like: list[Any]) -> None:
-    for (path, g), p in zip(paths, like, strict=True):
-        if p is None or getattr(p, "shape", ()) != jnp.shape(g):
-            raise ValueError(
-                f"{method.name}: expected a parameter of shape {jnp.shape(g)} at {jax.tree_util.keystr(path)}, as its "
-                f"gradient has, found {getattr(p, 'shape', p)}; give update the trees that init was given"
-            )
-
-
-def _is_of_others(gradients: list[Leaf], momenta: list[Any], factors: Factors, shapes: Iterable[Any]) -> bool:
-    """Does state belong to other parameters than gradients do, whose factors have some shapes?"""
-    moved = [m for m, g in zip(momenta, gradients, strict=True) if m is not None and getattr(m, "shape", 0) != g.shape]
-    return bool(moved) or [q.shape for q in factors.Q] != list(shapes)
-
-
-def _check_kept(method: Method, recipe: Recipe, state: PSGDState) -> None:
-    if recipe.keeps_p != (state.P is not None):
-        has = "has no P" if recipe.keeps_p else "has P"
-        raise ValueError(
-            f"{method.name}: keep_p={recipe.keeps_p}, but the state {has}; give the state of an `init` with the same "
-            "keep_p"
-        )
-
-
-def _check_state(
-    method: Method,
-    recipe: Recipe,
-    paths: Any,
-    flags: list[bool],
-    gradients: list[Leaf],
-    momenta: list[Leaf | None],
-    states: list[State],
-) -> None:
-    shapes = recipe.preconditioner.shapes
-    if recipe.whole:
-        n = sum(g.size for g in gradients)
-        if _is_of_others(gradients, momenta, states[0].factors, shapes((n,))):
-            raise ValueError(
-                f"{method.name}: the gradients have {n} numbers, the state belongs to others; give update the tree "
-                "that init was given"
-            )
-        return
-    for (path, _), g, m, state, scanned in zip(paths, gradients, momenta, states, flags, strict=True):
-        layers, shape = (g.shape[:1], g.shape[1:]) if scanned else ((), g.shape)
-        if _is_of_others([g], [m], state.factors, ((*layers, *q) for q in shapes(recipe.layout(shape)))):
-            raise ValueError(
-                f"{method.name}: the gradient of {jax.tree_util.keystr(path)} has shape {g.shape}, its state belongs "
-                "to another; give update the tree that init was given"
-            )
-
-
 # ---- trees and stacks -------------------------------------------------------------------
 def _to_trees(counters: PSGDState, momenta: list[Any], states: list[State], treedef: Any, recipe: Recipe) -> PSGDState:
     """The state of all leaves, with the counters of another."""
@@ -457,6 +402,18 @@ def _to_states(state: PSGDState, treedef: Any, recipe: Recipe) -> tuple[list[Any
     factors = [Factors(*(tuple(jax.tree.leaves(x)) for x in row)) for row in zip(*columns, strict=True)]
     owners = [None] if recipe.whole else momenta
     return momenta, [State(m, f) for m, f in zip(owners, factors, strict=True)]
+
+
+def _kept_states(method: Method, state: PSGDState, treedef: Any, recipe: Recipe) -> tuple[list[Any], list[State]]:
+    """`_to_states` of a state that may be of other trees than the gradients."""
+    try:
+        return _to_states(state, treedef, recipe)
+    except (ValueError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{method.name}: the state is of another tree than the gradients ({said}); give update the tree that init "
+            "was given"
+        ) from error
 
 
 def _trusted(recipe: Recipe, limit: Any, directions: list[Leaf]) -> list[Leaf]:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psgd import pipeline
-from psgd.calls import by_name
-from psgd.methods import Method, checked, group_key
-from psgd.naming import nearest, unknown
+from psgd._xp import is_array
+from psgd.calls import by_name, checked_policy, is_count
+from psgd.methods import Method, checked, group_key, plain
+from psgd.naming import nearest, shown, unknown
 from psgd_torch_backend._arguments import ADAPTER_DEFAULTS
 from psgd_torch_backend._step import Group
 
@@ -91,21 +91,23 @@ def method_of(method: type[Method], given: Group) -> Method:
 def complete(owner: str, method: type[Method], given: Group) -> Group:
     """Given hyperparameters, checked, with the defaults of the others, under their keys."""
     flags = {name: given.get(name, default) for name, default in ADAPTER_DEFAULTS.items()}
-    if flags["compile"] not in (False, True, "whole"):
-        raise ValueError(f"{owner}: compile={flags['compile']!r} must be True, False or 'whole'")
+    if not (isinstance(flags["compile"], bool) or (isinstance(flags["compile"], str) and flags["compile"] == "whole")):
+        raise ValueError(f"{owner}: compile={shown(flags['compile'])} must be True, False or 'whole'")
     for name in ("maximize", "stack"):
         if not isinstance(flags[name], bool):
-            raise ValueError(f"{owner}: {name}={flags[name]!r} must be True or False")
+            raise ValueError(f"{owner}: {name}={shown(flags[name])} must be True or False")
     size, layers = flags["stack_batch_size"], flags["scanned_layers"]
-    if not (size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0)):
-        raise ValueError(f"{owner}: stack_batch_size={size!r} must be None or a whole number above 0")
+    if not (size is None or is_count(size)):
+        raise ValueError(f"{owner}: stack_batch_size={shown(size)} must be None or a whole number above 0")
     if isinstance(layers, (list, set, frozenset)):
         layers = flags["scanned_layers"] = tuple(layers)
     if not (isinstance(layers, bool) or (isinstance(layers, tuple) and all(isinstance(x, str) for x in layers))):
-        raise ValueError(f"{owner}: scanned_layers={layers!r} must be True, False or a tuple of names")
-    pipeline.checked_policy(owner, flags["nonfinite"], flags["max_skips"])
+        raise ValueError(f"{owner}: scanned_layers={shown(layers)} must be True, False or a tuple of names")
+    checked_policy(owner, flags["nonfinite"], flags["max_skips"])
     made = method_of(method, {k: v for k, v in given.items() if k not in ADAPTER_DEFAULTS})
-    tensors = {name: given[name] for name in ("lr", "weight_decay") if isinstance(given.get(name), Tensor)}
+    tensors = {name: x for name in ("lr", "weight_decay") if isinstance(x := given.get(name), Tensor)}
+    dense = {name: x for name, x in tensors.items() if x.layout == torch.strided}
+    tensors = {name: x.reshape(()) if x.ndim else x for name, x in dense.items()}  # of axes of length one, a view
     return {key: _plain(getattr(made, f.name)) for key, f in keys(method).items()} | tensors | flags
 
 
@@ -129,12 +131,12 @@ def misspelt(key: str, names: Iterable[str]) -> bool:
 
 
 def _number(owner: str, name: str, value: Any) -> Any:
-    """The number in a tensor or in an array of NumPy; any other hyperparameter as it is."""
-    if not hasattr(value, "item"):
-        return value
-    if prod(value.shape) != 1:
+    """The number in an array of any library, and any other hyperparameter as it is; more than one number is refused in
+    torch's own words.
+    """
+    if is_array(value) and prod(value.shape) != 1:
         raise ValueError(f"{owner}: {type(value).__name__} {name} must be 1-element, not of shape {tuple(value.shape)}")
-    return value.item()
+    return plain(value, static=True) if is_array(value) else value
 
 
 def _plain(value: Any) -> Any:

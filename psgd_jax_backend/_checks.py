@@ -1,0 +1,184 @@
+"""What `init` and `update` refuse, in one sentence and before anything is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from psgd import pipeline
+from psgd._xp import dtype_name, has_nan, is_array, is_traced, lifted_dtype, on_host
+from psgd.arrays import Factors
+from psgd.methods import Method
+from psgd.naming import shown
+from psgd.pipeline import Recipe, State
+from psgd_jax_backend._state import Leaf, PSGDState
+
+INIT = "give the state that `init` of the same settings made for these parameters"
+
+
+def check_leaf(method: Method, path: Any, leaf: Any, scanned: bool) -> None:
+    """Refuse a leaf that the method does not take."""
+    dtype, where = jnp.result_type(leaf), jax.tree_util.keystr(path) or "the parameter"
+    if scanned and not jnp.ndim(leaf):
+        raise ValueError(f"{method.name}: scanned_layers says that {where} stacks layers, but it is a scalar")
+    if jnp.issubdtype(dtype, jnp.complexfloating) and not method.complex_parameters:
+        raise TypeError(f"{method.name} does not support complex parameters; {where} is {dtype}: split it in two")
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"{method.name} needs floating-point parameters; {where} is {dtype}: use optax.masked")
+
+
+def check_parameters(method: Method, paths: Any, like: list[Any]) -> None:
+    """Refuse parameters that are not those of the gradients."""
+    for (path, g), p in zip(paths, like, strict=True):
+        if p is None or getattr(p, "shape", ()) != jnp.shape(g):
+            raise ValueError(
+                f"{method.name}: expected a parameter of shape {jnp.shape(g)} at {jax.tree_util.keystr(path)}, as its "
+                f"gradient has, found {getattr(p, 'shape', p)}; give update the trees that init was given"
+            )
+
+
+# ---- state --------------------------------------------------------------------------------
+def check_record(method: Method, recipe: Recipe, state: Any, leaves: int) -> None:
+    """Refuse the state of another optimizer, and counters that count nothing. leaves: of the gradients."""
+    if not isinstance(state, PSGDState):
+        raise ValueError(f"{method.name}: the state is a {type(state).__name__} and not a PSGDState; {INIT}")
+    if recipe.keeps_p != (state.P is not None):
+        has = "has no P" if recipe.keeps_p else "has P"
+        raise ValueError(
+            f"{method.name}: keep_p={recipe.keeps_p}, but the state {has}; give the state of an `init` with the same "
+            "keep_p"
+        )
+    wanted = {"momentum": recipe.momentum, "since": method.tempo().counts}
+    for name, there in wanted.items() if leaves else ():
+        if there != (getattr(state, name) is not None):
+            raise ValueError(f"{method.name}: the state has {'no' if there else 'a'} {name}, as another's has; {INIT}")
+    for name, shape in {"count": (), "since": (), "skipped": (2,)}.items():
+        x = getattr(state, name)
+        if x is None and name != "count":
+            continue
+        whole = type(x) is int or (is_array(x) and dtype_name(x.dtype).startswith(("int", "uint")))
+        if not whole or jnp.shape(x) != shape or (_is_known(x) and on_host(x).min() < 0):
+            raise ValueError(f"{method.name}: {name}={shown(x)} in the state must count steps, from 0; {INIT}")
+
+
+def check_shapes(
+    method: Method,
+    recipe: Recipe,
+    paths: Any,
+    flags: Sequence[bool],
+    gradients: Sequence[Leaf],
+    momenta: Sequence[Any],
+    states: Sequence[State],
+) -> None:
+    """Refuse the state of other parameters."""
+    shapes = recipe.preconditioner.shapes
+    if recipe.whole:
+        n = sum(g.size for g in gradients)
+        if _is_of_others(gradients, momenta, states[0].factors, shapes((n,))):
+            raise ValueError(
+                f"{method.name}: the gradients have {n} numbers, the state belongs to others; give update the tree "
+                "that init was given"
+            )
+        return
+    for (path, _), g, m, state, scanned in zip(paths, gradients, momenta, states, flags, strict=True):
+        layers, shape = (g.shape[:1], g.shape[1:]) if scanned else ((), g.shape)
+        if _is_of_others([g], [m], state.factors, ((*layers, *q) for q in shapes(recipe.layout(shape))), layers):
+            raise ValueError(
+                f"{method.name}: the gradient of {jax.tree_util.keystr(path)} has shape {g.shape}, its state belongs "
+                "to another; give update the tree that init was given"
+            )
+
+
+def check_kept(
+    method: Method,
+    recipe: Recipe,
+    paths: Any,
+    like: Sequence[Any] | None,
+    momenta: Sequence[Any],
+    states: Sequence[State],
+    *,
+    look: bool,
+) -> None:
+    """Refuse state in other dtypes than `init` makes it in, or with a NaN that is seen without a transfer.
+
+    like: the parameters, where they are given. look: for NaN.
+    """
+    names = [jax.tree_util.keystr(path) or "the parameter" for path, _ in paths]
+    owners = [_computed(method)] * len(names) if like is None else [[jnp.result_type(p)] for p in like]
+    for name, m, own in zip(names, momenta, owners, strict=True):
+        _check_arrays(method, recipe, name, {"momentum": () if m is None else (m,)}, own, look)
+    if recipe.whole:
+        joined = _computed(method) if like is None or not names else [_widest([own for (own,) in owners])]
+        names, owners = ["all parameters"], [joined]
+    for name, state, own in zip(names, states, owners, strict=True):
+        _check_arrays(method, recipe, name, state.factors._asdict(), own, look)
+
+
+def _is_of_others(
+    gradients: Sequence[Leaf],
+    momenta: Sequence[Any],
+    factors: Factors,
+    shapes: Iterable[Any],
+    layers: tuple[int, ...] = (),
+) -> bool:
+    """Does state belong to other parameters than gradients do, whose factors have some shapes?"""
+    moved = [m for m, g in zip(momenta, gradients, strict=True) if m is not None and getattr(m, "shape", 0) != g.shape]
+    q, bounds, p = ([getattr(x, "shape", None) for x in xs] for xs in factors)
+    return bool(moved) or q != list(shapes) or any(x != layers for x in bounds) or (bool(p) and p != q)
+
+
+def _check_arrays(
+    method: Method, recipe: Recipe, where: str, arrays: Mapping[str, Sequence[Any]], owners: Sequence[Any], look: bool
+) -> None:
+    """Refuse arrays in dtypes in which none of the owners would keep them, and NaN."""
+    for name, xs in arrays.items():
+        for x in xs:
+            kept = [_kept(recipe, owner)[name] for owner in owners]
+            if not is_array(x) or x.dtype not in kept:
+                has = x.dtype if is_array(x) else f"a {type(x).__name__}"
+                raise ValueError(f"{method.name}: {name} of {where} is {has}, and is kept in {kept[0]}; {INIT}")
+            if look and _is_at_hand(x) and has_nan(x):
+                raise ValueError(f"{method.name}: {name} of {where} holds a NaN; go back to a checkpoint without one")
+
+
+@cache
+def _kept(recipe: Recipe, owner: Any) -> dict[str, Any]:
+    """The dtypes in which the state of a parameter is kept, by the parameter's."""
+
+    def arrays(x: Leaf) -> dict[str, Any]:
+        work = pipeline.working(recipe, x)
+        q = work.astype(recipe.factor_dtype or work.dtype)
+        momentum = x.astype(recipe.momentum_dtype or recipe.dtype or x.dtype)
+        return {"momentum": momentum, "Q": q, "P": q, "L": jnp.zeros((), lifted_dtype(work))}
+
+    return {name: x.dtype for name, x in jax.eval_shape(arrays, jax.ShapeDtypeStruct((), owner)).items()}
+
+
+def _computed(method: Method) -> list[Any]:
+    """The dtypes that parameters may have."""
+    wide = jnp.result_type(float) == "float64"
+    names = ["float32", "bfloat16", "float16", *(["float64"] if wide else [])]
+    names += ["complex64", *(["complex128"] if wide else [])] if method.complex_parameters else []
+    return list(map(jnp.dtype, names))
+
+
+def _widest(owners: Sequence[Any]) -> Any:
+    """The dtype of arrays of such dtypes as one."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*owners)
+
+
+def _is_known(x: Any) -> bool:
+    """Are the numbers of an array known: is it not traced, nor on another process?"""
+    return not isinstance(x, jax.Array) or (not is_traced(x) and x.is_fully_addressable)
+
+
+def _is_at_hand(x: Any) -> bool:
+    """Are the numbers of an array in the memory of the host, and in one piece?"""
+    if not isinstance(x, jax.Array):
+        return True
+    return _is_known(x) and {d.platform for d in x.devices()} == {"cpu"} and len(x.devices()) == 1
