@@ -190,8 +190,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "torch: noise of the next step",
         _each.Each.__call__,
-        "host_plan(tempo, age, since)",
-        "host_plan(tempo, age + 1, since)._replace(fit=True)",
+        "job.plan_at(age, since)",
+        "job.plan_at(age + 1, since)._replace(fit=True)",
         LOCKED,
     ),
     Fault("torch: decay forgotten", _each.Each._batch, 'group["weight_decay"]', "0.0", LOCKED),

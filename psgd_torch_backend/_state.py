@@ -22,6 +22,11 @@ COUNTERS = ("step", "since")
 COUNTER_BYTES = 8  # int64, on the host
 
 
+def begun(entry: Any) -> bool:
+    """Has a parameter state of ours? Others may keep theirs in its entry before we do."""
+    return isinstance(entry, dict) and "Q" in entry
+
+
 def new_counters(tempo: Tempo) -> Entry:
     """The counters of a parameter before its first step."""
     return {

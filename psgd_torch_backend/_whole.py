@@ -6,18 +6,22 @@ gradient of zero, and stays where it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from psgd import noise, pipeline
 from psgd.arrays import Factors
+from psgd.pipeline import Recipe
+from psgd_torch_backend._entries import OURS, Form, factors_of, wrong_counter, wrong_tensors
 from psgd_torch_backend._noise import Draws
-from psgd_torch_backend._state import gathered, new_counters, scatter, to_entry, unscaled
+from psgd_torch_backend._state import begun, gathered, new_counters, scatter, to_entry, unscaled
 from psgd_torch_backend._step import Held, Job, Steps, as_tensors, follow, on_device
 
 LATE = (
-    "its first gradient after the first step; one preconditioner is for all parameters, so all must have one from the "
-    "start, or groups of their own"
+    "has its first gradient after the first step; one preconditioner is for all parameters, so all must have one from "
+    "the start, or groups of their own"
 )
 
 
@@ -33,8 +37,7 @@ class Whole:
         n = sum(p.numel() for p in members)
         if not n:
             return []
-        if not job.state.get(members[0]):
-            _start(job, members)
+        self.begin(job)
         for p in members:
             follow(job, p)
         entries = [job.state[p] for p in members]
@@ -66,27 +69,62 @@ class Whole:
         return [Held(group, job.tempo.trust if recipe.trusted else None, *map(list, zip(*moved, strict=True)))]
 
     @staticmethod
-    def shapes(job: Job, p: Tensor) -> list[tuple[int, ...]]:
-        """The shapes of a parameter's rows of the factors."""
-        n = sum(x.numel() for x in job.group["params"])
-        return [(p.numel(), *q[1:]) for q in job.recipe.preconditioner.shapes((n,))]
+    def begin(job: Job) -> None:
+        """The first state of all parameters, unless they have stepped."""
+        if _known(job):
+            return
+        for p in job.group["params"]:
+            if begun(job.state.get(p)):  # made without a step, perhaps for others than those that step now
+                for name in OURS & job.state[p].keys():
+                    del job.state[p][name]
+        members = _members(job)
+        if sum(p.numel() for p in members):
+            _start(job, members)
 
     @staticmethod
-    def checked(job: Job, p: Tensor) -> str:
-        """What is wrong with a parameter's state, if anything."""
-        entry = job.state.get(p)
-        if not entry:
-            late = any(job.state.get(q) for q in job.group["params"])
-            return LATE if late else ""
-        if len(entry["Q"]["0"]) == p.numel() and entry.get("momentum", p).shape == p.shape:
-            return ""
-        return f"shape {tuple(p.shape)}, its state belongs to another; delete optimizer.state[p]"
+    def plan(job: Job) -> None:
+        """Ask for all that the step of a group needs to know, and change nothing."""
+        members = _members(job)
+        if sum(p.numel() for p in members):
+            _forms(job.recipe, members)
+            job.plan()
+
+    @staticmethod
+    def forms(job: Job, p: Tensor) -> Factors:
+        """The forms of a member's rows of the factors, and of the bounds."""
+        if None not in job.forms:
+            job.forms[None] = _forms(job.recipe, [q for q in job.group["params"] if begun(job.state.get(q))])
+        forms = job.forms[None]
+        return forms._replace(Q=tuple(Form((p.numel(), *x.shape[1:]), x.is_complex) for x in forms.Q))
+
+    def wrong(self, job: Job) -> Iterator[tuple[str, str]]:
+        """What is wrong with the state of parameters."""
+        for name, p in job.named:
+            if begun(job.state.get(p)):
+                yield name, wrong_counter(job.tempo, job.state[p])
+        if not _known(job):
+            return
+        members = [(name, p) for name, p in job.named if begun(job.state.get(p))]
+        there = {id(p) for _, p in members}
+        yield from ((name, LATE) for name, p in job.named if p.grad is not None and id(p) not in there)
+        for name, p in members:
+            yield name, wrong_tensors(p, job.state[p], self.forms(job, p), p.device)
+
+
+def _forms(recipe: Recipe, members: list[Tensor]) -> Factors:
+    """The forms of the factors of all members as one vector."""
+    return factors_of(recipe, (sum(p.numel() for p in members),), any(p.is_complex() for p in members))
+
+
+def _known(job: Job) -> list[Tensor]:
+    """All that the preconditioner began with. State that was made without a step is no beginning."""
+    entries = ((p, job.state.get(p)) for p in job.group["params"])
+    return [p for p, entry in entries if begun(entry) and int(entry["step"])]
 
 
 def _members(job: Job) -> list[Tensor]:
     """All that the preconditioner began with, or begins with now, in the order of their names."""
-    known = [p for p in job.group["params"] if job.state.get(p)]
-    present = {id(p) for p in known or job.params}
+    present = {id(p) for p in _known(job) or job.params}
     return [p for _, p in sorted(job.named, key=lambda named: _by_part(named[0])) if id(p) in present]
 
 

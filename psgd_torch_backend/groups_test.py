@@ -269,5 +269,5 @@ def test_names_of_other_packages_find_ours():
 def test_an_unknown_name_lists_all_that_there_are(optimizer_class: type[PSGD]):
     listed = ", ".join([*optimizer_class(parameters((2,))).defaults])
     assert set(ADAPTER_DEFAULTS) <= set(listed.split(", ")) and optimizer_class.method in METHODS.values()
-    with pytest.raises(ValueError, match=f"unknown hyperparameter 'foreach'; it has {listed}$"):
-        optimizer_class(parameters((2,)), foreach=True)
+    with pytest.raises(ValueError, match=f"unknown hyperparameter 'amsgrad'; it has {listed}$"):
+        optimizer_class(parameters((2,)), amsgrad=True)
