@@ -194,7 +194,7 @@ FAULTS: tuple[Fault, ...] = (
         "job.plan_at(age + 1, since)._replace(fit=True)",
         LOCKED,
     ),
-    Fault("torch: decay forgotten", _each.Each._batch, 'group["weight_decay"]', "0.0", LOCKED),
+    Fault("torch: decay forgotten", _each.Each._batch, "rates(group)", '[group["lr"], 0.0]', LOCKED),
     Fault("torch: change of another tensor", _each.Each._batch, "change.unbind()", "change.unbind()[::-1]", LOCKED),
     Fault("torch: state of another tensor", _state.Stack.__init__, "[rows[i]", "[rows[-1 - i]", LOCKED),
     Fault(

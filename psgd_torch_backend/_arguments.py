@@ -56,8 +56,8 @@ OTHERS = {
 }
 RAISES = {
     "ValueError": "for an argument that is out of range or unknown, also as the key of a group where it is misspelt.",
-    "TypeError": "for parameters that the method does not take, such as sparse ones or DTensors, unless they are frozen; for more arguments "
-    "by position than have a place.",
+    "TypeError": "for parameters that the method does not take, such as sparse ones or DTensors, unless they are "
+    "frozen; for more arguments by position than have a place.",
     "RuntimeError": "from `step`, for gradients that are sparse or of another shape than their parameter.",
     "FloatingPointError": "from `step`, for gradients that are not finite, as `nonfinite` and `max_skips` say.",
 }

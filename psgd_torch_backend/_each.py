@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from psgd import pipeline
-from psgd.arrays import Factors
 from psgd.pipeline import Tempo, leaves, rebuilt
-from psgd_torch_backend._entries import Form, factors_of, wrong_counter, wrong_tensors
+from psgd_torch_backend._entries import Forms, forms_of, wrong_counter, wrong_tensors
 from psgd_torch_backend._noise import Draws
 from psgd_torch_backend._passes import Passes, suited
 from psgd_torch_backend._state import Stack, begun, new_counters, parted, to_entry, to_state, unscaled, write
-from psgd_torch_backend._step import Held, Job, Steps, as_tensors, follow, gradient_of, keep_heap, on_device
+from psgd_torch_backend._step import Held, Job, Steps, as_tensors, follow, gradient_of, keep_heap, on_device, rates
 
 Tensors = Tensor | list[Tensor]  # of one shape, stacked or by themselves
 
@@ -77,13 +76,11 @@ class Each:
             job.plan_at(*_next(job.state.get(p), job.tempo))
 
     @staticmethod
-    def forms(job: Job, p: Tensor) -> Factors:
+    def forms(job: Job, p: Tensor) -> Forms:
         """The forms of a parameter's factors."""
-        kind = *parted(p, id(p) in job.layered), p.is_complex()
+        kind = p.shape, id(p) in job.layered, p.is_complex()
         if kind not in job.forms:
-            layers, *one = kind
-            factors = factors_of(job.recipe, *one)
-            job.forms[kind] = Factors(*(tuple(Form((*layers, *x.shape), x.is_complex) for x in xs) for xs in factors))
+            job.forms[kind] = forms_of(job.recipe, *parted(p, kind[1]), kind[2])
         return job.forms[kind]
 
     def wrong(self, job: Job) -> Iterator[tuple[str, str]]:
@@ -124,7 +121,7 @@ class Each:
     ) -> list[Held]:
         """Step tensors of one shape together, compiled as the group says and as suits them."""
         group, recipe = job.group, job.recipe
-        numbers, mode = [group["lr"], group["weight_decay"]], group["compile"]
+        numbers, mode = rates(group), group["compile"]
         wholly = mode == "whole" or (mode and targets[0].device.type != "cpu")
         passing = mode and not wholly and suited(recipe, [*apart(targets), *apart(gradients), state.momentum])
         if wholly or passing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,75 +14,91 @@ from psgd.outline import Outline, Outlines, Silence
 from psgd.pipeline import Recipe, Tempo
 from psgd_torch_backend._state import COUNTERS
 
-COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COMPLEX = (torch.complex64, torch.complex128)
+COMPUTED = (*REAL, *COMPLEX)
 OURS = frozenset([*COUNTERS, "momentum", *Factors._fields])  # other keys of an entry are kept for others
 
 
 class Form(NamedTuple):
-    """A tensor of the state: its shape, and is it complex?"""
+    """What a tensor of the state must be like: its shape, and the dtypes that it may have."""
 
     shape: tuple[int, ...]
-    is_complex: bool
+    dtypes: tuple[torch.dtype, ...]
+
+
+class Forms(NamedTuple):
+    """The forms of the factors of a parameter, by their keys."""
+
+    Q: dict[str, Form]
+    L: dict[str, Form]
 
 
 @lru_cache(maxsize=1024)
-def factors_of(recipe: Recipe, shape: tuple[int, ...], is_complex: bool) -> Factors:
-    """The forms of the factors of a tensor. Raises ValueError where the recipe has none for it."""
+def forms_of(recipe: Recipe, layers: tuple[int, ...], shape: tuple[int, ...], is_complex: bool) -> Forms:
+    """The forms of the factors of a tensor, or of as many as there are layers. Raises ValueError where the recipe has
+    none for it.
+    """
     like = Outline(shape, "complex64" if is_complex else "float32", Outlines())
-    factors = pipeline.init(recipe, like, None, Silence()).factors
-    return Factors(*(tuple(Form(tuple(x.shape), x.dtype.startswith("complex")) for x in xs) for xs in factors))
+    q, bounds, _ = pipeline.init(recipe, like, None, Silence()).factors
+    dtypes = COMPLEX if is_complex else REAL
+    return Forms(
+        {str(i): Form((*layers, *x.shape), dtypes) for i, x in enumerate(q)},
+        {str(i): Form((*layers, *x.shape), REAL) for i, x in enumerate(bounds)},
+    )
 
 
-def counter_names(tempo: Tempo, entry: Any) -> list[str]:
-    """The counters that an entry must have, and those that it has."""
-    return [name for name in COUNTERS if name == COUNTERS[0] or tempo.counts or name in entry]
+@lru_cache(maxsize=1024)
+def rows_of(recipe: Recipe, n: int, size: int, is_complex: bool) -> Forms:
+    """The forms of some rows of the factors of a vector of length n, and of its bounds."""
+    forms = forms_of(recipe, (), (n,), is_complex)
+    return forms._replace(Q={key: Form((size, *form.shape[1:]), form.dtypes) for key, form in forms.Q.items()})
 
 
 def wrong_counter(tempo: Tempo, entry: Any) -> str:
     """What is wrong with the counters of an entry of ours, if anything."""
-    for name in counter_names(tempo, entry):
+    for name in COUNTERS:
         x = entry.get(name)
-        if not (isinstance(x, Tensor) and x.dtype == torch.int64 and not x.ndim and x.device.type == "cpu"):
+        if x is None and name not in entry and name != COUNTERS[0] and not tempo.counts:
+            continue
+        if not (isinstance(x, Tensor) and x.dtype == torch.int64 and not x.ndim and x.is_cpu):
             return f"has no counter {name!r} in its state"
-    return "" if int(entry["step"]) >= 0 else f"has taken {int(entry['step'])} steps, as its state says"
+    return ""
 
 
-def wrong_tensors(p: Tensor, entry: Any, forms: Factors, device: torch.device | None = None) -> str:
+def wrong_tensors(p: Tensor, entry: Any, forms: Forms, device: torch.device | None = None) -> str:
     """What is wrong with the tensors of an entry of ours, their numbers apart, if anything. device: where they must be,
     or None for anywhere.
     """
     if "momentum" in entry:
-        wrong = _wrong_tensor(p, "momentum", entry["momentum"], Form(tuple(p.shape), p.is_complex()), device)
+        form = Form(p.shape, COMPLEX if p.is_complex() else REAL)
+        wrong = _misfit(p, "momentum", "", entry["momentum"], form, device)
         if wrong:
             return wrong
-    for kind, wanted in (("Q", forms.Q), ("L", forms.L), ("P", forms.Q if entry.get("P") else ())):
+    for kind, wanted in (("Q", forms.Q), ("L", forms.L), ("P", forms.Q if entry.get("P") else {})):
         held = entry.get(kind, {})  # some writers drop what is empty
-        if not isinstance(held, dict) or len(held) != len(wanted):
-            return _wrong_keys(kind, held, wanted)
-        for i, form in enumerate(wanted):
-            if str(i) not in held:
-                return _wrong_keys(kind, held, wanted)
-            wrong = _wrong_tensor(p, f"factor {kind}[{i}]", held[str(i)], form, device)
+        if not isinstance(held, dict) or held.keys() != wanted.keys():
+            found = list(held) if isinstance(held, dict) else type(held).__name__
+            return f"needs factors {kind} under the keys {list(wanted)} of its state, where there are {found}"
+        for key, form in wanted.items():
+            wrong = _misfit(p, kind, key, held[key], form, device)
             if wrong:
                 return wrong
     return ""
 
 
-def _wrong_keys(kind: str, held: Any, wanted: Sequence[Form]) -> str:
-    keys = [str(i) for i in range(len(wanted))]
-    found = list(held) if isinstance(held, dict) else type(held).__name__
-    return f"needs factors {kind} under the keys {keys} of its state, where there are {found}"
-
-
-def _wrong_tensor(p: Tensor, name: str, x: Any, form: Form, device: torch.device | None) -> str:
+def _misfit(p: Tensor, kind: str, key: str, x: Any, form: Form, device: torch.device | None) -> str:
+    """How a tensor of the state is not as it must be, if so."""
+    shape, dtypes = form
+    if isinstance(x, Tensor) and x.shape == shape and x.dtype in dtypes and x.layout == torch.strided:
+        if device is None or x.device == device:
+            return ""
+        return f"is on {p.device}, its state on {x.device}; load a state dict to have it there"
+    name = f"factor {kind}[{key}]" if key else kind
     if not isinstance(x, Tensor):
         return f"has a {name} in its state that is no tensor, but {type(x).__name__}"
-    if x.layout != torch.strided or x.dtype not in COMPUTED or x.is_complex() != form.is_complex:
-        kind = "complex" if form.is_complex else "real floating-point"
-        return f"has a {name} in its state that is no dense tensor of {kind} numbers, but {x.dtype}, {x.layout}"
-    if x.shape != form.shape:
-        found = f"{name} there has shape {tuple(x.shape)}, not {form.shape}"
-        return f"has shape {tuple(p.shape)}, its state belongs to another ({found})"
-    if device is not None and x.device != device:
-        return f"is on {p.device}, the {name} of its state on {x.device}"
-    return ""
+    if x.dtype not in dtypes or x.layout != torch.strided:
+        numbers = "complex" if dtypes is COMPLEX else "real floating-point"
+        return f"has a {name} in its state that is no dense tensor of {numbers} numbers, but {x.dtype}, {x.layout}"
+    found = f"where {name} has shape {tuple(x.shape)}, not {tuple(shape)}"
+    return f"has shape {tuple(p.shape)}, its state belongs to another ({found})"

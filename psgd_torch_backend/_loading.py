@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from psgd.arrays import Factors
-from psgd_torch_backend._entries import counter_names, wrong_tensors
+from psgd_torch_backend._entries import Forms, wrong_tensors
 from psgd_torch_backend._state import COUNTERS, Entry
 from psgd_torch_backend._step import Group, Job
 
@@ -77,12 +77,13 @@ def places(groups: list[Group], saved: Sequence[Group]) -> Places:
     return [[(i, k) for k in range(len(group["params"]))] for i, group in enumerate(groups)]
 
 
-def wrong_entry(job: Job, p: Tensor, entry: Any, forms: Factors) -> str:
+def wrong_entry(job: Job, p: Tensor, entry: Any, forms: Forms) -> str:
     """What keeps an entry of a state dict from being that of a parameter, if anything."""
     if "Q" not in entry:
         return f"has no factors Q in the state dict, which is of another optimizer; it has {', '.join(map(str, entry))}"
-    for name in counter_names(job.tempo, entry):
-        if _count(entry.get(name)) is None:
+    for name in COUNTERS:
+        needed = name in entry or name == COUNTERS[0] or job.tempo.counts
+        if needed and _count(entry.get(name)) is None:
             return f"has no count {name!r} in the state dict, or one that is none: {entry.get(name)!r}"
     if job.recipe.momentum and "momentum" not in entry:
         return "has no momentum in the state dict"

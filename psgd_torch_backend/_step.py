@@ -16,9 +16,9 @@ from torch import Tensor
 
 from psgd import noise, pipeline
 from psgd._xp import real_dtype
-from psgd.arrays import Factors
 from psgd.methods import Method
 from psgd.pipeline import Plan, Recipe, State, Tempo, leaves, rebuilt
+from psgd_torch_backend._entries import Forms
 from psgd_torch_backend._noise import Opaque
 from psgd_torch_backend._state import age, begun, to_entry, to_state
 from psgd_torch_backend.hessian import Pairs
@@ -42,7 +42,7 @@ class Job(NamedTuple):
     layered: set[int]
     params: list[Tensor]
     pairs: Pairs | None
-    forms: dict[Any, Factors]
+    forms: dict[Any, Forms]
     plans: dict[Any, Plan]
 
     def _read(self, p: Tensor) -> list[Tensor]:
@@ -68,6 +68,8 @@ class Job(NamedTuple):
     def plan_at(self, step: int, since: int | None) -> Plan:
         """The plan of a step, asked for before anything changes, and then again: what it may raise, it raises then."""
         when = step, since
+        if step < 1:
+            raise ValueError(f"a counter 'step' of the state is {step - 1}; load a state dict, or delete that state")
         if when not in self.plans:
             self.plans[when] = host_plan(self.tempo, *when)
         return self.plans[when]
@@ -102,6 +104,12 @@ def follow(job: Job, p: Tensor) -> None:
         job.state[p] = {"momentum": momentum, **entry}
 
 
+def rates(group: Group) -> list[Any]:
+    """Learning rate and weight decay; a tensor that holds one, whatever its shape, as a 0-d one."""
+    numbers = group["lr"], group["weight_decay"]
+    return [x.reshape(()) if isinstance(x, Tensor) else x for x in numbers]
+
+
 def take(waiting: Sequence[Held]) -> None:
     """Take the steps that were held, those of bounded length together."""
     directions = [u for held in waiting for u in held.directions if u.numel()]
@@ -112,7 +120,7 @@ def take(waiting: Sequence[Held]) -> None:
         factor = None if held.trust is None else pipeline.trust(held.trust, near)
         for p, u in zip(held.targets, held.directions, strict=True):
             u = u if factor is None else u * factor.to(u.device, real_dtype(u))
-            p.add_(pipeline.displacement(p, u, held.group["lr"], held.group["weight_decay"]))
+            p.add_(pipeline.displacement(p, u, *rates(held.group)))
 
 
 def sharded(p: Tensor) -> str:

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from psgd import noise, pipeline
 from psgd.arrays import Factors
-from psgd.pipeline import Recipe
-from psgd_torch_backend._entries import OURS, Form, factors_of, wrong_counter, wrong_tensors
+from psgd_torch_backend._entries import OURS, Forms, forms_of, rows_of, wrong_counter, wrong_tensors
 from psgd_torch_backend._noise import Draws
 from psgd_torch_backend._state import begun, gathered, new_counters, scatter, to_entry, unscaled
-from psgd_torch_backend._step import Held, Job, Steps, as_tensors, follow, on_device
+from psgd_torch_backend._step import Held, Job, Steps, as_tensors, follow, on_device, rates
 
 LATE = (
     "has its first gradient after the first step; one preconditioner is for all parameters, so all must have one from "
@@ -54,7 +53,7 @@ class Whole:
             (scale,) = recipe.start([recipe.start.size(seen)], job.tempo.damping)
             boost = 1.0 if pair is None else recipe.start.probed([pipeline.working(recipe, pair[0])])[0]
             state = pipeline.rescaled(recipe, state, scale * boost)
-        on, numbers = on_device(plan, g.device), [group["lr"], group["weight_decay"]]
+        on, numbers = on_device(plan, g.device), rates(group)
         if group["compile"]:
             on, *numbers = as_tensors(on, *numbers)
         step = self.steps.of(recipe, False, (n,) if group["compile"] else None)
@@ -85,17 +84,19 @@ class Whole:
     def plan(job: Job) -> None:
         """Ask for all that the step of a group needs to know, and change nothing."""
         members = _members(job)
-        if sum(p.numel() for p in members):
-            _forms(job.recipe, members)
+        n = sum(p.numel() for p in members)
+        if n:
+            forms_of(job.recipe, (), (n,), members[0].is_complex())
             job.plan()
 
     @staticmethod
-    def forms(job: Job, p: Tensor) -> Factors:
+    def forms(job: Job, p: Tensor) -> Forms:
         """The forms of a member's rows of the factors, and of the bounds."""
-        if None not in job.forms:
-            job.forms[None] = _forms(job.recipe, [q for q in job.group["params"] if begun(job.state.get(q))])
-        forms = job.forms[None]
-        return forms._replace(Q=tuple(Form((p.numel(), *x.shape[1:]), x.is_complex) for x in forms.Q))
+        size = p.numel()
+        if size not in job.forms:
+            n = sum(q.numel() for q in job.group["params"] if begun(job.state.get(q)))
+            job.forms[size] = rows_of(job.recipe, n, size, p.is_complex())
+        return job.forms[size]
 
     def wrong(self, job: Job) -> Iterator[tuple[str, str]]:
         """What is wrong with the state of parameters."""
@@ -109,11 +110,6 @@ class Whole:
         yield from ((name, LATE) for name, p in job.named if p.grad is not None and id(p) not in there)
         for name, p in members:
             yield name, wrong_tensors(p, job.state[p], self.forms(job, p), p.device)
-
-
-def _forms(recipe: Recipe, members: list[Tensor]) -> Factors:
-    """The forms of the factors of all members as one vector."""
-    return factors_of(recipe, (sum(p.numel() for p in members),), any(p.is_complex() for p in members))
 
 
 def _known(job: Job) -> list[Tensor]:

@@ -304,7 +304,7 @@ class PSGD(torch.optim.Optimizer):
     def _jobs(self, pairs: Pairs | None = None) -> list[Job]:
         """The groups, with all that is set in them looked at."""
         jobs = [self._job(group, pairs) for group in self.param_groups]
-        if any(isinstance(group["scanned_layers"], tuple) for group in self.param_groups):
+        if not all(isinstance(group["scanned_layers"], bool) for group in self.param_groups):
             self._check_layer_names()
         return jobs
 
