@@ -110,7 +110,9 @@ def drop_switches(owner: str, given: Group) -> None:
 def complete(owner: str, method: type[Method], given: Group) -> Group:
     """Given hyperparameters, checked, with the defaults of the others, under their keys."""
     flags = {name: given.get(name, default) for name, default in ADAPTER_DEFAULTS.items()}
-    if flags["compile"] not in (False, True, "whole"):
+    if not isinstance(flags["compile"], bool) and not (
+        isinstance(flags["compile"], str) and flags["compile"] == "whole"
+    ):
         raise ValueError(f"{owner}: compile={flags['compile']!r} must be True, False or 'whole'")
     for name in ("maximize", "stack"):
         if not isinstance(flags[name], bool):

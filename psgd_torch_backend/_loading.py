@@ -40,7 +40,7 @@ def wrong_form(saved: Any) -> str:
         ):
             return f"has param_names={names!r} in its group {i}, where there must be {len(own)} names"
     known = set(map(str, seen))
-    strange = [key for key in saved["state"] if str(key).isdigit() and str(key) not in known]
+    strange = [key for key in saved["state"] if (isinstance(key, int) or str(key).isdigit()) and str(key) not in known]
     return f"has state of parameter {strange[0]}, which is in none of its groups" if strange else ""
 
 

@@ -1,4 +1,4 @@
-"""Operations on an optimizer in random order, most of them bad: what is refused changes nothing, what is not goes on."""
+"""Operations on an optimizer in random order, most of them bad: what is refused changes nothing, the rest goes on."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class Trial:
 
 # ---- the kinds --------------------------------------------------------------------------------
 NO_RATE = (nan, inf, -1.0, "0.1", None, [0.1], 1j, True, torch.tensor([0.0, 1.0]), torch.tensor(nan), torch.ones(1, 2))
-NO_NUMBER = (nan, -1.0, -inf, "much", [], {}, 1j, torch.ones(2), object)
+NO_NUMBER = (nan, -1.0, -inf, "much", [], {}, 1j, torch.ones(2), object())
 NO_ARGUMENT = {
     "maximize": (None, 1, "yes"),
     "stack": (0, None),
@@ -157,7 +157,7 @@ def bad_number(t: Trial) -> None:
 def bad_choice(t: Trial) -> None:
     others = [f for f in fields(t.made.method) if f.metadata["kind"] not in ("number", "whole")]
     if others:
-        with t.edited(t.group(), group_key(t.pick(*others)), t.pick("nobody", 5, [1, 2, 3], {}, object, (nan, 1.0))):
+        with t.edited(t.group(), group_key(t.pick(*others)), t.pick("nobody", 5, [1, 2, 3], {}, object(), (nan, 1.0))):
             t.attempt(t.go, bad=True)
 
 
@@ -294,7 +294,15 @@ def entry_that_is_gone(t: Trial) -> None:
 def entry_that_is_another(t: Trial) -> None:
     p = t.param()
     entry = t.optimizer.state[p]
-    things = (None, 5, "x", torch.ones(9, 9), torch.ones(3, dtype=torch.int8), torch.eye(3).to_sparse(), 1j * entry["Q"]["0"])
+    things = (
+        None,
+        5,
+        "x",
+        torch.ones(9, 9),
+        torch.ones(3, dtype=torch.int8),
+        torch.eye(3).to_sparse(),
+        1j * entry["Q"]["0"],
+    )
     held, key = t.pick((entry, "momentum"), (entry["Q"], "0"), (entry, "step"), (entry, "Q"), (entry["Q"], "9"))
     with t.edited(held, key, t.pick(*things)):
         t.attempt(t.go, bad=True)
@@ -388,7 +396,11 @@ def no_learning_rate(t: Trial) -> None:
         t.attempt(t.go, bad=False)
 
 
-KINDS = [x for x in list(vars().values()) if callable(x) and getattr(x, "__annotations__", {}) == {"t": "Trial", "return": "None"}]
+KINDS = [
+    x
+    for x in list(vars().values())
+    if callable(x) and getattr(x, "__annotations__", {}) == {"t": "Trial", "return": "None"}
+]
 
 
 @pytest.mark.contract("torch: closure")

@@ -560,7 +560,10 @@ class PSGD(torch.optim.Optimizer):
             if not isinstance(entry, dict):
                 wrong = f"has {type(entry).__name__} for its state in the state dict"
             elif OURS & entry.keys():
-                wrong = loading.wrong_entry(job, p, entry, self._kind(job).forms(job, p))
+                try:
+                    wrong = loading.wrong_entry(job, p, entry, self._kind(job).forms(job, p))
+                except ValueError as error:  # there are no factors for so few numbers
+                    wrong = f"has a state that cannot be: {error}"
             if wrong:
                 raise ValueError(f"{cls}: {name} {wrong}; nothing was loaded")
         if strangers and job.recipe.whole:
