@@ -61,7 +61,11 @@ RAISES = {
     "RuntimeError": "from `step`, for gradients that are sparse or of another shape than their parameter.",
     "FloatingPointError": "from `step`, for gradients that are not finite, as `nonfinite` and `max_skips` say.",
 }
-NOTE = "State and parameters stay as they were where there is an error."
+NOTE = (
+    "State and parameters stay as they were where there is an error. Groups are checked at every step as they are\n"
+    "here; frozen parameters may be of any kind. foreach, fused, capturable and differentiable, as torch's own\n"
+    "optimizers have them, are taken where they are None or False, and have no effect."
+)
 EXAMPLE = """\
 >>> import torch
 >>> from psgd_torch_backend import {name}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import is_
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -22,7 +22,7 @@ COUNTERS = ("step", "since")
 COUNTER_BYTES = 8  # int64, on the host
 
 
-def begun(entry: Any) -> bool:
+def begun(entry: Any) -> TypeGuard[Entry]:
     """Has a parameter state of ours? Others may keep theirs in its entry before we do."""
     return isinstance(entry, dict) and "Q" in entry
 

@@ -42,7 +42,12 @@ class PSGD(torch.optim.Optimizer):
 
     State of a parameter: "step" (and "since", the steps after the last fit, where the method asks for it), "momentum"
     (its shape), "Q" and "L" with one entry a factor, keyed "0", "1", ... in the dtype that the method says, "P" as "Q"
-    where it is kept.
+    where it is kept. What others keep beside them stays.
+
+    Groups are checked at every step as they are here. Frozen parameters may be of any kind, and are left alone.
+    foreach, fused, capturable and differentiable, as torch's own optimizers have them, are taken where they are None or
+    False, and have no effect. A first step of gradients and rates of 0, by which torch.distributed.checkpoint asks for
+    the state, makes it and counts nothing.
 
     Raises:
         {raises}
@@ -332,7 +337,7 @@ class PSGD(torch.optim.Optimizer):
     ) -> tuple[Any, Pairs]:
         """The loss; its gradients, left in `p.grad`; and pairs (v, H v) if this step fits."""
         for job in jobs:
-            self._check_state(job._replace(params=[]))
+            self._check_state(job)
         plans = [job.plan() for job in jobs]
         for _, p in named:
             p.grad = p.grad if p.requires_grad else None
