@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, dataclass, fields
-from functools import cache
+from functools import cache, lru_cache
 from math import inf, nan, prod
 from numbers import Real
 from typing import Any
@@ -135,17 +135,24 @@ def missing(method: type[Method], group: Group) -> str:
     return next((name for name in ("params", *known(method)) if name not in group), "")
 
 
+@lru_cache(maxsize=256)
+def _check_rate(method: type[Method], name: str, value: float) -> None:
+    """The same value is in most groups, and at most steps."""
+    checked(method.name, keys(method)[name], value, name)
+
+
 def check_rates(method: type[Method], group: Group) -> None:
     """The numbers of a group that may change at every step. Of tensors elsewhere than on a CPU the form alone is seen:
     to read their numbers is to wait for the device.
     """
     for name in ("lr", "weight_decay"):
         value = group[name]
-        if type(value) is float and 0 <= value < inf:
-            continue
         if isinstance(value, Tensor) and value.device.type != "cpu":
             value = torch.zeros(value.shape, dtype=value.dtype, device="cpu")
-        checked(method.name, keys(method)[name], _number(method.name, name, value), name)
+        if type(value) is float:
+            _check_rate(method, name, value)
+        else:
+            checked(method.name, keys(method)[name], _number(method.name, name, value), name)
     for name in SKIPS:
         count = group.get(name, 0)
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:

@@ -70,7 +70,7 @@ class Whole:
     @staticmethod
     def begin(job: Job) -> None:
         """The first state of all parameters, unless they have stepped."""
-        if _known(job):
+        if _started(job):
             return
         for p in job.group["params"]:
             if begun(job.state.get(p)):  # made without a step, perhaps for others than those that step now
@@ -83,7 +83,7 @@ class Whole:
     @staticmethod
     def plan(job: Job) -> None:
         """Ask for all that the step of a group needs to know, and change nothing."""
-        members = _members(job)
+        members = _present(job)
         n = sum(p.numel() for p in members)
         if n:
             forms_of(job.recipe, (), (n,), members[0].is_complex())
@@ -99,28 +99,32 @@ class Whole:
         return job.forms[size]
 
     def wrong(self, job: Job) -> Iterator[tuple[str, str]]:
-        """What is wrong with the state of parameters."""
-        for name, p in job.named:
-            if begun(job.state.get(p)):
-                yield name, wrong_counter(job.tempo, job.state[p])
-        if not _known(job):
-            return
+        """What is wrong with the state of parameters, if anything."""
         members = [(name, p) for name, p in job.named if begun(job.state.get(p))]
+        for name, p in members:
+            yield name, wrong_counter(job.tempo, job.state[p])
+        if not _started(job):
+            return
         there = {id(p) for _, p in members}
         yield from ((name, LATE) for name, p in job.named if p.grad is not None and id(p) not in there)
         for name, p in members:
             yield name, wrong_tensors(p, job.state[p], self.forms(job, p), p.device)
 
 
-def _known(job: Job) -> list[Tensor]:
-    """All that the preconditioner began with. State that was made without a step is no beginning."""
-    entries = ((p, job.state.get(p)) for p in job.group["params"])
-    return [p for p, entry in entries if begun(entry) and int(entry["step"])]
+def _started(job: Job) -> bool:
+    """Has the preconditioner begun? State that was made without a step is no beginning."""
+    entries = (job.state.get(p) for p in job.group["params"])
+    return any(int(entry["step"]) for entry in entries if begun(entry))
+
+
+def _present(job: Job) -> list[Tensor]:
+    """All that the preconditioner began with, or begins with now."""
+    return [p for p in job.group["params"] if begun(job.state.get(p))] if _started(job) else job.params
 
 
 def _members(job: Job) -> list[Tensor]:
-    """All that the preconditioner began with, or begins with now, in the order of their names."""
-    present = {id(p) for p in _known(job) or job.params}
+    """The same in the order of their names."""
+    present = {id(p) for p in _present(job)}
     return [p for _, p in sorted(job.named, key=lambda named: _by_part(named[0])) if id(p) in present]
 
 

@@ -357,7 +357,9 @@ def closure_that_raises(t: Trial) -> None:
 
 def pairs_that_are_none(t: Trial) -> None:
     t.gradients()
-    pairs = {"Hvp": [torch.ones(2)], "vector": [torch.ones(2)], "update_preconditioner": True}
+    whole = [torch.ones_like(p) for p in t.params]
+    turn = t.pick(lambda x: x.to_sparse(), lambda x: x.to(torch.complex64), lambda x: x.to("meta"))
+    pairs = {"Hvp": whole, "vector": [*whole[:3], turn(whole[3])], "update_preconditioner": True}
     t.attempt(lambda: t.optimizer.step(**t.pick(pairs, {"Hvp": []}, {**pairs, "vector": 5})), bad=True)
 
 

@@ -211,7 +211,8 @@ class PSGD(torch.optim.Optimizer):
             what the closure returned; None without one.
 
         Raises:
-            ValueError: for products that do not go with the parameters.
+            ValueError: for products that do not go with the parameters; for a value in a group, or of a schedule, that
+                the constructor refuses.
             RuntimeError: for gradients that are sparse or of another shape than their parameter; for a closure that
                 does not return a loss where one is needed.
             FloatingPointError: for gradients that are not finite, as `nonfinite` and `max_skips` say.
@@ -225,6 +226,8 @@ class PSGD(torch.optim.Optimizer):
         jobs, named = self._jobs(), self._all_named()
         newton = any(job.recipe.newton for job in jobs)
         pairs = Pairs.given(type(self).__name__, named, **given)
+        if pairs is not None:
+            self._check_pairs(pairs, named)
         loss, lent = None, list[Tensor]()
         if closure is not None and newton and pairs is None:
             loss, pairs = self._differentiated(closure, jobs, named)
@@ -384,6 +387,18 @@ class PSGD(torch.optim.Optimizer):
                 )
             if not g.is_floating_point() and not (g.is_complex() and p.is_complex()):
                 raise RuntimeError(f"{cls}: {name} is {p.dtype}, its gradient {g.dtype}; give one of its own dtype")
+
+    def _check_pairs(self, pairs: Pairs, named: list[tuple[str, Tensor]]) -> None:
+        """Can each parameter be fitted to the pair that was given for it?"""
+        cls = type(self).__name__
+        for name, p in named:
+            pair = pairs.by_parameter[id(p)] if p.requires_grad or p.grad is not None else ()
+            for what, x in zip(("vector", "Hvp"), pair, strict=False):
+                if x.layout != torch.strided or x.device != p.device or (x.is_complex() and not p.is_complex()):
+                    raise ValueError(
+                        f"{cls}: {what} of {name} is {x.dtype}, {x.layout}, on {x.device}; give a dense tensor such as "
+                        f"the parameter, which is {p.dtype} on {p.device}"
+                    )
 
     def _check_state(self, job: Job) -> None:
         """Is the state that there is that of the parameters?"""
