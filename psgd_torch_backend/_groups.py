@@ -135,24 +135,24 @@ def missing(method: type[Method], group: Group) -> str:
     return next((name for name in ("params", *known(method)) if name not in group), "")
 
 
-@lru_cache(maxsize=256)
-def _check_rate(method: type[Method], name: str, value: float) -> None:
-    """The same value is in most groups, and at most steps."""
-    checked(method.name, keys(method)[name], value, name)
+# The same value is in most groups, and at most steps.
+_check_rate = lru_cache(maxsize=256)(checked)
 
 
 def check_rates(method: type[Method], group: Group) -> None:
     """The numbers of a group that may change at every step. Of tensors elsewhere than on a CPU the form alone is seen:
     to read their numbers is to wait for the device.
     """
-    for name in ("lr", "weight_decay"):
-        value = group[name]
+    for f in fields(method):
+        if f.name not in ("lr", "weight_decay"):
+            continue
+        value = group[f.name]
         if isinstance(value, Tensor) and value.device.type != "cpu":
             value = torch.zeros(value.shape, dtype=value.dtype, device="cpu")
         if type(value) is float:
-            _check_rate(method, name, value)
+            _check_rate(method.name, f, value)
         else:
-            checked(method.name, keys(method)[name], _number(method.name, name, value), name)
+            checked(method.name, f, _number(method.name, f.name, value))
     for name in SKIPS:
         count = group.get(name, 0)
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:

@@ -566,7 +566,9 @@ class PSGD(torch.optim.Optimizer):
                 raise ValueError(f"{cls}: the state dict is of another optimizer, it {what}; nothing was loaded")
             # Some writers make lists of tuples, and functions are not saved.
             given = {k: tuple(v) if k in names and isinstance(v, list) else v for k, v in given.items()}
-            kept = {k: v for k, v in own.items() if k in names or k in groups.SKIPS or callable(v)}
+            given = {k: v for k, v in given.items() if k != "param_names" or v is not None}
+            stays = names | {"param_names", *groups.SKIPS}
+            kept = {k: v for k, v in own.items() if k in stays or callable(v)}
             loaded.append(kept | given)
         return loaded
 

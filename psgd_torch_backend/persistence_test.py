@@ -784,6 +784,19 @@ def test_spoilt_state_is_refused(name: str, spoil: Callable[[dict[str, Any]], No
     assert_refused(optimizer, model, saved, r"v\b", text)
 
 
+@pytest.mark.contract("state: of others")
+def test_a_parameter_is_named_as_either_side_names_it():
+    model, made = model_of(), CLASSES["kron"]
+    optimizer = made(model.parameters())
+    train(model, optimizer, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1] = None
+    assert_refused(optimizer, model, saved, "parameter 1 has NoneType for its state")
+    named = made(model.named_parameters())
+    train(model, named, 3)
+    assert_refused(named, model, saved, "Kron: v has NoneType for its state")
+
+
 OF_TORCH = {
     "AdamW": torch.optim.AdamW,
     "SGD": lambda params: torch.optim.SGD(params, momentum=0.9),
