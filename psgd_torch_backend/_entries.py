@@ -100,5 +100,6 @@ def _misfit(p: Tensor, kind: str, key: str, x: Any, form: Form, device: torch.de
     if x.dtype not in dtypes or x.layout != torch.strided:
         numbers = "complex" if dtypes is COMPLEX else "real floating-point"
         return f"has a {name} in its state that is no dense tensor of {numbers} numbers, but {x.dtype}, {x.layout}"
-    found = f"where {name} has shape {tuple(x.shape)}, not {tuple(shape)}"
-    return f"has shape {tuple(p.shape)}, its state belongs to another ({found})"
+    needed = f"factors {kind} of shapes such as" if key else f"a {kind} of shape"
+    found = f"{tuple(shape)}, its {name} there has {tuple(x.shape)}"
+    return f"has shape {tuple(p.shape)}, its state belongs to another: it needs {needed} {found}"
