@@ -41,7 +41,7 @@ CONTRACTS = {
     "torch: distributed data": "every rank draws the same noise; ZeroRedundancyOptimizer trains as one process does",
     "torch: flags": "maximize ascends; flags that would not be honest are absent",
     "torch: tensor lr": "a tensor of one element is a learning rate, followed when it is filled",
-    "torch: kinds of parameters": "complex ones as each method says; sparse and whole-number ones are refused by name",
+    "torch: kinds of parameters": "complex ones as each method says; sparse ones are refused by name; frozen ones stay",
     "torch: gradients": "are read only; any strides do",
     "torch: mixed precision": "autocast and GradScaler work as with any optimizer",
     "torch: silence": "nothing is printed, warned of at each step, or switched for the process",

@@ -190,11 +190,11 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "torch: noise of the next step",
         _each.Each.__call__,
-        "host_plan(tempo, age, since)",
-        "host_plan(tempo, age + 1, since)._replace(fit=True)",
+        "job.plan_at(age, since)",
+        "job.plan_at(age + 1, since)._replace(fit=True)",
         LOCKED,
     ),
-    Fault("torch: decay forgotten", _each.Each._batch, 'group["weight_decay"]', "0.0", LOCKED),
+    Fault("torch: decay forgotten", _each.Each._batch, "rates(group)", '[group["lr"], 0.0]', LOCKED),
     Fault("torch: change of another tensor", _each.Each._batch, "change.unbind()", "change.unbind()[::-1]", LOCKED),
     Fault("torch: state of another tensor", _state.write, "unbind_copy(source,", "unbind_copy(source.flip(0),", LOCKED),
     Fault(

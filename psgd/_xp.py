@@ -99,7 +99,7 @@ def largest(x: Array) -> Array:
 
 
 def in_units(x: Array, scale: Any = 1.0) -> tuple[Array, Array, Array]:
-    """y = scale x / c, which products with large factors leave among the floats; c = max(max|scale x|, 1); max|scale x|.
+    """y = scale x / c, which products with large factors leave among the floats; c = max(|scale x|, 1); max|scale x|.
 
     At the end of the floats y is above 1: the inverse of a larger c is subnormal, which some devices take for zero.
     """

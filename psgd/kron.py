@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, prod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from psgd import thin
 from psgd._xp import cast, eps, identity, lifted_dtype, make, namespace, number, real, shrinkage, times, tiny
@@ -200,6 +200,8 @@ class Kronecker:
     split: the first scale is shared between the factors of a tensor (see `rescaled`).
     keep_p: is P kept between steps, and not only its factors Q?
     """
+
+    may_vanish: ClassVar[tuple[int, ...]] = ()  # a factor that is zero stays zero, and so does the step
 
     geometry: Geometry
     dense: DenseRule = DenseRule()

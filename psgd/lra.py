@@ -154,6 +154,7 @@ class LRA:
     """
 
     equation: ClassVar[str] = "P = Q^T Q,  Q = (I + U V^T) diag(d)"
+    may_vanish: ClassVar[tuple[int, ...]] = (0, 1)  # the factors that may be zero and fit again
 
     rank: int
     normaliser: Normaliser = RUNNING

@@ -519,21 +519,26 @@ def directed(
 ) -> Array:
     """The direction u of a parameter, from its factors and its averaged gradient.
 
-    Without bounds, an entry so near the end of the floats that a million of its kind would pass it is left out.
-
     units: the average `in_units`, where that is known.
     """
     if recipe.clip.is_bound:
         g, unit, _ = in_units(smooth, scale_of(recipe, plan)) if units is None else units
-        u = recipe.clip(preconditioned(recipe, factors, g), recipe.gain, cast(unit, lifted_dtype(unit)))
     else:
-        scale = scale_of(recipe, plan)
-        u = preconditioned(recipe, factors, smooth)
-        u = u if isinstance(scale, float) and scale == 1 else times(u, number(scale, u))
-        xp = namespace(u)
-        fits = xp.abs(u) < float(xp.finfo(u.dtype).max) * 2.0**-20
-        u = recipe.clip(xp.where(fits, u, xp.zeros_like(u)), recipe.gain)
-    return laid_back(recipe, u, tuple(smooth.shape))
+        g, unit = smooth, scale_of(recipe, plan)
+    return laid_back(recipe, limited(recipe, preconditioned(recipe, factors, g), unit), tuple(smooth.shape))
+
+
+def limited(recipe: Recipe, u: Array, unit: Number) -> Array:
+    """A direction that comes in units, within the bounds of the recipe.
+
+    Without bounds, an entry so near the end of the floats that a million of its kind would pass it is left out.
+    """
+    if recipe.clip.is_bound:
+        return recipe.clip(u, recipe.gain, cast(unit, lifted_dtype(unit)))
+    xp = namespace(u)
+    u = u if isinstance(unit, float) and unit == 1 else times(u, number(unit, u))
+    fits = xp.abs(u) < float(xp.finfo(u.dtype).max) * 2.0**-20
+    return recipe.clip(xp.where(fits, u, xp.zeros_like(u)), recipe.gain)
 
 
 def averaged(memory: Memory, g: Array, m: Array | None) -> tuple[Array | None, Array]:

@@ -48,6 +48,7 @@ class XShaped:
     """Q = diag(a) + adiag(b); see the module. Keeps `Q` = (a, b), each (n,), and no bounds."""
 
     equation: ClassVar[str] = "P = Q^T Q,  Q = diag(a) + adiag(b)"
+    may_vanish: ClassVar[tuple[int, ...]] = (1,)  # the factor that may be zero and fits again
 
     normaliser: Callable[[Tensor, Tensor, Tensor, Tensor], Steps] = by_terms
 

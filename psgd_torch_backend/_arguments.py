@@ -56,12 +56,16 @@ OTHERS = {
 }
 RAISES = {
     "ValueError": "for an argument that is out of range or unknown, also as the key of a group where it is misspelt.",
-    "TypeError": "for parameters that the method does not take, such as whole numbers or DTensors; for more arguments "
-    "by position than have a place.",
+    "TypeError": "for parameters that the method does not take, such as sparse ones or DTensors, unless they are "
+    "frozen; for more arguments by position than have a place.",
     "RuntimeError": "from `step`, for gradients that are sparse or of another shape than their parameter.",
     "FloatingPointError": "from `step`, for gradients that are not finite, as `nonfinite` and `max_skips` say.",
 }
-NOTE = "State and parameters stay as they were where there is an error."
+NOTE = (
+    "State and parameters stay as they were where there is an error. Groups are checked at every step as they are\n"
+    "here; frozen parameters may be of any kind. foreach, fused, capturable and differentiable, as torch's own\n"
+    "optimizers have them, are taken where they are None or False, and have no effect."
+)
 EXAMPLE = """\
 >>> import torch
 >>> from psgd_torch_backend import {name}

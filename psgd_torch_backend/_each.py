@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -9,11 +10,21 @@ import torch
 from torch import Tensor
 
 from psgd import pipeline
-from psgd.arrays import Factors
-from psgd.pipeline import State, leaves, rebuilt
+from psgd.pipeline import State, Tempo, leaves, rebuilt
+from psgd_torch_backend._entries import Forms, forms_of, wrong_counter, wrong_tensors
 from psgd_torch_backend._noise import Draws
 from psgd_torch_backend._passes import Passes, suited
-from psgd_torch_backend._state import columns, new_counters, parted, stacked, to_entry, to_state, unscaled, write
+from psgd_torch_backend._state import (
+    begun,
+    columns,
+    new_counters,
+    parted,
+    stacked,
+    to_entry,
+    to_state,
+    unscaled,
+    write,
+)
 from psgd_torch_backend._step import (
     Held,
     Job,
@@ -21,9 +32,9 @@ from psgd_torch_backend._step import (
     as_tensors,
     follow,
     gradient_of,
-    host_plan,
     is_true,
     on_device,
+    rates,
     waits,
 )
 
@@ -49,10 +60,8 @@ class Each:
     def __call__(self, job: Job) -> list[Held]:
         """Step a group; what must wait for the directions of all others comes back."""
         tempo, pairs = job.tempo, job.pairs
+        self.begin(job)
         for p in job.params:
-            entry = job.state[p]
-            if "Q" not in entry:
-                entry.update({**new_counters(tempo), **to_entry(_fresh(job, p))})
             follow(job, p)
         silent = _scale(job) if job.method.start_scale() is None else set()
         if pairs is None or not tempo.counts:
@@ -63,7 +72,7 @@ class Each:
         for (age, since, *_), bucket in sorted(_buckets(job).items(), key=lambda item: -item[1][0].numel()):
             when = age, since, bucket[0].device
             if when not in plans:
-                plan = host_plan(tempo, age, since)
+                plan = job.plan_at(age, since)
                 plan = on_device(plan if pairs is None else plan._replace(fit=pairs.fit), bucket[0].device)
                 plans[when] = plan, Draws(plan.key)
             plan, draws = plans[when]
@@ -75,20 +84,33 @@ class Each:
         return waiting
 
     @staticmethod
-    def shapes(job: Job, p: Tensor) -> list[tuple[int, ...]]:
-        """The shapes of a parameter's factors."""
-        kind = p.shape, id(p) in job.layered
-        if kind not in job.shapes:
-            layers, shape = parted(p, kind[1])
-            job.shapes[kind] = [(*layers, *q) for q in job.recipe.preconditioner.shapes(job.recipe.layout(shape))]
-        return job.shapes[kind]
+    def begin(job: Job) -> None:
+        """The first state of parameters that have none."""
+        for p in job.params:
+            if not begun(job.state.get(p)):
+                job.state[p].update({**new_counters(job.tempo), **to_entry(_fresh(job, p))})
 
-    def checked(self, job: Job, p: Tensor) -> str:
-        """What is wrong with a parameter's state, if anything."""
-        factors = job.state.get(p, {}).get("Q")
-        if factors is None or [q.shape for q in factors.values()] == self.shapes(job, p):
-            return ""
-        return f"shape {tuple(p.shape)}, its state belongs to another; delete optimizer.state[p]"
+    @staticmethod
+    def plan(job: Job) -> None:
+        """Ask for all that the step of a group needs to know, and change nothing."""
+        for p in job.params:
+            job.plan_at(*_next(job.state.get(p), job.tempo))
+
+    @staticmethod
+    def forms(job: Job, p: Tensor) -> Forms:
+        """The forms of a parameter's factors."""
+        kind = p.shape, id(p) in job.layered, p.is_complex()
+        if kind not in job.forms:
+            job.forms[kind] = forms_of(job.recipe, *parted(p, kind[1]), kind[2])
+        return job.forms[kind]
+
+    def wrong(self, job: Job) -> Iterator[tuple[str, str]]:
+        """What is wrong with the state of parameters: of all with the counters, of those that step with the rest."""
+        for name, p in job.named:
+            entry = job.state.get(p)
+            if begun(entry):
+                yield name, wrong_counter(job.tempo, entry)
+                yield name, "" if p.grad is None else wrong_tensors(p, entry, self.forms(job, p), p.device)
 
     def _step(self, job: Job, plan: pipeline.Plan, draws: Draws, bucket: list[Tensor]) -> list[Held]:
         """Step parameters of one shape, or the layers of one parameter, in batches if the group says so."""
@@ -121,7 +143,7 @@ class Each:
     ) -> list[Held]:
         """Step tensors of one shape together, compiled as the group says and as suits them."""
         group, recipe = job.group, job.recipe
-        numbers, mode = [group["lr"], group["weight_decay"]], group["compile"]
+        numbers, mode = rates(group), group["compile"]
         wholly = mode == "whole" or (mode and targets[0].device.type != "cpu")
         momenta = apart(state.momentum) if many and state.momentum is not None else [state.momentum] * len(targets)
         passing = mode and not wholly and suited(recipe, [*apart(targets), *apart(gradients), *momenta])
@@ -214,6 +236,13 @@ def _scale(job: Job) -> set[int]:
         else:
             write(state, pipeline.rescaled(recipe, state, scale))
     return set()
+
+
+def _next(entry: Any, tempo: Tempo) -> tuple[int, int | None]:
+    """What the counters of a parameter come to."""
+    if not begun(entry):
+        return 1, 1 if tempo.counts else None
+    return int(entry["step"]) + 1, int(entry["since"]) + 1 if "since" in entry else None
 
 
 def _buckets(job: Job) -> dict[tuple[Any, ...], list[Tensor]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
-from dataclasses import Field, fields
-from functools import cache
-from math import prod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import Field, dataclass, fields
+from functools import cache, lru_cache
+from math import inf, nan, prod
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from psgd._xp import is_array
 from psgd.calls import by_name, checked_policy, is_count
-from psgd.methods import Method, checked, group_key, plain
+from psgd.methods import Method, checked, group_key, outside, plain
 from psgd.naming import nearest, shown, unknown
+from psgd.schedule import Annealed
 from psgd_torch_backend._arguments import ADAPTER_DEFAULTS
 from psgd_torch_backend._step import Group
 
@@ -26,6 +28,13 @@ OF_TORCH = frozenset(
 )
 # What other packages are known to keep in groups, spelt as if it were a hyperparameter: timm, mmengine, Muon, ...
 OF_OTHERS = frozenset(["lr_scale", "lr_mult", "decay_mult", "use_muon", "name", "type"])
+# Of the constructors of torch's own optimizers: implementations of which here is one, and why.
+SWITCHES = {
+    "foreach": "parameters of equal shape step together anyway (stack=True)",
+    "fused": "here compile=True is what fuses passes over memory",
+    "capturable": "since the host decides at each step whether to fit",
+    "differentiable": "since a step is not recorded for differentiation",
+}
 
 
 @cache
@@ -88,6 +97,16 @@ def method_of(method: type[Method], given: Group) -> Method:
     return method(**values)
 
 
+def drop_switches(owner: str, given: Group) -> None:
+    """Take out the arguments of torch's own optimizers that choose between implementations, where they choose none."""
+    for name in [name for name in SWITCHES if name in given]:
+        value = given.pop(name)
+        if value is not None and value is not False:
+            raise ValueError(
+                f"{owner}: {name}={value!r} would have no effect, {SWITCHES[name]}; leave it out, or give False"
+            )
+
+
 def complete(owner: str, method: type[Method], given: Group) -> Group:
     """Given hyperparameters, checked, with the defaults of the others, under their keys."""
     flags = {name: given.get(name, default) for name, default in ADAPTER_DEFAULTS.items()}
@@ -109,6 +128,78 @@ def complete(owner: str, method: type[Method], given: Group) -> Group:
     dense = {name: x for name, x in tensors.items() if x.layout == torch.strided}
     tensors = {name: x.reshape(()) if x.ndim else x for name, x in dense.items()}  # of axes of length one, a view
     return {key: _plain(getattr(made, f.name)) for key, f in keys(method).items()} | tensors | flags
+
+
+def missing(method: type[Method], group: Group) -> str:
+    """A key of ours that a group has lost, or ""."""
+    return next((name for name in ("params", *known(method)) if name not in group), "")
+
+
+# The same value is in most groups, and at most steps.
+_check_rate = lru_cache(maxsize=256)(checked)
+
+
+def check_rates(method: type[Method], group: Group) -> None:
+    """The numbers of a group that may change at every step. Of tensors elsewhere than on a CPU the form alone is seen:
+    to read their numbers is to wait for the device.
+    """
+    for f in fields(method):
+        if f.name not in ("lr", "weight_decay"):
+            continue
+        value = group[f.name]
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            value = torch.zeros(value.shape, dtype=value.dtype, device="cpu")
+        if type(value) is float:
+            _check_rate(method.name, f, value)
+        else:
+            checked(method.name, f, _number(method.name, f.name, value))
+    for name in SKIPS:
+        count = group.get(name, 0)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise ValueError(f"{method.name}: {name}={count!r} must be a whole number, not below 0; set it to 0")
+
+
+def key_of(values: Iterable[Any]) -> Any:
+    """What hyperparameters may be remembered by; None where one of them may change without becoming another object."""
+    values = tuple(values)
+    key = tuple(map(type, values)), values  # for True is 1
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return None if any(isinstance(x, Tensor) for x in values) else key
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A schedule that was given for a number: a function of the step, which may return anything."""
+
+    owner: str
+    name: str
+    within: str
+    schedule: Callable[[Any], Any]
+
+    def __call__(self, step: Any) -> float:
+        value = self.schedule(step)
+        number = value.item() if hasattr(value, "item") and prod(value.shape) == 1 else value
+        within = f"[{self.within[1:]}"  # at a step it may be 0, which it may not be at all of them
+        try:
+            number = float(number) if isinstance(number, Real) else nan
+        except OverflowError:
+            number = inf
+        if outside(number, within):
+            shown = " ".join(f"{value!r}".split())
+            raise ValueError(f"{self.owner}: {self.name} gives {shown} at step {step:g}, not a number in {within}")
+        return number
+
+
+def watched(method: type[Method], given: Group) -> Group:
+    """Hyperparameters, with a look at what functions of the step return."""
+    own = keys(method)
+    return {
+        k: Watched(method.name, k, own[k].metadata["within"], v) if callable(v) and not isinstance(v, Annealed) else v
+        for k, v in given.items()
+    }
 
 
 def sorted_out(method: type[Method], group: Group) -> tuple[Group, Group]:

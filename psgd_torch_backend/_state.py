@@ -7,7 +7,7 @@ one call: a step stacks their state, as much at a time as it takes, and writes t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -18,6 +18,11 @@ from psgd_torch_backend.hessian import Pairs
 Entry = dict[str, Any]  # {"step": ..., "momentum": ..., "Q": {"0": ...}, "L": {"0": ...}}, and "P" where it is kept
 COUNTERS = ("step", "since")
 COUNTER_BYTES = 8  # int64, on the host
+
+
+def begun(entry: Any) -> TypeGuard[Entry]:
+    """Has a parameter state of ours? Others may keep theirs in its entry before we do."""
+    return isinstance(entry, dict) and "Q" in entry
 
 
 def new_counters(tempo: Tempo) -> Entry:

@@ -18,8 +18,9 @@ from psgd import noise, pipeline
 from psgd._xp import real_dtype
 from psgd.methods import Method
 from psgd.pipeline import Plan, Recipe, State, Tempo, leaves, rebuilt
+from psgd_torch_backend._entries import Forms
 from psgd_torch_backend._noise import Opaque
-from psgd_torch_backend._state import age, to_entry, to_state
+from psgd_torch_backend._state import age, begun, to_entry, to_state
 from psgd_torch_backend.hessian import Pairs
 
 Step = Callable[..., tuple[Tensor, State]]
@@ -28,8 +29,8 @@ Group = dict[str, Any]
 
 class Job(NamedTuple):
     """A group in a step: its method, the state of all parameters, its own with their names, those of them that stack
-    layers (by identity), those that have a gradient, the pairs of this step, and the shapes of factors by those of
-    parameters, as far as they were asked for.
+    layers (by identity), those that have a gradient, the pairs of this step; and the forms of factors by the shapes of
+    parameters, and plans by the counters of parameters, as far as they were asked for.
     """
 
     group: Group
@@ -41,7 +42,8 @@ class Job(NamedTuple):
     layered: set[int]
     params: list[Tensor]
     pairs: Pairs | None
-    shapes: dict[Any, list[tuple[int, ...]]]
+    forms: dict[Any, Forms]
+    plans: dict[Any, Plan]
 
     def _read(self, p: Tensor) -> list[Tensor]:
         """What a step reads of a parameter: its gradient, and the pair it fits to."""
@@ -59,9 +61,18 @@ class Job(NamedTuple):
 
     def plan(self) -> Plan:
         """The plan of the group's next step."""
-        steps, since = age([self.state[p] for p in self.group["params"] if self.state.get(p)])
-        plan = host_plan(self.tempo, steps + 1, None if since is None else since + 1)
+        steps, since = age([self.state[p] for p in self.group["params"] if begun(self.state.get(p))])
+        plan = self.plan_at(steps + 1, None if since is None else since + 1)
         return plan if self.pairs is None else plan._replace(fit=self.pairs.fit)
+
+    def plan_at(self, step: int, since: int | None) -> Plan:
+        """The plan of a step, asked for before anything changes, and then again: what it may raise, it raises then."""
+        when = step, since
+        if step < 1:
+            raise ValueError(f"a counter 'step' of the state is {step - 1}; load a state dict, or delete that state")
+        if when not in self.plans:
+            self.plans[when] = host_plan(self.tempo, *when)
+        return self.plans[when]
 
 
 @lru_cache(maxsize=64)
@@ -96,11 +107,18 @@ def follow(job: Job, p: Tensor) -> None:
 
 def waits(job: Job, silent: Collection[int]) -> Job:
     """The job without parameters that have nothing to begin with: nothing of them is counted, and they only decay."""
-    decay = job.group["weight_decay"] if job.recipe.decoupled else 0.0
+    lr, decay = rates(job.group)
     for p in job.params:
         if id(p) in silent:
-            p.add_(pipeline.displacement(p, torch.zeros_like(p), job.group["lr"], decay))
+            decayed = decay if job.recipe.decoupled else 0.0
+            p.add_(pipeline.displacement(p, torch.zeros_like(p), lr, decayed))
     return job._replace(params=[p for p in job.params if id(p) not in silent])
+
+
+def rates(group: Group) -> list[Any]:
+    """Learning rate and weight decay; a tensor that holds one, whatever its shape, as a 0-d one."""
+    numbers = group["lr"], group["weight_decay"]
+    return [x.reshape(()) if isinstance(x, Tensor) else x for x in numbers]
 
 
 def take(waiting: Sequence[Held]) -> None:
@@ -113,7 +131,7 @@ def take(waiting: Sequence[Held]) -> None:
         factor = None if held.trust is None else pipeline.trust(held.trust, near)
         for p, u in zip(held.targets, held.directions, strict=True):
             u = u if factor is None else u * factor.to(u.device, real_dtype(u))
-            p.add_(pipeline.displacement(p, u, held.group["lr"], held.group["weight_decay"]))
+            p.add_(pipeline.displacement(p, u, *rates(held.group)))
 
 
 def sharded(p: Tensor) -> str:

@@ -6,18 +6,21 @@ gradient of zero, and stays where it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from psgd import noise, pipeline
 from psgd.arrays import Factors
+from psgd_torch_backend._entries import OURS, Forms, forms_of, rows_of, wrong_counter, wrong_tensors
 from psgd_torch_backend._noise import Draws
-from psgd_torch_backend._state import gathered, new_counters, scatter, to_entry, unscaled
-from psgd_torch_backend._step import Held, Job, Steps, as_tensors, follow, is_true, on_device, waits
+from psgd_torch_backend._state import begun, gathered, new_counters, scatter, to_entry, unscaled
+from psgd_torch_backend._step import Held, Job, Steps, as_tensors, follow, is_true, on_device, rates, waits
 
 LATE = (
-    "its first gradient after the first step; one preconditioner is for all parameters, so all must have one from the "
-    "start, or groups of their own"
+    "has its first gradient after the first step; one preconditioner is for all parameters, so all must have one from "
+    "the start, or groups of their own"
 )
 
 
@@ -33,8 +36,7 @@ class Whole:
         n = sum(p.numel() for p in members)
         if not n:
             return []
-        if not job.state.get(members[0]):
-            _start(job, members)
+        self.begin(job)
         for p in members:
             follow(job, p)
         entries = [job.state[p] for p in members]
@@ -56,7 +58,7 @@ class Whole:
                 return []
             plan = plan._replace(fit=plan.fit and known)
             state = pipeline.rescaled(recipe, state, scale)
-        on, numbers = on_device(plan, g.device), [group["lr"], group["weight_decay"]]
+        on, numbers = on_device(plan, g.device), rates(group)
         if group["compile"]:
             on, *numbers = as_tensors(on, *numbers)
         step = self.steps.of(recipe, False, (n,) if group["compile"] else None)
@@ -71,27 +73,63 @@ class Whole:
         return [Held(group, job.tempo.trust if recipe.trusted else None, *map(list, zip(*moved, strict=True)))]
 
     @staticmethod
-    def shapes(job: Job, p: Tensor) -> list[tuple[int, ...]]:
-        """The shapes of a parameter's rows of the factors."""
-        n = sum(x.numel() for x in job.group["params"])
-        return [(p.numel(), *q[1:]) for q in job.recipe.preconditioner.shapes((n,))]
+    def begin(job: Job) -> None:
+        """The first state of all parameters, unless they have stepped."""
+        if _started(job):
+            return
+        for p in job.group["params"]:
+            if begun(job.state.get(p)):  # made without a step, perhaps for others than those that step now
+                for name in OURS & job.state[p].keys():
+                    del job.state[p][name]
+        members = _members(job)
+        if sum(p.numel() for p in members):
+            _start(job, members)
 
     @staticmethod
-    def checked(job: Job, p: Tensor) -> str:
-        """What is wrong with a parameter's state, if anything."""
-        entry = job.state.get(p)
-        if not entry:
-            late = any(job.state.get(q) for q in job.group["params"])
-            return LATE if late else ""
-        if len(entry["Q"]["0"]) == p.numel() and entry.get("momentum", p).shape == p.shape:
-            return ""
-        return f"shape {tuple(p.shape)}, its state belongs to another; delete optimizer.state[p]"
+    def plan(job: Job) -> None:
+        """Ask for all that the step of a group needs to know, and change nothing."""
+        members = _present(job)
+        n = sum(p.numel() for p in members)
+        if n:
+            forms_of(job.recipe, (), (n,), members[0].is_complex())
+            job.plan()
+
+    @staticmethod
+    def forms(job: Job, p: Tensor) -> Forms:
+        """The forms of a member's rows of the factors, and of the bounds."""
+        size = p.numel()
+        if size not in job.forms:
+            n = sum(q.numel() for q in job.group["params"] if begun(job.state.get(q)))
+            job.forms[size] = rows_of(job.recipe, n, size, p.is_complex())
+        return job.forms[size]
+
+    def wrong(self, job: Job) -> Iterator[tuple[str, str]]:
+        """What is wrong with the state of parameters, if anything."""
+        members = [(name, p) for name, p in job.named if begun(job.state.get(p))]
+        for name, p in members:
+            yield name, wrong_counter(job.tempo, job.state[p])
+        if not _started(job):
+            return
+        there = {id(p) for _, p in members}
+        yield from ((name, LATE) for name, p in job.named if p.grad is not None and id(p) not in there)
+        for name, p in members:
+            yield name, wrong_tensors(p, job.state[p], self.forms(job, p), p.device)
+
+
+def _started(job: Job) -> bool:
+    """Has the preconditioner begun? State that was made without a step is no beginning."""
+    entries = (job.state.get(p) for p in job.group["params"])
+    return any(int(entry["step"]) for entry in entries if begun(entry))
+
+
+def _present(job: Job) -> list[Tensor]:
+    """All that the preconditioner began with, or begins with now."""
+    return [p for p in job.group["params"] if begun(job.state.get(p))] if _started(job) else job.params
 
 
 def _members(job: Job) -> list[Tensor]:
-    """All that the preconditioner began with, or begins with now, in the order of their names."""
-    known = [p for p in job.group["params"] if job.state.get(p)]
-    present = {id(p) for p in known or job.params}
+    """The same in the order of their names."""
+    present = {id(p) for p in _present(job)}
     return [p for _, p in sorted(job.named, key=lambda named: _by_part(named[0])) if id(p) in present]
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from psgd.methods import METHODS
 from psgd_torch_backend import PSGD, Affine, Kron, KronWhiten, LowRankApproximation, LRAWhiten, Procrustes, XMat
-from psgd_torch_backend._groups import ADAPTER_DEFAULTS, SKIPS, of_torchs_optimizers, renamed
+from psgd_torch_backend._groups import ADAPTER_DEFAULTS, SKIPS, SWITCHES, of_torchs_optimizers, renamed
 from psgd_torch_backend.optimizer_test import CLASSES, assert_untouched, equal, of_rank, parameters, run
 
 RENAMED = {name: made for name, made in CLASSES.items() if renamed(made.method)}
@@ -132,6 +132,108 @@ def test_a_function_that_others_keep_is_not_saved_and_stays():
     assert "schedule" not in saved["param_groups"][0]
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["schedule"] is abs
+
+
+@pytest.mark.contract("torch: flags")
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switches_of_torchs_optimizers_are_taken_where_they_are_off(optimizer_class: type[PSGD], name: str):
+    """As programs pass them to every optimizer; in a group they are another's."""
+    for off in (None, False):
+        assert optimizer_class(parameters((2,)), **{name: off}).defaults.keys().isdisjoint(SWITCHES)
+    with pytest.raises(
+        ValueError, match=f"^{optimizer_class.__name__}: {name}=True would have no effect, .*; leave it out"
+    ):
+        optimizer_class(parameters((2,)), **{name: True})
+    assert optimizer_class([{"params": parameters((2,)), name: True}]).param_groups[0][name] is True
+
+
+# ---- values that are edited between steps ---------------------------------------------------
+def two_groups(optimizer_class: type[PSGD], **second: Any) -> tuple[list[nn.Parameter], PSGD]:
+    """After two steps."""
+    params = parameters((4, 3), (5,))
+    groups = [{"params": [("a", params[0])]}, {"params": [("b", params[1])], **second}]
+    optimizer = optimizer_class(groups, lr=0.01, **of_rank(optimizer_class, 2))
+    run(optimizer, params, range(2))
+    return params, optimizer
+
+
+def refused_at_the_step(
+    optimizer: PSGD, params: list[nn.Parameter], text: str, error: type[Exception] = ValueError
+) -> None:
+    """In one sentence; the first group has not moved either."""
+    before = copy.deepcopy(params), str(optimizer.state)
+    with pytest.raises(error, match=text) as caught:
+        run(optimizer, params, range(2, 3))
+    assert "\n" not in str(caught.value)
+    assert equal(params, before[0]) and str(optimizer.state) == before[1]
+
+
+RATES = [float("nan"), -1.0, [0.1], None, "0.1", torch.tensor([0.0, 1.0]), torch.tensor(float("inf")), True]
+
+
+@pytest.mark.contract("input: numbers")
+def test_a_rate_that_is_spoilt_in_the_second_group_moves_nothing(optimizer_class: type[PSGD]):
+    params, optimizer = two_groups(optimizer_class)
+    for name in ("lr", "weight_decay"):
+        for value in RATES:
+            kept, optimizer.param_groups[1][name] = optimizer.param_groups[1][name], value
+            refused_at_the_step(
+                optimizer, params, rf"{optimizer_class.method.name}.* {name}\b.* \(in param_groups\[1\]\)$"
+            )
+            optimizer.param_groups[1][name] = kept
+    run(optimizer, params, range(2, 3))
+
+
+def schedule_of_errors(step: float) -> float:
+    raise ArithmeticError("no rate")
+
+
+SCHEDULED = [(made, f.name) for made in CLASSES.values() for f in fields(made.method) if f.metadata["scheduled"]]
+
+
+@pytest.mark.contract("input: numbers")
+@pytest.mark.parametrize(("made", "name"), SCHEDULED, ids=[f"{made.__name__} {name}" for made, name in SCHEDULED])
+def test_a_schedule_that_fails_moves_nothing(made: type[PSGD], name: str):
+    """It is asked before anything changes, in all groups. What it returns is a number in the range, or 0."""
+    params, optimizer = two_groups(made)
+    kept = optimizer.param_groups[1][name]
+    optimizer.param_groups[1][name] = schedule_of_errors
+    refused_at_the_step(optimizer, params, "no rate", ArithmeticError)
+    for value in (None, "0.5", torch.ones(2), float("nan"), -0.5, 10**400):
+        optimizer.param_groups[1][name] = lambda step, value=value: value
+        refused_at_the_step(
+            optimizer, params, rf"{name} gives .* at step 3, not a number in .* \(in param_groups\[1\]\)$"
+        )
+    for value in (kept, lambda step: 0, lambda step: torch.tensor([0.5]), lambda step: step > 1):
+        optimizer.param_groups[1][name] = value
+        run(optimizer, params, range(2, 3))
+
+
+@pytest.mark.contract("input: numbers")
+def test_a_tensor_of_one_number_is_a_rate_of_scalars_too(optimizer_class: type[PSGD]):
+    """Whatever its shape."""
+    ends = []
+    for lr in (torch.tensor(0.01), torch.full((1, 1), 0.01)):
+        params = parameters((4, 3), ())
+        ends.append(run(optimizer_class(params, lr=lr, **of_rank(optimizer_class, 2)), params, range(2)))
+    assert equal(*ends) and ends[1][1].shape == ()
+
+
+@pytest.mark.contract("torch: late parameters")
+def test_groups_edited_in_place_need_as_many_names(optimizer_class: type[PSGD]):
+    params, optimizer = two_groups(optimizer_class)
+    group = optimizer.param_groups[1]
+    group["params"] = [params[1], *parameters((2,))]
+    said = r"param_groups\[1\] has 2 params and param_names=\['b'\]; give it as many names, or delete"
+    refused_at_the_step(optimizer, params, said)
+    for told in (optimizer.summary, lambda: optimizer.load_state_dict(optimizer.state_dict())):
+        with pytest.raises(ValueError, match="param_names"):
+            told()
+    group["params"] = None
+    refused_at_the_step(optimizer, params, r"params of param_groups\[1\] must be a list of tensors")
+    group["params"] = params[1:]
+    del group["weight_decay"]
+    refused_at_the_step(optimizer, params, r"param_groups\[1\] has lost its 'weight_decay'")
 
 
 # ---- by position ----------------------------------------------------------------------------
@@ -269,5 +371,5 @@ def test_names_of_other_packages_find_ours():
 def test_an_unknown_name_lists_all_that_there_are(optimizer_class: type[PSGD]):
     listed = ", ".join([*optimizer_class(parameters((2,))).defaults])
     assert set(ADAPTER_DEFAULTS) <= set(listed.split(", ")) and optimizer_class.method in METHODS.values()
-    with pytest.raises(ValueError, match=f"unknown hyperparameter 'foreach'; it has {listed}$"):
-        optimizer_class(parameters((2,)), foreach=True)
+    with pytest.raises(ValueError, match=f"unknown hyperparameter 'amsgrad'; it has {listed}$"):
+        optimizer_class(parameters((2,)), amsgrad=True)

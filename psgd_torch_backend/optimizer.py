@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from psgd import pipeline
 from psgd._xp import dtype_name
@@ -19,13 +20,14 @@ from psgd_torch_backend import _loading as loading
 from psgd_torch_backend import hessian
 from psgd_torch_backend._arguments import ADAPTER_DEFAULTS, ADAPTER_SENTENCES, RAISES, documentation
 from psgd_torch_backend._each import Each
-from psgd_torch_backend._state import COUNTER_BYTES
+from psgd_torch_backend._entries import COMPUTED, OURS
+from psgd_torch_backend._state import COUNTER_BYTES, begun
 from psgd_torch_backend._step import Group, Job, finite, in_full, sharded, take
 from psgd_torch_backend._whole import Whole
 from psgd_torch_backend.hessian import Pairs
 
-COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 KNOWN_SETTINGS = 64  # how many combinations of hyperparameters are remembered
+Settings = tuple[Method, pipeline.Recipe, pipeline.Tempo]
 
 
 class PSGD(torch.optim.Optimizer):
@@ -40,7 +42,12 @@ class PSGD(torch.optim.Optimizer):
 
     State of a parameter: "step" (and "since", the steps after the last fit, where the method asks for it), "momentum"
     (its shape), "Q" and "L" with one entry a factor, keyed "0", "1", ... in the dtype that the method says, "P" as "Q"
-    where it is kept.
+    where it is kept. What others keep beside them stays.
+
+    Groups are checked at every step as they are here. Frozen parameters may be of any kind, and are left alone.
+    foreach, fused, capturable and differentiable, as torch's own optimizers have them, are taken where they are None or
+    False, and have no effect. A first step of gradients and rates of 0, by which torch.distributed.checkpoint asks for
+    the state, makes it and counts nothing.
 
     Raises:
         {raises}
@@ -53,6 +60,7 @@ class PSGD(torch.optim.Optimizer):
         given = groups.by_position(type(self).__name__, self.method, values, hyperparameters)
         if given.get("lr", 0) is None:
             del given["lr"]
+        groups.drop_switches(type(self).__name__, given)
         self._forget()
         super().__init__([params] if isinstance(params, Tensor) else params, self._complete(given))
         self._check_layer_names()
@@ -89,9 +97,27 @@ class PSGD(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def _named(self, group: Group) -> Iterator[tuple[str, Tensor]]:
-        names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
-        return zip(names, group["params"], strict=True)
+    def _named(self, group: Group, first: int | None = None) -> list[tuple[str, Tensor]]:
+        """The parameters of a group with their names. Without names they are numbered, from `first` where it is given.
+
+        Raises ValueError for a group that was edited so that they do not go together.
+        """
+        params, names = group["params"], group.get("param_names")
+        if not isinstance(params, (list, tuple)) or not all(isinstance(p, Tensor) for p in params):
+            raise ValueError(f"{type(self).__name__}: params of {self._place(group)} must be a list of tensors")
+        if names is None:
+            names = [f"parameter {i}" if first is None else str(first + i) for i in range(len(params))]
+        elif not isinstance(names, (list, tuple)) or len(names) != len(params):
+            raise ValueError(
+                f"{type(self).__name__}: {self._place(group)} has {len(params)} params and param_names={names!r}; "
+                'give it as many names, or delete "param_names" from all groups'
+            )
+        return list(zip(names, params, strict=True))
+
+    def _place(self, group: Group) -> str:
+        """Where a group is."""
+        place = next((i for i, own in enumerate(self.param_groups) if own is group), None)
+        return "the state dict" if place is None else f"param_groups[{place}]"
 
     def _layered(self, group: Group) -> set[int]:
         """The identities of the parameters of a group that stack layers."""
@@ -101,18 +127,23 @@ class PSGD(torch.optim.Optimizer):
         return {id(p) for name, p in self._named(group) if layers is True or name in layers}
 
     def _check_group(self, group: Group) -> None:
-        cls, layered = type(self).__name__, self._layered(group)
-        if group["scanned_layers"] and self._settings(group)[1].whole:
-            raise ValueError(f"{cls} has one preconditioner for all parameters, no scanned_layers; leave them out")
-        for name, p in self._named(group):
+        job = self._job(group)
+        for name, p in job.named:
             self._check_parameter(name, p)
-            if id(p) in layered and not p.ndim:
-                raise ValueError(f"{cls}: {name} is a scalar and cannot stack layers; leave it out of scanned_layers")
+        self._check_layers(job)
 
-    def _check_layer_names(self) -> None:
+    def _check_layers(self, job: Job) -> None:
+        for name, p in job.named:
+            if id(p) in job.layered and not p.ndim:
+                raise ValueError(
+                    f"{type(self).__name__}: {name} is a scalar and cannot stack layers; leave it out of scanned_layers"
+                )
+
+    def _check_layer_names(self, param_groups: list[Group] | None = None) -> None:
         """Names of stacked parameters may be given for all groups; each must be in one."""
-        known = {name for group in self.param_groups for name, _ in self._named(group)}
-        for group in self.param_groups:
+        param_groups = self.param_groups if param_groups is None else param_groups
+        known = {name for group in param_groups for name, _ in self._named(group)}
+        for group in param_groups:
             layers = group["scanned_layers"]
             missing = [] if isinstance(layers, bool) else [name for name in layers if name not in known]
             if missing:
@@ -122,25 +153,34 @@ class PSGD(torch.optim.Optimizer):
                 )
 
     def _check_parameter(self, name: str, p: Tensor) -> None:
-        cls = type(self).__name__
+        """Refuse a parameter that cannot be stepped. One that is frozen may be anything: it is left alone."""
+        if is_lazy(p):
+            raise ValueError(
+                f"{type(self).__name__}: {name} has no shape yet, being of a lazy module; run a forward pass first"
+            )
+        wrong = self._unfit(name, p) if p.requires_grad or p.grad is not None else ""
+        if wrong:
+            raise TypeError(f"{type(self).__name__}{wrong}")
+
+    def _unfit(self, name: str, p: Tensor) -> str:
+        """Why a parameter cannot be stepped, after the name of the class; or ""."""
         if p.layout != torch.strided:
-            raise TypeError(f"{cls} does not support sparse parameters; {name} is {p.layout}: make it dense")
+            return f" does not support sparse parameters; {name} is {p.layout}: make it dense"
         if p.is_complex() and not self.method.complex_parameters:
-            raise TypeError(f"{cls} does not support complex parameters; {name} is {p.dtype}: use view_as_real of it")
+            return f" does not support complex parameters; {name} is {p.dtype}: use view_as_real of it"
         if not (p.is_floating_point() or p.is_complex()):
-            raise TypeError(f"{cls} needs floating-point parameters; {name} is {p.dtype}: leave it out")
+            return f" needs floating-point parameters; {name} is {p.dtype}: leave it out"
         if p.dtype not in COMPUTED:
-            raise TypeError(f"{cls} cannot compute in {p.dtype}, which {name} is in; keep it in a wider dtype")
+            return f" cannot compute in {p.dtype}, which {name} is in; keep it in a wider dtype"
         part = sharded(p)
         if part:
-            raise TypeError(
-                f"{cls} does not support sharded parameters, and {name} is {part}; use DistributedDataParallel, or "
+            return (
+                f" does not support sharded parameters, and {name} is {part}; use DistributedDataParallel, or "
                 "ZeroRedundancyOptimizer for methods with a preconditioner for each parameter"
             )
         if any(step == 0 and n > 1 for step, n in zip(p.stride(), p.shape, strict=True)):
-            raise TypeError(
-                f"{cls}: {name} is expanded, so that its numbers share memory; give a copy of it, contiguous"
-            )
+            return f": {name} is expanded, so that its numbers share memory; give a copy of it, contiguous"
+        return ""
 
     # ---- stepping ----------------------------------------------------------------------
     @torch.no_grad()
@@ -175,7 +215,8 @@ class PSGD(torch.optim.Optimizer):
             what the closure returned; None without one.
 
         Raises:
-            ValueError: for products that do not go with the parameters.
+            ValueError: for products that do not go with the parameters; for a value in a group, or of a schedule, that
+                the constructor refuses.
             RuntimeError: for gradients that are sparse or of another shape than their parameter; for a closure that
                 does not return a loss where one is needed.
             FloatingPointError: for gradients that are not finite, as `nonfinite` and `max_skips` say.
@@ -186,34 +227,67 @@ class PSGD(torch.optim.Optimizer):
         return run(closure, given)
 
     def _step(self, closure: Callable[[], Any] | None, given: dict[str, Any]) -> Any:
-        pairs = Pairs.given(type(self).__name__, self._all_named(), **given)
+        jobs, named = self._jobs(), self._all_named()
+        newton = any(job.recipe.newton for job in jobs)
+        pairs = Pairs.given(type(self).__name__, named, **given)
+        if pairs is not None:
+            self._check_pairs(pairs, named)
         loss, lent = None, list[Tensor]()
-        if closure is not None and self._newton() and pairs is None:
-            loss, pairs = self._differentiated(closure)
+        if closure is not None and newton and pairs is None:
+            loss, pairs = self._differentiated(closure, jobs, named)
         elif closure is not None:
             with torch.enable_grad():
-                loss, lent = hessian.finished(closure(), [p for _, p in self._all_named()])
-        elif self._newton() and pairs is None and all(group["lr"] == 0 for group in self.param_groups):
+                loss, lent = hessian.finished(closure(), [p for _, p in named])
+        elif newton and pairs is None and self._still():
             pairs = Pairs(False, {})  # to have the state, as torch.distributed.checkpoint does before it loads
-        elif self._newton() and pairs is None:
+        elif newton and pairs is None:
             raise RuntimeError(
                 f"{type(self).__name__} fits Hessian-vector products; call step(closure) with a closure that returns "
                 "the loss, or step(Hvp=..., vector=..., update_preconditioner=...)"
             )
         try:
-            self._advance([self._job(group, pairs) for group in self.param_groups])
+            self._advance(self._jobs(pairs) if closure is not None or pairs is not None else jobs)
         finally:
             for p in lent:
                 p.grad = None
         return loss
 
     def _advance(self, jobs: list[Job]) -> None:
-        """Step the groups on the gradients there are."""
+        """Step the groups on the gradients there are. All that may be refused is refused before anything changes."""
         for job in jobs:
             self._check_gradients(job)
+            self._check_state(job)
         with in_full(p for job in jobs for p in job.params):
+            ready = [job for job in jobs if job.params]
+            for job in ready:
+                self._plan(job)
+            if self._empty(ready):
+                for job in ready:
+                    self._kind(job).begin(job)
+                return
             admitted = [job for job in self._admitted(jobs) if job.params]
-            take([held for job in admitted for held in (self._whole if job.recipe.whole else self._each)(job)])
+            take([held for job in admitted for held in self._kind(job)(job)])
+
+    def _kind(self, job: Job) -> Each | Whole:
+        """What steps a group."""
+        return self._whole if job.recipe.whole else self._each
+
+    def _still(self) -> bool:
+        """Is every learning rate 0?"""
+        return all(group["lr"] == 0 for group in self.param_groups)
+
+    def _empty(self, jobs: list[Job]) -> bool:
+        """Is a first step to make the state and nothing else, as torch.distributed.checkpoint makes it before it loads:
+        with rates of 0 and gradients of 0?
+        """
+        if not jobs or any(begun(self.state.get(p)) for group in self.param_groups for p in group["params"]):
+            return False
+        fitting = any(job.pairs is not None and job.pairs.fit for job in jobs)
+        return (
+            not fitting
+            and self._still()
+            and not any(bool(x.any()) for job in jobs for x in job.seen() if not x.is_meta)
+        )
 
     def _admitted(self, jobs: list[Job]) -> list[Job]:
         """The groups that step: without those that skip, where one of them has a gradient that is not finite."""
@@ -230,7 +304,7 @@ class PSGD(torch.optim.Optimizer):
         skipping = [job for job in looking if job.group["nonfinite"] == "skip"]
         for job in skipping:
             for name in groups.SKIPS:
-                job.group[name] += 1
+                job.group[name] = job.group.get(name, 0) + 1
         stuck = next((job.group for job in skipping if job.group["skipped_in_a_row"] >= job.group["max_skips"]), None)
         if stuck is not None:
             raise FloatingPointError(
@@ -239,31 +313,43 @@ class PSGD(torch.optim.Optimizer):
             )
         return [job for job in jobs if job.group["nonfinite"] != "skip"]
 
-    def _job(self, group: Group, pairs: Pairs | None = None) -> Job:
-        ready = [p for p in group["params"] if p.grad is not None]
-        return Job(
-            group, *self._settings(group), self.state, list(self._named(group)), self._layered(group), ready, pairs, {}
-        )
+    def _jobs(self, pairs: Pairs | None = None) -> list[Job]:
+        """The groups, with all that is set in them looked at."""
+        jobs = [self._job(group, pairs) for group in self.param_groups]
+        if not all(isinstance(group["scanned_layers"], bool) for group in self.param_groups):
+            self._check_layer_names()
+        return jobs
 
-    def _newton(self) -> bool:
-        return any(self._settings(group)[1].newton for group in self.param_groups)
+    def _job(self, group: Group, pairs: Pairs | None = None) -> Job:
+        settings, named = self._settings(group), self._named(group)
+        ready = [p for _, p in named if p.grad is not None]
+        return Job(group, *settings, self.state, named, self._layered(group), ready, pairs, {}, {})
+
+    def _plan(self, job: Job) -> None:
+        """Have the plans of a group made, which may call functions that the user gave."""
+        try:
+            self._kind(job).plan(job)
+        except ValueError as error:
+            raise ValueError(f"{error} (in {self._place(job.group)})") from error
 
     def _all_named(self) -> list[tuple[str, Tensor]]:
         """Every parameter with its name: its own, or its number over all groups."""
-        named, count = [], 0
+        named: list[tuple[str, Tensor]] = []
         for group in self.param_groups:
-            names = group.get("param_names") or [str(count + i) for i in range(len(group["params"]))]
-            named += list(zip(names, group["params"], strict=True))
-            count += len(group["params"])
+            named += self._named(group, len(named))
         return named
 
-    def _differentiated(self, closure: Callable[[], Any]) -> tuple[Any, Pairs]:
+    def _differentiated(
+        self, closure: Callable[[], Any], jobs: list[Job], named: list[tuple[str, Tensor]]
+    ) -> tuple[Any, Pairs]:
         """The loss; its gradients, left in `p.grad`; and pairs (v, H v) if this step fits."""
-        for _, p in self._all_named():
+        for job in jobs:
+            self._check_state(job)
+        plans = [job.plan() for job in jobs]
+        for _, p in named:
             p.grad = p.grad if p.requires_grad else None
-        named = [(name, p) for name, p in self._all_named() if p.requires_grad]
+        named = [(name, p) for name, p in named if p.requires_grad]
         params = [p for _, p in named]
-        plans = [self._job(group).plan() for group in self.param_groups]
         fit = any(plan.fit for plan in plans)
         exact = all(group.get("exact_hessian_vector_product", True) for group in self.param_groups)
         vectors = self._vectors(named, plans) if fit else []
@@ -286,7 +372,9 @@ class PSGD(torch.optim.Optimizer):
 
     def _check_gradients(self, job: Job) -> None:
         """Can each parameter that has a gradient be stepped?"""
-        cls, check = type(self).__name__, (self._whole if job.recipe.whole else self._each).checked
+        cls = type(self).__name__
+        if job.layered:
+            self._check_layers(job)
         for name, p in job.named:
             self._check_parameter(name, p)
             g = p.grad
@@ -301,23 +389,63 @@ class PSGD(torch.optim.Optimizer):
                     f"{cls}: {name} has shape {tuple(p.shape)} and a gradient of shape {tuple(g.shape)}; "
                     "call zero_grad() and backward() again after changing a parameter's shape"
                 )
-            complaint = check(job, p)
-            if complaint:
-                raise RuntimeError(f"{cls}: {name} has {complaint}")
+            if not g.is_floating_point() and not (g.is_complex() and p.is_complex()):
+                raise RuntimeError(f"{cls}: {name} is {p.dtype}, its gradient {g.dtype}; give one of its own dtype")
 
-    def _settings(self, group: Group) -> tuple[Method, pipeline.Recipe, pipeline.Tempo]:
-        """Method, recipe and tempo of a group; made again when a value of it has changed."""
+    def _check_pairs(self, pairs: Pairs, named: list[tuple[str, Tensor]]) -> None:
+        """Can each parameter be fitted to the pair that was given for it?"""
+        cls = type(self).__name__
+        for name, p in named:
+            pair = pairs.by_parameter[id(p)] if p.requires_grad or p.grad is not None else ()
+            for what, x in zip(("vector", "Hvp"), pair, strict=False):
+                if x.layout != torch.strided or x.device != p.device or (x.is_complex() and not p.is_complex()):
+                    raise ValueError(
+                        f"{cls}: {what} of {name} is {x.dtype}, {x.layout}, on {x.device}; give a dense tensor such as "
+                        f"the parameter, which is {p.dtype} on {p.device}"
+                    )
+
+    def _check_state(self, job: Job) -> None:
+        """Is the state that there is that of the parameters?"""
+        cls = type(self).__name__
+        for name, p in job.named:
+            if not isinstance(self.state.get(p, {}), dict):
+                raise RuntimeError(f"{cls}: the state of {name} is no dictionary; delete optimizer.state[p]")
+        for name, wrong in self._kind(job).wrong(job):
+            if wrong:
+                raise RuntimeError(f"{cls}: {name} {wrong}")
+
+    def _settings(self, group: Group) -> Settings:
+        """Method, recipe and tempo of a group, whose values are checked; made again when one of them has changed."""
+        cls = type(self).__name__
         for name, key in self._renamed.items():
             if name in group:
-                raise ValueError(f"{type(self).__name__}: a group calls {name} {key!r}; set that, and delete {name!r}")
-        given = {key: group[key] for key in self._keys}
-        values = tuple(given.values())
-        if values not in self._known:
-            method = groups.method_of(self.method, given)
+                raise ValueError(f"{cls}: a group calls {name} {key!r}; set that, and delete {name!r}")
+        lost = groups.missing(self.method, group)
+        if lost:
+            raise ValueError(f"{cls}: {self._place(group)} has lost its {lost!r}; add groups by add_param_group alone")
+        key = groups.key_of(group[name] for name in self._keys)
+        settings = None if key is None else self._known.get(key)
+        try:
+            groups.check_rates(self.method, group)
+            return self._made(group, key) if settings is None else settings
+        except ValueError as error:
+            raise ValueError(f"{error} (in {self._place(group)})") from error
+
+    def _made(self, group: Group, key: Any) -> Settings:
+        """What `_settings` gives, checked as the constructor checks it, and remembered under a key."""
+        self._complete({name: group[name] for name in self._names()})
+        own = {name: group[name] for name in groups.keys(self.method) if name not in ("lr", "weight_decay")}
+        method = groups.method_of(self.method, groups.watched(self.method, own))
+        settings = method, method.recipe(), method.tempo()
+        if group["scanned_layers"] and settings[1].whole:
+            raise ValueError(
+                f"{type(self).__name__} has one preconditioner for all parameters, no scanned_layers; leave them out"
+            )
+        if key is not None:
             while len(self._known) >= KNOWN_SETTINGS:
                 self._known.pop(next(iter(self._known)))
-            self._known[values] = (method, method.recipe(), method.tempo())
-        return self._known[values]
+            self._known[key] = settings
+        return settings
 
     # ---- looking -----------------------------------------------------------------------
     def summary(self) -> Summary:
@@ -332,7 +460,9 @@ class PSGD(torch.optim.Optimizer):
         for group in self.param_groups:
             (method, *_), layered = self._settings(group), self._layered(group)
             parameters = [
-                Parameter(name, tuple(p.shape), dtype_name(p.dtype), id(p) in layered) for name, p in self._named(group)
+                Parameter(name, tuple(p.shape), dtype_name(p.dtype), id(p) in layered)
+                for name, p in self._named(group)
+                if not self._unfit(name, p)
             ]
             lines += [(method, row) for row in rows(method, parameters)]
             counted += counters(method, parameters, COUNTER_BYTES, each=True)
@@ -362,28 +492,40 @@ class PSGD(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave. Tensors keep their saved dtype, on the device of their parameter.
 
-        Hyperparameters that were not saved, as functions of the step are not, stay this optimizer's own.
+        Where both sides name their parameters, and name the same ones, state goes to the parameter of its name
+        ("module" and "_orig_mod", which wrappers put into names, apart); else to the parameter in its place, as in
+        torch. Names that were saved go on. Hyperparameters that were not saved, as functions of the step are not, stay
+        this optimizer's own. A parameter without an entry begins anew at its next gradient.
 
         Args:
             state_dict: of an optimizer of the same class, over parameters of the same shapes.
 
         Raises:
-            ValueError: naming the first mismatch, where the state is that of other parameters or another optimizer;
-                everything then stays as it was.
+            ValueError: naming the first fault, where the state is that of other parameters or another optimizer, or
+                spoilt; everything then stays as it was.
         """
-        loaded: dict[str, Any] = {}
+        cls = type(self).__name__
+        loaded: dict[Any, Any] = {}
 
         def capture(_: Any, final: dict[str, Any]) -> dict[str, Any]:
-            if loading.alike(self.param_groups, final):
-                final = {**final, "param_groups": self._groups_to_load(final)}
-                self._check_loaded(final)
-            loaded.update(final)
-            return final
+            wrong = loading.wrong_form(final)
+            if wrong:
+                raise ValueError(f"{cls}: the state dict {wrong}; nothing was loaded")
+            if not loading.alike(self.param_groups, final):
+                return final  # torch refuses it
+            final = loading.in_words(final)
+            final["param_groups"], entries = self._groups_to_load(final)
+            entries = {p: loading.placed(entry, p.device) for p, entry in entries.items()}
+            known = {index for group in final["param_groups"] for index in group["params"]}
+            loaded.update({key: x for key, x in final["state"].items() if key not in known} | entries)
+            # Without the state, which torch would cast to the parameters' dtype; the factors have their own.
+            return {**final, "state": {}}
 
         def place(_: Any) -> None:
-            # torch has cast all state to the parameters' dtype; the factors have their own.
-            for p, entry in loading.matched(self.param_groups, loaded):
-                self.state[p] = loading.placed(entry, p.device)
+            self.state.update(loaded)
+
+        if not hasattr(state_dict, "copy"):
+            raise ValueError(f"{cls}: the state dict is {type(state_dict).__name__} and no dictionary")
 
         # After the hooks that may still change what is loaded, and before those that want to see it.
         handles = (
@@ -397,7 +539,25 @@ class PSGD(torch.optim.Optimizer):
                 handle.remove()
         self._forget()
 
-    def _groups_to_load(self, saved: dict[str, Any]) -> list[Group]:
+    def _groups_to_load(self, saved: dict[str, Any]) -> tuple[list[Group], dict[Tensor, Any]]:
+        """Saved groups, completed by what was not saved, and the saved state of each parameter; or an error."""
+        loaded = self._completed(saved)
+        places = loading.places(self.param_groups, loaded)
+        indices = [[loaded[i]["params"][k] for i, k in own] for own in places]
+        if all(group.get("param_names") for group in loaded):
+            names = [[loaded[i]["param_names"][k] for i, k in own] for own in places]
+            for group, own in zip(loaded, names, strict=True):
+                group["param_names"] = own
+        pairs = zip(self.param_groups, indices, strict=True)
+        at = {p: index for group, own in pairs for p, index in zip(group["params"], own, strict=True)}
+        entries = {p: saved["state"][index] for p, index in at.items() if index in saved["state"]}
+        filled = [{**theirs, "params": own["params"]} for own, theirs in zip(self.param_groups, loaded, strict=True)]
+        for i, group in enumerate(filled):
+            self._check_loaded(group, entries, {k for k, _ in places[i]} - {i})
+        self._check_layer_names(filled)
+        return [{**group, "params": own} for group, own in zip(loaded, indices, strict=True)], entries
+
+    def _completed(self, saved: dict[str, Any]) -> list[Group]:
         """Saved groups, completed by what was not saved; refused if they are of another optimizer."""
         cls, names, loaded = type(self).__name__, self._names(), []
         for own, theirs in zip(self.param_groups, saved["param_groups"], strict=True):
@@ -410,24 +570,33 @@ class PSGD(torch.optim.Optimizer):
                 raise ValueError(f"{cls}: the state dict is of another optimizer, it {what}; nothing was loaded")
             # Some writers make lists of tuples, and functions are not saved.
             given = {k: tuple(v) if k in names and isinstance(v, list) else v for k, v in given.items()}
-            kept = {k: v for k, v in own.items() if k in names or k in groups.SKIPS or callable(v)}
+            given = {k: v for k, v in given.items() if k != "param_names" or v is not None}
+            stays = names | {"param_names", *groups.SKIPS}
+            kept = {k: v for k, v in own.items() if k in stays or callable(v)}
             loaded.append(kept | given)
         return loaded
 
-    def _check_loaded(self, saved: dict[str, Any]) -> None:
-        """Is saved state that of these parameters, by this method?"""
+    def _check_loaded(self, group: Group, entries: dict[Tensor, Any], strangers: set[int]) -> None:
+        """Is saved state that of the parameters of a group as it is to be? strangers: other groups that it is from."""
         cls = type(self).__name__
-        for group, theirs in zip(self.param_groups, saved["param_groups"], strict=True):
-            job = self._job({**group, **self._complete({k: theirs[k] for k in self._names()})})
-            shapes = (self._whole if job.recipe.whole else self._each).shapes
-            # One preconditioner is of the parameters that had a gradient.
-            kept = [p for p, index in zip(group["params"], theirs["params"], strict=True) if saved["state"].get(index)]
-            held = job._replace(group={**job.group, "params": kept})
-            for (name, p), index in zip(job.named, theirs["params"], strict=True):
-                entry = saved["state"].get(index)
-                wrong = loading.complaint(job, p, entry, shapes(held, p)) if entry else ""
-                if wrong:
-                    raise ValueError(f"{cls}: {name} {wrong}; nothing was loaded")
+        job = self._job(group)._replace(state=entries)
+        self._check_layers(job)
+        for name, p in job.named:
+            entry, wrong = entries.get(p, {}), ""
+            if not isinstance(entry, dict):
+                wrong = f"has {type(entry).__name__} for its state in the state dict"
+            elif OURS & entry.keys():
+                try:
+                    wrong = loading.wrong_entry(job, p, entry, self._kind(job).forms(job, p))
+                except ValueError as error:  # there are no factors for so few numbers
+                    wrong = f"has a state that cannot be: {error}"
+            if wrong:
+                raise ValueError(f"{cls}: {name} {wrong}; nothing was loaded")
+        if strangers and job.recipe.whole:
+            raise ValueError(
+                f"{cls}: param_groups[{min(strangers)}] of the state dict has parameters of another group here, and "
+                "one preconditioner is for all of a group; group them as they were; nothing was loaded"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -444,8 +613,8 @@ class PSGD(torch.optim.Optimizer):
         """Drop what can be made again: stacks, settings, compiled steps."""
         self._each, self._whole = Each(), Whole()
         self._renamed = groups.renamed(self.method)
-        self._keys = [key for key in groups.keys(self.method) if key not in ("lr", "weight_decay")]
-        self._known: dict[tuple[Any, ...], tuple[Method, pipeline.Recipe, pipeline.Tempo]] = {}
+        self._keys = [key for key in groups.known(self.method) if key not in ("lr", "weight_decay")]
+        self._known: dict[Any, Settings] = {}
 
 
 PSGD.__doc__ = filled(PSGD.__doc__, adapter=entries(ADAPTER_SENTENCES), raises=entries(RAISES))

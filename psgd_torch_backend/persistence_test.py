@@ -538,6 +538,74 @@ def test_names_that_were_saved_go_on(made: type[PSGD]):
     identical(outcome(twin, resumed), outcome(model, optimizer))
 
 
+# ---- by name, and by words ------------------------------------------------------------------
+WRAPPED = {"the same": "{}", "wrapped": "module.{}", "compiled": "_orig_mod.{}"}
+
+
+def carried_on(made: type[PSGD], model: nn.ParameterDict, optimizer: PSGD, saved: dict, names: list[tuple]) -> PSGD:
+    """A copy of a run, of parameters in groups of (own name, name for the optimizer), goes on as the run does."""
+    twin = copy.deepcopy(model)
+    groups = [{"params": [(told, twin[own]) for own, told in group]} for group in names]
+    resumed = made(groups, **of_rank(made, 2))
+    resumed.load_state_dict(saved)
+    train(model, optimizer, 3, 5)
+    train(twin, resumed, 3, 5)
+    assert all(torch.equal(p, twin[k]) for k, p in model.items())
+    for k, p in model.items():
+        identical(flat(resumed.state[twin[k]]), flat(optimizer.state[p]))
+    return resumed
+
+
+@pytest.mark.contract("torch: state dict")
+@pytest.mark.parametrize("wrapped", WRAPPED)
+@each_method
+def test_state_goes_to_the_parameter_of_its_name(made: type[PSGD], wrapped: str):
+    """Also where a wrapper of the module has changed all names. Names that were saved go on."""
+    model, optimizer = trained(made)
+    names = [(k, WRAPPED[wrapped].format(k)) for k in ("scale", "v", "bias", "w")]
+    resumed = carried_on(made, model, optimizer, copy.deepcopy(optimizer.state_dict()), [names])
+    assert resumed.param_groups[0]["param_names"] == ["scale", "v", "bias", "w"]
+
+
+@pytest.mark.contract("torch: state dict")
+@each_method
+def test_state_of_other_names_goes_by_place(made: type[PSGD]):
+    """As in torch."""
+    model, optimizer = trained(made)
+    names = [[(k, f"other.{k}" if k == "w" else k) for k in SHAPES]]
+    carried_on(made, model, optimizer, copy.deepcopy(optimizer.state_dict()), names)
+
+
+@pytest.mark.contract("torch: state dict")
+@each_method
+def test_state_in_other_groups_goes_by_name_unless_it_is_of_all(made: type[PSGD]):
+    model = model_of()
+    named = list(model.items())
+    optimizer = made([{"params": named[:2]}, {"params": named[2:]}], lr=0.01, **of_rank(made, 2))
+    train(model, optimizer, 3)
+    twin = copy.deepcopy(model)
+    groups = [{"params": [(k, twin[k]) for k in names]} for names in (("w", "bias"), ("scale", "v"))]
+    resumed = made(groups, **of_rank(made, 2))
+    if made in WHOLE.values():
+        with pytest.raises(ValueError, match=f"{made.__name__}: .*nothing was loaded"):
+            resumed.load_state_dict(optimizer.state_dict())
+        return
+    resumed.load_state_dict(optimizer.state_dict())
+    for k, p in model.items():
+        identical(flat(resumed.state[twin[k]]), flat(optimizer.state[p]))
+    train(twin, resumed, 3, 4)
+
+
+@pytest.mark.contract("torch: old state dicts")
+@each_method
+def test_indices_that_became_words_are_found(made: type[PSGD]):
+    """As JSON makes them of the keys of the state."""
+    model, optimizer = trained(made)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"] = {str(k): entry for k, entry in saved["state"].items()}
+    carried_on(made, model, optimizer, saved, [[(k, k) for k in SHAPES]])
+
+
 COUNTED = {"int": int, "float": float, "float32": lambda x: torch.tensor(float(x))}
 
 
@@ -646,6 +714,39 @@ def with_another_momentum(entry: dict[str, Any]) -> None:
     entry["momentum"] = torch.ones(7)
 
 
+def without_momentum(entry: dict[str, Any]) -> None:
+    del entry["momentum"]
+
+
+def with_too_many_steps(entry: dict[str, Any]) -> None:
+    entry["step"] = 2**70
+
+
+def with_half_a_step(entry: dict[str, Any]) -> None:
+    entry["step"] = torch.tensor(2.5)
+
+
+def with_a_factor_of_zero(entry: dict[str, Any]) -> None:
+    for q in entry["Q"].values():
+        q.zero_()
+
+
+def with_a_complex_factor(entry: dict[str, Any]) -> None:
+    entry["Q"]["0"] = entry["Q"]["0"].to(torch.complex64)
+
+
+def with_a_sparse_factor(entry: dict[str, Any]) -> None:
+    entry["Q"]["0"] = entry["Q"]["0"].to_sparse()
+
+
+def with_a_factor_of_none(entry: dict[str, Any]) -> None:
+    entry["Q"]["0"] = None
+
+
+def with_another_bound(entry: dict[str, Any]) -> None:
+    entry["L"]["9"] = torch.ones(())
+
+
 FACTOR = r"Q\b|factor|finite"
 SPOILT = {
     without_factors: FACTOR,
@@ -659,6 +760,14 @@ SPOILT = {
     without_steps: "step|count",
     with_negative_steps: "step|count",
     with_another_momentum: "momentum",
+    without_momentum: "momentum",
+    with_too_many_steps: "step",
+    with_half_a_step: "step",
+    with_a_factor_of_zero: "would stay zero",
+    with_a_complex_factor: FACTOR,
+    with_a_sparse_factor: FACTOR,
+    with_a_factor_of_none: FACTOR,
+    with_another_bound: r"factors L\b",
 }
 
 
@@ -673,6 +782,19 @@ def test_spoilt_state_is_refused(name: str, spoil: Callable[[dict[str, Any]], No
     saved = copy.deepcopy(optimizer.state_dict())
     spoil(saved["state"][1])
     assert_refused(optimizer, model, saved, r"v\b", text)
+
+
+@pytest.mark.contract("state: of others")
+def test_a_parameter_is_named_as_either_side_names_it():
+    model, made = model_of(), CLASSES["kron"]
+    optimizer = made(model.parameters())
+    train(model, optimizer, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1] = None
+    assert_refused(optimizer, model, saved, "parameter 1 has NoneType for its state")
+    named = made(model.named_parameters())
+    train(model, named, 3)
+    assert_refused(named, model, saved, "Kron: v has NoneType for its state")
 
 
 OF_TORCH = {
@@ -797,6 +919,73 @@ def test_a_state_dict_is_of_one_moment(made: type[PSGD]):
     wanted = now if torch.equal(saved["state"][0]["step"], optimizer.state[model["w"]]["step"]) else then
     identical(flat_all(saved), wanted)
     assert not torch.equal(now["0/Q/0"], then["0/Q/0"])
+
+
+@pytest.mark.contract("state: at any time")
+@pytest.mark.parametrize("idle", ["frozen", "unused"])
+@pytest.mark.parametrize("place", range(3))
+@each_of_whole_models
+def test_a_whole_model_with_an_idle_parameter_loads_its_own_state(made: type[PSGD], place: int, idle: str):
+    """First, in the middle, last, in the first of two groups; from a file."""
+
+    def begun() -> tuple[nn.ParameterList, list[nn.Parameter], PSGD]:
+        params = nn.ParameterList(parameters((4, 3), (3, 2), (5,), (2, 2)))
+        params[place].requires_grad_(idle == "unused")
+        optimizer = made([{"params": params[:3]}, {"params": params[3:]}], lr=0.01, **of_rank(made, 2))
+        return params, [p for i, p in enumerate(params) if i != place], optimizer
+
+    params, used, optimizer = begun()
+    run(optimizer, used, range(3))
+    file = io.BytesIO()
+    torch.save((params.state_dict(), optimizer.state_dict()), file)
+    file.seek(0)
+    twins, used_twins, resumed = begun()
+    restore(twins, resumed, torch.load(file, weights_only=True))
+    run(optimizer, used, range(3, 6))
+    run(resumed, used_twins, range(3, 6))
+    identical(outcome(twins, resumed), outcome(params, optimizer))
+    assert len(resumed.state) == 3
+
+
+# ---- what others keep in the state, and state that is asked for early -----------------------
+@pytest.mark.contract("torch: foreign entries")
+@pytest.mark.parametrize("early", [True, False], ids=["before the first step", "later"])
+@each_method
+def test_entries_of_others_live_beside_ours(made: type[PSGD], early: bool):
+    """Through steps, saving and loading; our state begins where ours is missing."""
+    plain, unaware = trained(made, 0 if early else 2)
+    model, optimizer = copy.deepcopy((plain, unaware))
+    for p in model.parameters():
+        optimizer.state[p].update(ema=p.detach().double(), note={"step": 0.5})
+    theirs = {k: v for k, v in flat_all(optimizer.state_dict()).items() if "ema" in k or "note" in k}
+    resumed = made(model.named_parameters())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(plain, unaware, 2, 4)
+    train(model, resumed, 2, 4)
+    ours = flat_all(resumed.state_dict())
+    assert {k: v for k, v in ours.items() if "note" in k} == {k: v for k, v in theirs.items() if "note" in k}
+    identical({k: v for k, v in ours.items() if "ema" in k}, {k: v for k, v in theirs.items() if "ema" in k})
+    identical({k: v for k, v in ours.items() if k not in theirs}, flat_all(unaware.state_dict()))
+    assert equal(list(model.parameters()), list(plain.parameters()))
+
+
+@pytest.mark.contract("torch: distributed checkpoints")
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
+@each_method
+def test_state_that_is_asked_for_before_the_first_step_counts_no_step(made: type[PSGD], lr: float | Tensor):
+    """torch makes it by a step of zero gradients and rates. The run is then the one without."""
+    runs = []
+    for asked in (False, True):
+        model = model_of()
+        model["idle"] = nn.Parameter(torch.ones(3, 2))
+        optimizer = made(model.named_parameters(), lr=copy.copy(lr), weight_decay=0.1, **of_rank(made, 2))
+        if asked:
+            entries = get_optimizer_state_dict(model, optimizer)["state"]
+            assert set(entries) == set(model) and {int(entry["step"]) for entry in entries.values()} == {0}
+        run(optimizer, [p for k, p in model.items() if k != "idle"], range(3))
+        optimizer.state.pop(model["idle"], None)
+        runs.append(outcome(model, optimizer))
+    identical(*runs)
 
 
 # ---- parameters replaced in their groups ----------------------------------------------------

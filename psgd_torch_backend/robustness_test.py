@@ -280,6 +280,49 @@ def test_a_parameter_of_eight_bits_is_refused():
         Procrustes([nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn))])
 
 
+FROZEN = {
+    "int8": lambda: torch.ones(3, dtype=torch.int8),
+    "bool": lambda: torch.ones(3, dtype=torch.bool),
+    "float8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
+    "complex": lambda: torch.ones(3, dtype=torch.complex64),
+    "expanded": lambda: torch.ones(1, 3).expand(4, 3),
+    "meta": lambda: torch.ones(3, device="meta"),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+}
+
+
+@pytest.mark.contract("torch: kinds of parameters")
+def test_frozen_parameters_of_any_kind_are_left_alone(optimizer_class: type[PSGD]):
+    """Among others, first, in the middle and last; also when the state is saved and loaded."""
+    runs, others = [], [nn.Parameter(make(), requires_grad=False) for make in FROZEN.values()]
+    for among in (False, True):
+        free = parameters((4, 3), (5,))
+        named = list(zip("ce", free, strict=True))
+        if among:
+            strange = list(zip("abdfghi", others, strict=True))
+            named = [*strange[:2], named[0], *strange[2:4], named[1], *strange[4:]]
+        optimizer = optimizer_class(named, lr=0.01, weight_decay=0.1, **of_rank(optimizer_class, 2))
+        run(optimizer, free, range(2))
+        resumed = optimizer_class(named, **of_rank(optimizer_class, 2))
+        resumed.load_state_dict(optimizer.state_dict())
+        runs.append(run(resumed, free, range(2, 4)))
+        assert [row.name for row in resumed.summary().rows if row.name in "ce"] == ["c", "e"]
+    assert equal(*runs) and len(resumed.state) == 2
+    for p, make in zip(others, FROZEN.values(), strict=True):
+        assert p.is_meta or torch.equal(p.to_dense().cfloat(), make().to_dense().cfloat())
+
+
+@pytest.mark.contract("torch: kinds of parameters")
+def test_a_lazy_module_needs_a_forward_pass_first(optimizer_class: type[PSGD]):
+    model = nn.LazyLinear(3)
+    with pytest.raises(
+        ValueError, match=f"{optimizer_class.__name__}: weight has no shape yet, .*run a forward pass first$"
+    ):
+        optimizer_class(model.named_parameters())
+    model(torch.ones(2, 4))
+    optimizer_class(model.named_parameters())
+
+
 # ---- gradients: none and zero -----------------------------------------------------------------
 @pytest.mark.contract("step: no gradients")
 def test_what_has_no_gradient_stands_still(optimizer_class: type[PSGD]):
