@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from psgd import pipeline
+from psgd.arrays import Factors
 from psgd.pipeline import State, Tempo, leaves, rebuilt
 from psgd_torch_backend._entries import Forms, forms_of, wrong_counter, wrong_tensors
 from psgd_torch_backend._noise import Draws

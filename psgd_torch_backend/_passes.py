@@ -43,7 +43,7 @@ def before(recipe: Recipe, plan: Plan, decay: Tensor, p: Tensor, g: Tensor, m: A
 def after(recipe: Recipe, plan: Plan, lr: Tensor, decay: Any, p: Tensor, u: Tensor, unit: Tensor) -> None:
     """The step of a parameter along u, which comes in units, of bounded length."""
     u = u.clone()  # not written over, for the compiler would write u too
-    u = recipe.clip(u, recipe.gain, unit * number(pipeline.scale_of(recipe, plan), unit))
+    u = pipeline.limited(recipe, u, unit * number(pipeline.scale_of(recipe, plan), unit))
     p.add_(pipeline.displacement(p, u, lr, decay))
 
 
@@ -54,14 +54,10 @@ def rows(x: Tensor | None, count: int) -> list[Any]:
 
 def suited(recipe: Recipe, tensors: Sequence[Tensor | None]) -> bool:
     """May these be stepped as flat vectors, and is it worth while?"""
-    return (
-        recipe.clip.is_bound
-        and not recipe.trusted
-        and all(
-            x.device.type == "cpu" and x.numel() >= LARGE and x.is_contiguous() and not x.is_complex()
-            for x in tensors
-            if x is not None
-        )
+    return not recipe.trusted and all(
+        x.device.type == "cpu" and x.numel() >= LARGE and x.is_contiguous() and not x.is_complex()
+        for x in tensors
+        if x is not None
     )
 
 
@@ -112,7 +108,7 @@ class Passes:
             new = mine
             if plan.fit:
                 new = pipeline.fitted(recipe if pair else bare, plain, seen, mine, draws, own)
-            g, unit, _ = in_units(s)
+            g, unit = in_units(s)[:2] if recipe.clip.is_bound else (s, s.new_ones(()))
             u = pipeline.preconditioned(bare, new if recipe.fit_first else mine, g)
             return pipeline.laid_back(bare, u, tuple(s.shape)), unit, *leaves(State(None, new))
 

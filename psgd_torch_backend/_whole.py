@@ -50,8 +50,8 @@ class Whole:
             pair = _joined(list(vs)), _joined(list(hs))
         if job.method.start_scale() is None and unscaled(entries[0], pairs):
             seen = pipeline.working(recipe, g if pair is None else pair[1])
-            vs = None if pair is None else [pipeline.working(recipe, pair[0])]
-            (scale,), known = recipe.start([recipe.start.size(seen)], job.tempo.damping, vs)
+            probes = None if pair is None else [pipeline.working(recipe, pair[0])]
+            (scale,), known = recipe.start([recipe.start.size(seen)], job.tempo.damping, probes)
             known = is_true(known)
             if not known and (pairs is None or not job.tempo.counts):
                 waits(job, {id(p) for p in members})
