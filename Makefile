@@ -13,7 +13,7 @@ PEERS_QUAD := quad-torch==0.4.5
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-.PHONY: help venv demo test lint format golden stubs soak mesh wheel peers
+.PHONY: help venv demo test lint format golden stubs soak fuzz mesh wheel peers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,9 @@ stubs: $(STAMP) ## write the type stubs of the backends from the registry of met
 
 soak: $(STAMP) ## walk every method for very long and see that nothing drifts
 	$(BIN)/python -m conformance.soak
+
+fuzz: $(STAMP) ## walk every method on hostile gradients in both frameworks
+	$(BIN)/python -m conformance.fuzz
 
 mesh: $(STAMP) ## walk every method on meshes of eight devices and count what is exchanged
 	$(BIN)/python -m conformance.mesh

@@ -1,6 +1,7 @@
 """Hostile gradients: every method on streams of all kinds, in both frameworks, in float32 and in bfloat16.
 
-    python -m conformance.fuzz [--steps N] [--framework torch|jax] [--method NAME ...] [--json FILE] [--markdown]
+    python -m conformance.fuzz [--steps N] [--framework torch|jax] [--dtype NAME] [--method NAME ...]
+                               [--json FILE] [--markdown]
 
 The first half of a stream is hostile, the second half is standard normal. What is looked at is the direction of each
 step, which is what moves a parameter times the learning rate. A row fails where a direction or a number of state is
@@ -283,13 +284,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was seen here too")
     parser.add_argument("--markdown", action="store_true", help="print the table as docs/soak.md has it")
     parser.add_argument("--framework", action="append", choices=WALKERS, help="this one alone; may be repeated")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="this one alone; may be repeated")
     parser.add_argument("--method", action="append", choices=METHODS, help="this one alone; may be repeated")
     given = parser.parse_args(arguments)
     writable(given.json)
     found, lines, progress = list[Row](), list[list[str]](), console(stderr=True)
     chosen = [c for c in contenders() if c.method in (given.method or METHODS)]
     for framework in given.framework or WALKERS:
-        for dtype in DTYPES:
+        for dtype in given.dtype or DTYPES:
             for contender in chosen:
                 start = perf_counter()
                 rows = list(map(partial(row, framework, contender, dtype, steps=given.steps), STREAMS))
