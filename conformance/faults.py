@@ -142,7 +142,9 @@ FAULTS: tuple[Fault, ...] = (
     Fault("rotation may go twice as far", rotate.procrustes2, "= 1 / 8", "= 1 / 4", GOLDEN),
     Fault("balance turned round", rotate.balanced, "xp.exp(mean - r)", "xp.exp(r - mean)", GOLDEN),
     Fault("balance every 99 steps", methods.QuadTorch.tempo, "periodic(100)", "periodic(99)", GOLDEN),
-    Fault("epsilon outside the bracket", criterion.relative, "(x, amount, e)", "(x, amount * eps(x), e)", GOLDEN),
+    Fault(
+        "epsilon outside the bracket", criterion.relative, "(x, amount / unit, e)", "(x, amount * eps(x), e)", GOLDEN
+    ),
     Fault("epsilon a millionth", spectral.norm_bound, "scale + small", "scale + 1e-6", GOLDEN),
     Fault("norm bound with one product less", spectral.norm_bound, "products - 1", "products - 2", GOLDEN),
     Fault("a thin difference is a sum", thin.Thin.__sub__, "-other.left", "other.left", GOLDEN),
@@ -229,8 +231,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "jax: a scale for each",
         _stacks.Stepper.started,
-        "scales = start(self._sizes(gradients, scanned)",
-        "scales = start(self._sizes(gradients, scanned)[:1] * len(there)",
+        "scales, known = start(self._sizes(gradients, scanned)",
+        "scales, known = start(self._sizes(gradients, scanned)[:1] * len(there)",
         LOCKED,
     ),
     Fault("jax: scaled at every step", Scaling._step, "first & go", "go", LOCKED),

@@ -579,7 +579,7 @@ def _step_scanned(
     seen = pipeline.to_fit(recipe, plan, pipeline.observed(recipe, plan, g, whole.momentum)[1])
     mean = xp.mean(xp.abs(seen))
     e = draws.normal("damping", seen.shape, seen) if plan.fit else seen
-    own = replace(recipe, damping=lambda x, e, amount: x + amount * mean * e, clip=pipeline.Clip())
+    own = replace(recipe, damping=lambda x, e, amount, unit: x + amount * (mean / unit) * e, clip=pipeline.Clip())
     rows = [pipeline.step(own, plan, g[k, ...], s, _Layer(e[k, ...])) for k, s in enumerate(states)]
     return recipe.clip(xp.stack([u for u, _ in rows])), [s for _, s in rows]
 

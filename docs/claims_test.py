@@ -450,7 +450,7 @@ def numbers():
     schedule = default("kron", "preconditioner_update_probability")
     last = next(t for t in range(1, 10_000) if schedule(t) == schedule.min_prob)
     flat, period = schedule.flat_start, int(np.ceil(1 / schedule.min_prob))
-    peak = float(np.finfo(np.float32).max) ** 0.375
+    peak = float(np.finfo(np.float32).max) ** 0.25
     mirrored = strips.NARROWEST_MIRRORED
     (fit, applied), kept = counted_in_strips(), counted_with_p()
     sweeps, tolerance = rotate.polished.__defaults__
@@ -464,7 +464,7 @@ def numbers():
         ("mathematics.md", f"where it is from step {last:,} on: every {period}th step fits"),
         ("mathematics.md", f"Hermitian to {100 * tolerance:g} % of its largest entry, at most {sweeps} times"),
         # decisions
-        ("decisions.md", f"which is exactly 1 below {peak:.1e}".replace("e+", "e")),
+        ("decisions.md", f"which is exactly 1 below {peak:.1e}".replace("e+0", "e")),
         ("decisions.md", f"{WORDS[pipeline.MAX_SKIPS].capitalize()} in a row raise"),
         ("decisions.md", f"more than {WORDS[_stacks.LONG]} times as large as its factors"),
         ("decisions.md", f"{COUNTED['update functions']} update functions"),

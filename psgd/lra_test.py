@@ -66,6 +66,8 @@ def dense(factors: Factors) -> np.ndarray:
 
 def within(framework: Framework, x, dtype: str = "float64"):
     """Every array of a record in a framework."""
+    if isinstance(x, float):
+        return x
     if isinstance(x, np.ndarray):
         return framework.array(x, dtype)
     parts = [within(framework, part, dtype) for part in x]
@@ -91,7 +93,7 @@ def test_p_is_that_of_the_matrix(framework: Framework, rank: int):
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_images_are_those_of_the_matrix(framework: Framework, rank: int):
-    kind, (h, probe) = LRA(rank), pair()
+    kind, (h, probe, _) = LRA(rank), pair()
     factors = some(kind)
     q = dense(factors)
     arrays = (framework.array(x, "float64") for x in (*factors.Q, h, probe))
@@ -103,7 +105,7 @@ def test_images_are_those_of_the_matrix(framework: Framework, rank: int):
 # ---- the step ----------------------------------------------------------------------------
 def published(order: str, factors: Factors, given: Pair, mu: float, beta: float, side: bool) -> list[np.ndarray]:
     """U, V, d and L after a step, from the equations of psgd_torch ("running") and psgd_jax with the matrix itself."""
-    (u, v, d), lows, (h, probe) = factors.Q, list(factors.L), given
+    (u, v, d), lows, (h, probe, _) = factors.Q, list(factors.L), given
     if order == "running":
         a, b = u.T @ u, v.T @ v
         rho = (np.trace(a) / np.trace(b)) ** 0.25
@@ -194,7 +196,7 @@ def test_without_a_signal_nothing_breaks(framework: Framework, order: str, rank:
 
 
 def test_rank_zero_is_a_diagonal(framework: Framework):
-    kind, (h, v) = LRA(0), pair()
+    kind, (h, v, _) = LRA(0), pair()
     factors = some(kind)
     d, lows = factors.Q[2], [float(x) for x in factors.L]
     new = kind.fit(within(framework, factors), within(framework, pair()), 0.2, 0.9, None, True)

@@ -141,7 +141,7 @@ class StartScale:
         xp = namespace(sizes[0])
         wide = max((s.dtype for s in sizes), key=lambda d: xp.finfo(d).bits)
         most = xp.max(xp.stack([cast(xp.max(s), wide) for s in sizes]))
-        seen = is_something(most)
+        seen = is_something(most) | xp.isnan(most)  # which nobody should overlook
         boosts: Sequence[Any] = [1.0] * len(sizes) if vs is None else self._probed(vs)
         if self.shared:
             scale = self.scale(most, damping) * boosts[0]

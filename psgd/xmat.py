@@ -91,9 +91,7 @@ class XShaped:
         """
         (a, b), h, v = factors.Q, pair.h, pair.v
         x = a * h + b * flipped(h)
-        # Q^-T v by quotients of a and b: their products may be no numbers.
-        w, ratio = v / a, b / flipped(a)
-        y = (w - flipped(ratio * w)) / (1 - ratio * flipped(ratio))
+        y = self._inverse_adjoint(a, b, v)
         more, less = shrinkage(x, pair.unit, y)
         x, y = x * more, y * less
         da, db = x * x - y * y, x * flipped(x) - y * flipped(y)
@@ -103,6 +101,12 @@ class XShaped:
         ell, da, db = self.normaliser(x, y, da, db)
         m = number(rate, a) / (ell + tiny(a))
         return Factors((a - m * (da * a + db * flipped(b)), b - m * (da * b + db * flipped(a))), factors.L)
+
+    @staticmethod
+    def _inverse_adjoint(a: Tensor, b: Tensor, v: Tensor) -> Tensor:
+        """Q^-T v, by quotients of a and b: their products may be no numbers."""
+        w, ratio = v / a, b / flipped(a)
+        return (w - flipped(ratio * w)) / (1 - ratio * flipped(ratio))
 
     def precondition(self, factors: Factors, g: Tensor) -> Tensor:
         """P g."""
