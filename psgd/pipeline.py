@@ -538,7 +538,8 @@ def limited(recipe: Recipe, u: Array, unit: Number) -> Array:
     xp = namespace(u)
     u = u if isinstance(unit, float) and unit == 1 else times(u, number(unit, u))
     fits = xp.abs(u) < float(xp.finfo(u.dtype).max) * 2.0**-20
-    return recipe.clip(xp.where(fits, u, xp.zeros_like(u)), recipe.gain)
+    u = xp.where(fits, u, xp.zeros_like(u))
+    return u if recipe.gain == 1 else u * recipe.gain
 
 
 def averaged(memory: Memory, g: Array, m: Array | None) -> tuple[Array | None, Array]:
