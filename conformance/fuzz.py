@@ -5,7 +5,7 @@
 
 The first half of a stream is hostile, the second half is standard normal. What is looked at is the direction of each
 step, which is what moves a parameter times the learning rate. A row fails where a direction or a number of state is
-not finite, where the method has a bound and passes it, and where it does not move again at the end.
+not finite, where the method has a bound and passes it, and where at the end it neither moves again nor is on its way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from psgd.methods import METHODS, Method
 SHAPE = (4, 3)
 RANK = 2
 STEPS = 2000
-AGAIN = 1e-3  # RMS of the last direction at least, of a stream of `STEPS`
+AGAIN = 1e-3  # RMS of the last directions of a stream of `STEPS`, at least, or twice what it was at its lowest before
 BOUND = 100.0  # RMS of any direction at most, of a method with bounds: AdamW moves by 3 after a jump
 Draw = Callable[[np.random.Generator, int], np.ndarray]  # of n gradients
 
@@ -254,27 +254,29 @@ def row(framework: str, contender: Contender, dtype: str, stream: str, steps: in
     vectors = np.random.default_rng(1).standard_normal(gradients.shape)
     seen = WALKERS[framework](contender, dtype, gradients, vectors)
     lengths = seen.lengths
-    largest, last = float(np.max(lengths)), float(np.median(lengths[-max(steps // 20, 1) :]))
+    window = max(steps // 20, 1)
+    largest, last = float(np.max(lengths)), float(np.median(lengths[-window:]))
+    lowest = min(float(np.median(part)) for part in np.array_split(lengths[steps // 2 :], 10))
     found = [
         ("a direction is not finite", not np.isfinite(lengths).all()),
         ("state is not finite", not seen.finite),
         (f"moves by more than {BOUND:g}", largest > contender.limit()),
-        ("does not move again", steps >= STEPS and not last >= AGAIN),
+        ("does not move again", steps >= STEPS and not (last >= AGAIN or last > 2 * lowest > 0)),
     ]
     return Row(framework, contender.title, dtype, stream, largest, last, [words for words, bad in found if bad])
 
 
 # ---- telling ----------------------------------------------------------------------------------
-HEAD = ("framework", "dtype", "method", "streams", "largest", "last", "verdict")
+HEAD = ("framework", "dtype", "method", "streams", "steps", "largest", "last", "verdict")
 
 
-def told(rows: Sequence[Row]) -> list[str]:
+def told(rows: Sequence[Row], steps: int) -> list[str]:
     """All streams of a method in a framework and a dtype, as one line but for its verdict."""
     largest = max(rows, key=lambda row: row.largest)
     last = [row.last for row in rows]
     first = rows[0]
     spread = f"{min(last):.2g} to {max(last):.2g}"
-    return [first.framework, first.dtype, first.method, str(len(rows)), f"{largest.largest:.2g}", spread]
+    return [first.framework, first.dtype, first.method, str(len(rows)), f"{steps:,}", f"{largest.largest:.2g}", spread]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -297,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows = list(map(partial(row, framework, contender, dtype, steps=given.steps), STREAMS))
                 found += rows
                 bad = [f"{row.stream}: {'; '.join(row.complaints)}" for row in rows if row.complaints]
-                lines.append([*told(rows), "FAIL: " + ", ".join(bad) if bad else "pass"])
+                lines.append([*told(rows, given.steps), "FAIL: " + ", ".join(bad) if bad else "pass"])
                 progress.print(f"{' '.join(lines[-1])}: {perf_counter() - start:.0f} s", markup=False)
     if given.markdown:
         console().print(terminal.markdown([HEAD, *lines]), markup=False, soft_wrap=True)
