@@ -9,7 +9,9 @@ from itertools import cycle
 
 import numpy as np
 import pytest
+import torch
 
+import psgd_torch_backend
 from conformance import fuzz
 from conformance.drivers import Driver, JaxEager, NumpyOracle, TorchEager
 from conformance.frameworks import double_precision
@@ -40,6 +42,32 @@ def test_a_jump_moves_no_further_than_a_bound_where_there_is_one(contender: Cont
         assert found.largest <= 1.001 / np.sqrt(np.prod(fuzz.SHAPE))  # a whole step of length 1
     elif contender.limit() < np.inf:
         assert found.largest < 2.5 < BOUND
+
+
+@pytest.mark.parametrize("framework", fuzz.WALKERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"fuzz {name}")) for name in METHODS]
+)
+def test_zeros_let_no_preconditioner_grow(framework: str, name: str):
+    """They teach nothing: the gradient after them is preconditioned as if they had not been."""
+    gradients, vectors = drawn("normal", 100), drawn("constant", 100)
+    gradients[1:-1] = 0
+    lengths = fuzz.WALKERS[framework](Contender(name), "float32", gradients, vectors).lengths
+    assert lengths[-1] < 5 * lengths[0]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name]().recipe().newton])
+def test_one_flat_step_does_not_ruin_a_newton_method(name: str):
+    p = torch.nn.Parameter(torch.zeros(4, 3))
+    ranks = {"rank_of_approximation": 2} if hasattr(METHODS[name](), "rank_of_approximation") else {}
+    optimizer = getattr(psgd_torch_backend, METHODS[name].title)([p], lr=0.1, **ranks)
+    moves = []
+    for t in range(60):
+        before = p.detach().clone()
+        optimizer.step(lambda t=t: (0 * p).sum() if t == 0 else ((p - 1) ** 2).sum())
+        moves.append(float((p.detach() - before).abs().max()))
+    assert moves[0] == 0 and 0.01 < max(moves) < 1
+    assert float(((p.detach() - 1) ** 2).sum()) < 0.1
 
 
 def test_every_method_without_bounds_has_an_option_that_gives_one():
