@@ -78,7 +78,7 @@ def test_every_method_without_bounds_has_an_option_that_gives_one():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_planted_is_found(name: str, monkeypatch: pytest.MonkeyPatch):
-    seen = fuzz.Seen(np.array([1.0, np.inf, *[1e-9] * 100]), finite=False)
+    seen = fuzz.Seen(np.array([1.0, np.inf, *[1e-9] * (fuzz.STEPS - 2)]), finite=False)
     monkeypatch.setitem(fuzz.WALKERS, "torch", lambda *_: seen)
     found = row("torch", Contender(name), "float32", "normal", fuzz.STEPS).complaints
     bounded = Contender(name).limit() < np.inf

@@ -125,7 +125,7 @@ def test_a_recipe_that_branches_on_values_is_refused():
         def __call__(self, u, gain=1.0, unit=None):
             return u / 2 if u.xp.max(u) > 1 else u
 
-    recipe = pipeline.Recipe(preconditioner=METHODS["quad"].of().recipe().preconditioner, clip=Limited())
+    recipe = pipeline.Recipe(preconditioner=METHODS["quad"].of().recipe().preconditioner, clip=Limited(rms=1.0))
     with pytest.raises(TypeError, match="branches on the value"):
         seen(recipe, outline(3, 3), None, Silence())
 
