@@ -54,7 +54,7 @@ def power_mean(x: Array, power: int) -> Array:
     """(mean|x|^p)^(1/p), 0-d, at least float32; no power of a finite x overflows."""
     unit = _unit(x)
     if power == 2 and not is_complex(x):
-        return _rms(cast(x, unit.dtype) / unit, unit)
+        return unit * _rms(cast(x, unit.dtype) / unit)
     return unit * namespace(x).mean((cast(namespace(x).abs(x), unit.dtype) / unit) ** power) ** (1 / power)
 
 
@@ -64,9 +64,9 @@ def _unit(x: Array) -> Array:
     return namespace(x).where(top > 0, top, namespace(x).ones_like(top))
 
 
-def _rms(part: Array, unit: Array) -> Array:
-    """The RMS of `unit` times a real array without entries above 1."""
-    return unit * (namespace(part).linalg.vector_norm(part) / sqrt(prod(part.shape)))
+def _rms(part: Array) -> Array:
+    """The RMS of a real array without entries above 1."""
+    return namespace(part).linalg.vector_norm(part) / sqrt(prod(part.shape))
 
 
 def trust(limit: Number, us: Sequence[Array]) -> Array:
@@ -84,30 +84,30 @@ def trust(limit: Number, us: Sequence[Array]) -> Array:
 class Clip:
     """Bounds on the direction u of a tensor: its RMS, by scaling, then each entry's modulus. After that, a gain.
 
-    u is the caller's own, as in `times`, and comes in units of a 0-d array, at least 1.
+    u is the caller's own, as in `times`, and comes in units of a 0-d array, at least 1, or as it is. Without a bound an
+    entry in units is left out where a million of its kind would pass the floats.
     """
 
     rms: float = inf
     entry: float = inf
 
-    @property
-    def is_bound(self) -> bool:
-        """Is there a bound?"""
-        return self.rms < inf
-
     def __call__(self, u: Array, gain: float = 1.0, unit: Array | None = None) -> Array:
         xp = namespace(u)
-        if unit is None:
+        if unit is not None:
+            unit = cast(unit, lifted_dtype(u))
+        elif self.rms < inf:
             unit = make(u, "ones", (), dtype=lifted_dtype(u))
-        if self.is_bound and is_complex(u):
+        if self.rms < inf and is_complex(u):
             u = u * number(xp.minimum(unit, self.rms / xp.clip(power_mean(u, 2), min=tiny(unit))), u)
-        elif self.is_bound:
+        elif self.rms < inf:
             own = xp.maximum(cast(largest(u), unit.dtype), 1 / unit)
             part = times(cast(u, own.dtype), 1 / own)
-            size = xp.linalg.vector_norm(part) / sqrt(prod(part.shape))
-            factor = xp.minimum(own * unit, self.rms / xp.clip(size, min=tiny(unit)))
+            factor = xp.minimum(own * unit, self.rms / xp.clip(_rms(part), min=tiny(unit)))
             gain, last = (1.0, gain) if self.entry == inf else (gain, 1.0)
             u = cast(times(part, last * factor), u.dtype)
+        elif unit is not None:
+            u = times(u, number(unit, u))
+            u = xp.where(xp.abs(u) >= float(xp.finfo(u.dtype).max) * 2.0**-20, xp.zeros_like(u), u)
         if self.entry < inf:
             bounded = not is_complex(u)
             u = xp.clip(u, -self.entry, self.entry) if bounded else u / xp.clip(xp.abs(u) / self.entry, min=1.0)
@@ -425,7 +425,7 @@ def step(
     if not prod(g.shape):
         return working(recipe, g), state
     momentum, seen, smooth = observed(recipe, plan, g, state.momentum)
-    old, units = state.factors, in_units(smooth, scale_of(recipe, plan)) if recipe.clip.is_bound else None
+    old, units = state.factors, in_units(smooth, scale_of(recipe, plan))
     same = units if seen is smooth else None
 
     def fit(factors: Factors) -> Factors:
@@ -521,25 +521,9 @@ def directed(
 
     units: the average `in_units`, where that is known.
     """
-    if recipe.clip.is_bound:
-        g, unit, _ = in_units(smooth, scale_of(recipe, plan)) if units is None else units
-    else:
-        g, unit = smooth, scale_of(recipe, plan)
-    return laid_back(recipe, limited(recipe, preconditioned(recipe, factors, g), unit), tuple(smooth.shape))
-
-
-def limited(recipe: Recipe, u: Array, unit: Number) -> Array:
-    """A direction that comes in units, within the bounds of the recipe.
-
-    Without bounds, an entry so near the end of the floats that a million of its kind would pass it is left out.
-    """
-    if recipe.clip.is_bound:
-        return recipe.clip(u, recipe.gain, cast(unit, lifted_dtype(unit)))
-    xp = namespace(u)
-    u = u if isinstance(unit, float) and unit == 1 else times(u, number(unit, u))
-    fits = xp.abs(u) < float(xp.finfo(u.dtype).max) * 2.0**-20
-    u = xp.where(fits, u, xp.zeros_like(u))
-    return u if recipe.gain == 1 else u * recipe.gain
+    g, unit, _ = in_units(smooth, scale_of(recipe, plan)) if units is None else units
+    u = recipe.clip(preconditioned(recipe, factors, g), recipe.gain, unit)
+    return laid_back(recipe, u, tuple(smooth.shape))
 
 
 def averaged(memory: Memory, g: Array, m: Array | None) -> tuple[Array | None, Array]:

@@ -656,6 +656,15 @@ def test_every_magnitude_of_gradients_stays_finite(name: str, scale: float):
         assert np.abs(last).max() < 10 and (last.any() or scale < 1)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_no_number_is_not_hidden(name: str):
+    """Too large an entry may be left out, a NaN may not: without a policy it must be seen."""
+    torch, g = FRAMEWORKS["torch"], normals(4, 4)
+    broken = np.where(np.eye(4) > 0, np.nan, g)
+    out = directions(fitting(name, 16), [torch.array(x, "float32") for x in (g, broken)], torch)
+    assert np.isfinite(out[0]).all() and np.isnan(out[1]).any()
+
+
 SPIKES = [(name, size) for name in METHODS for size in (1e10, 1e15, 1e20, 1e25, 1e30)]
 
 

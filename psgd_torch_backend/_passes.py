@@ -43,7 +43,7 @@ def before(recipe: Recipe, plan: Plan, decay: Tensor, p: Tensor, g: Tensor, m: A
 def after(recipe: Recipe, plan: Plan, lr: Tensor, decay: Any, p: Tensor, u: Tensor, unit: Tensor) -> None:
     """The step of a parameter along u, which comes in units, of bounded length."""
     u = u.clone()  # not written over, for the compiler would write u too
-    u = pipeline.limited(recipe, u, unit * number(pipeline.scale_of(recipe, plan), unit))
+    u = recipe.clip(u, recipe.gain, unit * number(pipeline.scale_of(recipe, plan), unit))
     p.add_(pipeline.displacement(p, u, lr, decay))
 
 
@@ -108,7 +108,7 @@ class Passes:
             new = mine
             if plan.fit:
                 new = pipeline.fitted(recipe if pair else bare, plain, seen, mine, draws, own)
-            g, unit = in_units(s)[:2] if recipe.clip.is_bound else (s, s.new_ones(()))
+            g, unit, _ = in_units(s)
             u = pipeline.preconditioned(bare, new if recipe.fit_first else mine, g)
             return pipeline.laid_back(bare, u, tuple(s.shape)), unit, *leaves(State(None, new))
 
