@@ -11,9 +11,8 @@ not finite, where the method has a bound and passes it, and where at the end it 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from importlib import import_module
 from math import inf
@@ -24,12 +23,11 @@ from typing import Any
 import numpy as np
 
 from conformance import terminal
-from conformance.packages import release
-from conformance.terminal import Sheet, console, verdict, writable, write_json
+from conformance.soak import conclude, settings
+from conformance.terminal import Sheet, console, exits, verdict, writable
 from psgd.methods import METHODS, Method
 
 SHAPE = (4, 3)
-RANK = 2
 STEPS = 2000
 AGAIN = 1e-3  # RMS of the last directions of a stream of `STEPS`, at least, or twice what it was at its lowest before
 BOUND = 100.0  # RMS of any direction at most, of a method with bounds: AdamW moves by 3 after a jump
@@ -150,10 +148,7 @@ class Contender:
         return self.method + (f", {self.bound}" if self.bound else "")
 
     def made(self) -> Method:
-        kind = METHODS[self.method]
-        ranks = {f.name: RANK for f in fields(kind) if f.name.endswith("rank_of_approximation")}
-        bounds = {self.bound: 1.0} if self.bound else {}
-        return kind.of(lr=1.0, weight_decay=0.0, **ranks, **bounds)
+        return settings(METHODS[self.method], lr=1.0, **({self.bound: 1.0} if self.bound else {}))
 
     def limit(self) -> float:
         """What the RMS of a direction may not pass."""
@@ -289,7 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="this one alone; may be repeated")
     parser.add_argument("--method", action="append", choices=METHODS, help="this one alone; may be repeated")
     given = parser.parse_args(arguments)
-    writable(given.json)
+    with exits():
+        writable(given.json)
     found, lines, progress = list[Row](), list[list[str]](), console(stderr=True)
     chosen = [c for c in contenders() if c.method in (given.method or METHODS)]
     for framework in given.framework or WALKERS:
@@ -308,10 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for line in lines:
             sheet.add_row(*line[:-1], verdict(line[-1] == "pass"))
         console().print(sheet)
-    versions = {name: release(name) for name in ("torch", "jax", "numpy")}
-    write_json(given.json, {"versions": versions, "rows": [asdict(row) for row in found]})
-    if any(row.complaints for row in found):
-        sys.exit(1)
+    conclude(found, given.json)
 
 
 if __name__ == "__main__":

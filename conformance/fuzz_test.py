@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import cycle
 
 import numpy as np
@@ -59,8 +59,10 @@ def test_zeros_let_no_preconditioner_grow(framework: str, name: str):
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name]().recipe().newton])
 def test_one_flat_step_does_not_ruin_a_newton_method(name: str):
     p = torch.nn.Parameter(torch.zeros(4, 3))
-    ranks = {"rank_of_approximation": 2} if hasattr(METHODS[name](), "rank_of_approximation") else {}
-    optimizer = getattr(psgd_torch_backend, METHODS[name].title)([p], lr=0.1, **ranks)
+    method = settings(METHODS[name], lr=0.1)
+    optimizer = getattr(psgd_torch_backend, method.title)(
+        [p], **{f.name: getattr(method, f.name) for f in fields(method)}
+    )
     moves = []
     for t in range(60):
         before = p.detach().clone()

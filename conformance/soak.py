@@ -288,10 +288,10 @@ class Row:
     looks: list[Look]
 
 
-def settings(method: type[Method]) -> Method:
+def settings(method: type[Method], lr: float = RATE, **hyperparameters: Any) -> Method:
     """The defaults, but for weight decay, which pulls away from the optimum, and ranks above the count of numbers."""
     ranks = {f.name: RANK for f in fields(method) if f.name.endswith("rank_of_approximation")}
-    return method.of(lr=RATE, weight_decay=0.0, **ranks)
+    return method.of(lr=lr, weight_decay=0.0, **ranks, **hyperparameters)
 
 
 def rows(walker: type[Walker], name: str, walks: Sequence[Walk]) -> Iterator[Row]:
@@ -333,6 +333,14 @@ def markdown(found: Sequence[Row]) -> str:
     return terminal.markdown([HEAD, *told])
 
 
+def conclude(found: Sequence[Any], path: Path | None) -> None:
+    """Write all rows to a file, where one is wanted, and exit with 1 if any has complaints."""
+    versions = {name: release(name) for name in ("torch", "jax", "numpy")}
+    write_json(path, {"versions": versions, "rows": [asdict(row) for row in found]})
+    if any(row.complaints for row in found):
+        sys.exit(1)
+
+
 LONG = WALKS[0].steps
 SHORT = {LONG: 200, WALKS[1].steps: 60}  # of --quick
 
@@ -362,10 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console().print(markdown(found), markup=False, soft_wrap=True)
     else:
         console().print(table(found))
-    versions = {name: release(name) for name in ("torch", "jax", "numpy")}
-    write_json(given.json, {"versions": versions, "rows": [asdict(row) for row in found]})
-    if any(row.complaints for row in found):
-        sys.exit(1)
+    conclude(found, given.json)
 
 
 if __name__ == "__main__":

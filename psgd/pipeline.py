@@ -91,7 +91,7 @@ class Clip:
     rms: float = inf
     entry: float = inf
 
-    def __call__(self, u: Array, gain: float = 1.0, unit: Array | None = None) -> Array:
+    def __call__(self, u: Array, gain: float = 1.0, unit: Any = None) -> Array:
         xp = namespace(u)
         if unit is not None:
             unit = cast(unit, lifted_dtype(u))
@@ -438,7 +438,7 @@ def step(
 def observed(recipe: Recipe, plan: Plan, g: Array, m: Array | None) -> tuple[Array | None, Array, Array]:
     """The new momentum; what is fitted to; what is preconditioned. The momentum comes and goes in its own dtype.
 
-    Averages are still to be scaled, see `scale_of`: P is linear, so that a number can wait until it has acted.
+    Averages are still to be scaled, see `scale_of`.
     """
     g = working(recipe, g)
     new, smooth = averaged(plan.momentum, g, None if m is None else cast(m, g.dtype))

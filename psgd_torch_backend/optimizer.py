@@ -246,7 +246,8 @@ class PSGD(torch.optim.Optimizer):
                 "the loss, or step(Hvp=..., vector=..., update_preconditioner=...)"
             )
         try:
-            self._advance(self._jobs(pairs) if closure is not None or pairs is not None else jobs)
+            # A closure may have changed gradients and groups.
+            self._advance([job._replace(pairs=pairs) for job in jobs] if closure is None else self._jobs(pairs))
         finally:
             for p in lent:
                 p.grad = None
