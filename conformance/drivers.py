@@ -20,7 +20,7 @@ from conformance.problems import Problem
 from conformance.reference import Reference, gathered, spread
 from psgd.arrays import Factors
 from psgd.methods import METHODS, Method
-from psgd.pipeline import State, host_plan
+from psgd.pipeline import Recipe, State, host_plan
 
 Arrays = dict[str, np.ndarray]
 
@@ -297,8 +297,13 @@ Jit = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @lru_cache(maxsize=32)
-def jax_optimizer(method: Method, names: tuple[str, ...], scanned: frozenset[str], jit: Jit) -> tuple[Any, Any]:
-    """The functions of a method for parameters of some names: init, and update compiled by `jit`."""
+def jax_optimizer(
+    method: Method, recipe: Recipe, names: tuple[str, ...], scanned: frozenset[str], jit: Jit
+) -> tuple[Any, Any]:
+    """The functions of a method for parameters of some names: init, and update compiled by `jit`.
+
+    recipe: the method's, for one whose geometry was replaced in the registry is another.
+    """
     made = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "lr"}
     layers = {name: name in scanned for name in names}
     transform = jax_alias(method.name)(method.lr, **made, scanned_layers=layers)
@@ -332,7 +337,7 @@ class JaxJit(Driver):
     def begin(self, params: dict[str, Any]) -> None:
         self.jax, self.optax = import_module("jax"), import_module("optax")
         jit = self.jax.jit if self.jitted else _uncompiled
-        init, self.update = jax_optimizer(self.method, tuple(params), self.scanned, jit)
+        init, self.update = jax_optimizer(self.method, self.method.recipe(), tuple(params), self.scanned, jit)
         self.differentiated, self.product = jax_derivatives(self.problem, jit)
         self.tree, self.inner = params, init(params)
 
