@@ -89,18 +89,22 @@ class XShaped:
         The middle of b stays 0 where n is odd. Every pair of entries is a 2 x 2 matrix; its determinant a f(a) - b f(b)
         stays positive for mu < 1/2.
         """
-        (a, b), h, v = factors.Q, pair.h, pair.v
-        x = a * h + b * flipped(h)
-        y = self._inverse_adjoint(a, b, v)
+        a, b = factors.Q
+        ell, da, db = self._steps(a, b, pair)
+        m = number(rate, a) / (ell + tiny(a))
+        return Factors((a - m * (da * a + db * flipped(b)), b - m * (da * b + db * flipped(a))), factors.L)
+
+    def _steps(self, a: Tensor, b: Tensor, pair: Pair) -> Steps:
+        """ell, Da, Db of a pair; apart from the step itself, so that x and y are let go before it."""
+        x = a * pair.h + b * flipped(pair.h)
+        y = self._inverse_adjoint(a, b, pair.v)
         more, less = shrinkage(x, pair.unit, y)
         x, y = x * more, y * less
         da, db = x * x - y * y, x * flipped(x) - y * flipped(y)
         if a.shape[0] % 2:
             i = make(a, "arange", a.shape[0], dtype=namespace(a).int32)
             db = namespace(a).where(i == a.shape[0] // 2, namespace(a).zeros_like(db), db)
-        ell, da, db = self.normaliser(x, y, da, db)
-        m = number(rate, a) / (ell + tiny(a))
-        return Factors((a - m * (da * a + db * flipped(b)), b - m * (da * b + db * flipped(a))), factors.L)
+        return self.normaliser(x, y, da, db)
 
     @staticmethod
     def _inverse_adjoint(a: Tensor, b: Tensor, v: Tensor) -> Tensor:

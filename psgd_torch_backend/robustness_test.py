@@ -914,10 +914,10 @@ def test_steps_keep_no_new_memory(name: str):
 
 
 # Square matrices in float32, over the gradient, the momentum and two factors (KronWhiten has no momentum; XMat two
-# vectors for factors): 17, 16.5, 15 and 13 tensors of the gradient's size. They are p, g and the state side by side,
+# vectors for factors): 17, 16.5, 15 and 14 tensors of the gradient's size. They are p, g and the state side by side,
 # the new state, the noise, what it was added to, P h and its steps, and for each factor T1, T2, D and the products that
-# move it. That is what was measured: 4.30, 5.50, 3.80, 3.25; the limit allows one more such tensor.
-PEAKS = {"procrustes": 4.55, "kron_whiten": 5.85, "kron": 4.05, "xmat": 3.5}
+# move it. That is what was measured: 4.30, 5.50, 3.80, 3.50; the limit allows one more such tensor.
+PEAKS = {"procrustes": 4.55, "kron_whiten": 5.85, "kron": 4.05, "xmat": 3.75}
 
 
 @pytest.mark.parametrize("name", PEAKS)
