@@ -43,19 +43,19 @@ format: $(STAMP) ## fix what ruff can fix and format the code
 	$(BIN)/ruff format .
 
 golden: $(STAMP) ## replay the recorded runs of the published packages
-	$(BIN)/psgd golden conformance/golden
+	$(BIN)/psgd golden conformance/internal/golden
 
 stubs: $(STAMP) ## write the type stubs of the backends from the registry of methods
-	$(BIN)/python -m conformance.stubs
+	$(BIN)/python -m conformance.internal.stubs
 
 soak: $(STAMP) ## walk every method for very long and see that nothing drifts
-	$(BIN)/python -m conformance.soak
+	$(BIN)/python -m conformance.internal.soak
 
 fuzz: $(STAMP) ## walk every method on hostile gradients in both frameworks
-	$(BIN)/python -m conformance.fuzz
+	$(BIN)/python -m conformance.internal.fuzz
 
 mesh: $(STAMP) ## walk every method on meshes of eight devices and count what is exchanged
-	$(BIN)/python -m conformance.mesh
+	$(BIN)/python -m conformance.internal.mesh
 
 wheel: $(STAMP) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

@@ -15,11 +15,12 @@ import torch
 
 import psgd_jax_backend
 import psgd_torch_backend
-from psgd.methods import METHODS, Method
+from psgd.hyperparameters import Method
+from psgd.methods import METHODS
 
 Run = Callable[[], None]  # one step
 # Methods that whiten each layer by itself: what can step forty layers, given gradients alone.
-LAYERWISE = {name: m for name, m in METHODS.items() if not (m().recipe().whole or m().recipe().newton)}
+LAYERWISE = {name: m for name, m in METHODS.items() if not (m().recipe().joint or m().recipe().newton)}
 POOL = 8  # sets of gradients that are used in turn: a single one would be whitened to nothing
 
 
@@ -112,7 +113,7 @@ def contenders(method: type[Method]) -> list[Contender]:
     return [
         in_torch("one tensor at a time", stack=False),
         in_torch("stacked", stack=True),
-        in_torch("stacked, compiled", stack=True, compile="whole"),
+        in_torch("stacked, compiled", stack=True, compile="full"),
         Contender("torch", "AdamW, for scale", partial(torch_run, torch.optim.AdamW)),
         in_jax("jitted, one leaf at a time", stack=False),
         in_jax("jitted, stacked", stack=True),

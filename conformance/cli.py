@@ -50,17 +50,18 @@ except ImportError as error:
 import numpy as np
 
 from conformance import demo as demonstration
-from conformance import golden as recorded
 from conformance import report as pages
 from conformance.compare import Comparison, Tick, work
 from conformance.compare import compare as compared
 from conformance.drivers import DRIVERS
 from conformance.frameworks import FRAMEWORKS, Framework, compiled_once, one_thread
+from conformance.internal import golden as recorded
 from conformance.problems import PROBLEMS
 from conformance.tolerances import LOCKED
-from psgd.methods import METHODS, Method
+from psgd.cost import BYTES
+from psgd.hyperparameters import Method
+from psgd.methods import METHODS
 from psgd.naming import shown
-from psgd.outline import BYTES
 from psgd.summary import Parameter, counters, rows, summary
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
@@ -516,7 +517,7 @@ def contracts(
     json_file: Json = None,
 ) -> None:
     """Run the tests of every contract with the frameworks, and show which test keeps it; exit code 1 if one fails."""
-    from conformance.contracts import CONTRACTS, ROOT, run
+    from conformance.internal.contracts import CONTRACTS, ROOT, run
 
     groups = sorted({name.partition(":")[0] for name in CONTRACTS})
     if whose is not None:
@@ -541,11 +542,11 @@ def contracts(
 # ---- benchmarks ---------------------------------------------------------------------------
 # By name: nothing here depends on them, and none is loaded that is not asked for.
 BENCHMARKS = {
-    "step": "benchmarks.step",
-    "compile": "benchmarks.compiling",
-    "memory": "benchmarks.memory",
-    "scale": "benchmarks.scale",
-    "train": "benchmarks.train",
+    "step": "benchmarks.cost.step",
+    "compile": "benchmarks.cost.compiling",
+    "memory": "benchmarks.cost.memory",
+    "scale": "benchmarks.cost.scale",
+    "train": "benchmarks.training.train",
 }
 
 

@@ -18,9 +18,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import step, tables, train
-from conformance import cli, contracts, demo, packages, soak, terminal, tolerances
+from benchmarks import tables
+from benchmarks.cost import step
+from benchmarks.training import train
+from conformance import cli, demo, packages, terminal, tolerances
 from conformance.compare import KINDS
+from conformance.internal import contracts, soak
 from conformance.problems import PROBLEMS
 from conformance.report_test import comparison
 from psgd.methods import METHODS
@@ -28,7 +31,7 @@ from psgd.methods import METHODS
 METHOD = next(iter(METHODS))
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-RECORDED = ROOT / "conformance/golden"
+RECORDED = ROOT / "conformance/internal/golden"
 QUICK = ["compare", "--method", METHOD, "--problem", "least-squares", "--steps", "2", "--drivers", "torch,numpy"]
 
 
@@ -502,7 +505,7 @@ def test_the_first_command_as_it_is_in_few_steps(tmp_path, monkeypatch):
 
 
 def test_demo_has_one_of_each_kind_or_those_that_are_asked_for(ran):
-    kinds = {(type(r.preconditioner), r.whole, r.newton) for r in (m().recipe() for m in METHODS.values())}
+    kinds = {(type(r.preconditioner), r.joint, r.newton) for r in (m().recipe() for m in METHODS.values())}
     usual = [run.method for run in ran("demo") if not run.locked]
     assert len(usual) == len(set(usual)) == len(kinds) < len(METHODS)
     last = list(METHODS)[-1]
@@ -519,7 +522,7 @@ def test_problems_of_the_demo_are_each_smaller_and_fit():
         recipe = method().recipe()
         fits = demo.fitting(name)
         assert demo.operations(name, fits) <= demo.OPERATIONS
-        assert (fits == demo.SIZES[0]) == (not (recipe.whole or recipe.newton))
+        assert (fits == demo.SIZES[0]) == (not (recipe.joint or recipe.newton))
 
 
 @pytest.mark.parametrize("failing", [True, False])

@@ -18,7 +18,8 @@ from conformance.frameworks import double_precision
 from conformance.problems import PROBLEMS, Problem
 from conformance.reference import fits
 from conformance.tolerances import Bound, bound_for
-from psgd.methods import METHODS, Method
+from psgd.hyperparameters import Method
+from psgd.methods import METHODS
 from psgd.naming import did_you_mean
 
 KINDS = Snapshot._fields
@@ -81,7 +82,7 @@ class Comparison:
         return all(pair.passed for pair in self.pairs)
 
     def accuracy(self) -> dict[str, float]:
-        """Held-out accuracy of each driver at the end; empty where the problem has none."""
+        """PendingUpdate-out accuracy of each driver at the end; empty where the problem has none."""
         evaluate = PROBLEMS[self.problem].evaluate
         return {} if evaluate is None else {name: evaluate(params) for name, params in self.last.items()}
 

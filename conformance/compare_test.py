@@ -13,9 +13,9 @@ import pytest
 
 from conformance import compare as comparing
 from conformance.compare import KINDS, Pair, compare, envelope, furthest, method_for, nudged, rounded, work
-from conformance.contracts import COMPILING
 from conformance.drivers import DRIVERS, Snapshot, TorchEager, TorchLoop
 from conformance.frameworks import double_precision
+from conformance.internal.contracts import COMPILING
 from conformance.problems import PROBLEMS
 from conformance.tolerances import LOCKED
 from psgd.kron import Kronecker
@@ -35,7 +35,7 @@ EVERYWHERE = [name for name in DRIVERS if name not in (COMPILED, EAGER)]
 SMALL = ("rosenbrock", "least-squares")
 # A matrix of all parameters, squared and cubed, is for few of them.
 DENSE = [
-    name for name, made in METHODS.items() if (r := made().recipe()).whole and isinstance(r.preconditioner, Kronecker)
+    name for name, made in METHODS.items() if (r := made().recipe()).joint and isinstance(r.preconditioner, Kronecker)
 ]
 CONTRACTIVE = [name for name, problem in PROBLEMS.items() if not problem.chaotic]
 FIRST = next(iter(METHODS))
@@ -122,7 +122,7 @@ def geometries():
 
 @pytest.mark.parametrize(("method", "settings"), list(geometries()))
 def test_each_step_is_the_same_in_every_named_choice(method, settings):
-    problem = "least-squares" if METHODS[method](**settings).recipe().whole else "mlp-digits"
+    problem = "least-squares" if METHODS[method](**settings).recipe().joint else "mlp-digits"
     assert_equal(compare(method, problem, steps=3, locked=True, drivers=WITHOUT_JAX, **settings), 1e-11)
 
 

@@ -23,7 +23,7 @@ def one_of_each_kind() -> list[str]:
     kinds: dict[Any, str] = {}
     for name, method in METHODS.items():
         recipe = method().recipe()
-        kinds.setdefault((type(recipe.preconditioner), recipe.whole, recipe.newton), name)
+        kinds.setdefault((type(recipe.preconditioner), recipe.joint, recipe.newton), name)
     return list(kinds.values())
 
 
@@ -40,7 +40,7 @@ def fitting(method: str) -> str:
     A preconditioner of the whole model, and products with the Hessian, are for small ones.
     """
     recipe = METHODS[method]().recipe()
-    sizes = SIZES[1:] if recipe.whole or recipe.newton else SIZES
+    sizes = SIZES[1:] if recipe.joint or recipe.newton else SIZES
     return next((problem for problem in sizes if operations(method, problem) <= OPERATIONS), sizes[-1])
 
 

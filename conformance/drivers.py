@@ -19,8 +19,10 @@ from conformance.frameworks import FRAMEWORKS, Framework
 from conformance.problems import Problem
 from conformance.reference import Reference, gathered, spread
 from psgd.arrays import Factors
-from psgd.methods import METHODS, Method
-from psgd.pipeline import Recipe, State, host_plan
+from psgd.hyperparameters import Method
+from psgd.methods import METHODS
+from psgd.pipeline import host_plan
+from psgd.recipe import Recipe, State
 
 Arrays = dict[str, np.ndarray]
 
@@ -55,7 +57,7 @@ class Driver(ABC):
     def __init__(self, method: Method, problem: Problem, start: Mapping[str, np.ndarray], dtype: str) -> None:
         self.method, self.problem, self.dtype = method, problem, self.own_dtype(dtype)
         # One preconditioner of all parameters knows no layers.
-        self.scanned = frozenset[str]() if method.recipe().whole else problem.scanned
+        self.scanned = frozenset[str]() if method.recipe().joint else problem.scanned
         self.before: Arrays = {}
         self.begin({name: self.array(x) for name, x in start.items()})
 
@@ -140,7 +142,7 @@ class NumpyOracle(Driver):
 
     def state(self) -> Arrays:
         flat: Arrays = {}
-        since = self.run.since if self.method.tempo().counts else None
+        since = self.run.since if self.method.schedule().counts else None
         for name, state in self.run.states.items():
             flat |= flat_state(name, state, self.run.count, since, self.framework.numpy)
         return flat
@@ -189,7 +191,7 @@ class StrictCore(NumpyOracle):
 @cache
 def torch_class(name: str) -> Any:
     """The PyTorch face of a registered method."""
-    return import_module("psgd_torch_backend.optimizer").face(METHODS[name], __name__)
+    return import_module("psgd_torch_backend.optimizer").named_class(METHODS[name], __name__)
 
 
 class TorchEager(Driver):
@@ -215,7 +217,7 @@ class TorchEager(Driver):
 
     def products(self, data: Mapping[str, np.ndarray], step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         hessian, batch = import_module("psgd_torch_backend.hessian"), self.batch(data)
-        key = host_plan(self.method.tempo(), step, since=step).key
+        key = host_plan(self.method.schedule(), step, since=step).key
         params = list(self.tensors.values())
         vs = [hessian.vector(key, name, p.detach()) for name, p in self.tensors.items()]
         hs = hessian.exact(lambda: self.problem.loss(self.tensors, batch), params, vs)[2]
@@ -282,14 +284,14 @@ class TorchCompiled(TorchEager):
     """PyTorch, the step compiled."""
 
     name = "torch-compiled"
-    flags: ClassVar[dict[str, Any]] = {"compile": "whole"}
+    flags: ClassVar[dict[str, Any]] = {"compile": "full"}
 
 
 # ---- JAX --------------------------------------------------------------------------------
 @cache
 def jax_alias(name: str) -> Any:
     """The optax face of a registered method."""
-    return import_module("psgd_jax_backend.faces").alias(METHODS[name], __name__)
+    return import_module("psgd_jax_backend.named").named_function(METHODS[name], __name__)
 
 
 # What runs call is made once for all of them: compiling it takes longer than a short run.
@@ -346,7 +348,7 @@ class JaxJit(Driver):
         return float(loss), {name: self.framework.numpy(grads[name]) for name in self.tree}
 
     def products(self, data: Mapping[str, np.ndarray], step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        key = host_plan(self.method.tempo(), step, since=step).key
+        key = host_plan(self.method.schedule(), step, since=step).key
         key = import_module("jax.numpy").full((1,), key, "int32")
         v, h = self.product(self.tree, self.batch(data), key)
         return {name: (self.framework.numpy(v[name]), self.framework.numpy(h[name])) for name in self.tree}
@@ -368,7 +370,7 @@ class JaxJit(Driver):
     def _states(self) -> tuple[Any, dict[str, State]]:
         own = self._own()
         momentum = dict.fromkeys(self.tree) if own.momentum is None else own.momentum
-        if not self.method.recipe().whole:
+        if not self.method.recipe().joint:
             p = dict.fromkeys(self.tree, ()) if own.P is None else own.P
             return own, {n: State(momentum[n], Factors(own.Q[n], own.L[n], p[n])) for n in self.tree}
         names = sorted(self.tree)
@@ -406,7 +408,7 @@ class JaxJit(Driver):
             for name, old in (("step", own.count), ("since", own.since))
         )
         kinds: Any = [kind for kind in Factors._fields if getattr(own, kind) is not None]
-        if self.method.recipe().whole:
+        if self.method.recipe().joint:
             whole = gathered([filled[name] for name in sorted(filled)]).factors
             factors = {kind: getattr(whole, kind) for kind in kinds}
         else:

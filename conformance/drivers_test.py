@@ -70,11 +70,11 @@ def test_snapshots_hold_everything(driver, method):
     assert any(np.any(u) for u in after.updates.values())
     recipe = run.method.recipe()
     kept = {"step"} | ({"momentum"} if recipe.momentum else set())
-    kept |= {"since"} if run.method.tempo().counts else set()
+    kept |= {"since"} if run.method.schedule().counts else set()
     for name, shape in SHAPES.items():
         own = {leaf.split("/", 1)[1]: x for leaf, x in after.state.items() if leaf.split("/")[0] == name}
         size = sum(int(np.prod(other)) for other in SHAPES.values())
-        vector = np.zeros(size if recipe.whole else recipe.layout(shape))
+        vector = np.zeros(size if recipe.joint else recipe.layout(shape))
         factors = recipe.preconditioner.init(vector, Counter(key(np, 0, 0)))
         assert own.keys() == kept | {f"{kind}/{i}" for kind in "QL" for i in range(len(getattr(factors, kind)))}
         assert own["step"] == 1
@@ -172,7 +172,7 @@ def test_hyperparameters_reach_the_optimizer(driver, method):
 STACKED = replace(PROBLEM, scanned=frozenset(["W", "b"]))  # six vectors of nine, and six scalars
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method().recipe().whole])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method().recipe().joint])
 def test_a_layer_goes_as_a_parameter_alone(method):
     """The oracle with six layers in a stack, and with each of them as a parameter of its own."""
 

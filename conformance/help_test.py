@@ -100,7 +100,7 @@ def test_the_example_runs(x: Any):
 def test_nothing_that_is_refused_is_explained(name: str):
     """A preconditioner of all parameters has no layers; a method of JAX no `lr`, and of PyTorch no mask."""
     method = METHODS[name]
-    whole = method().recipe().whole
+    whole = method().recipe().joint
     ours, theirs = getattr(psgd_torch_backend, method.title), getattr(psgd_jax_backend, name)
     for x in (ours, theirs, getattr(psgd_jax_backend, f"scale_by_{name}")):
         assert ("scanned_layers" in arguments(x)[0]) is not whole

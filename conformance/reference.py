@@ -9,48 +9,50 @@ from typing import Any
 from psgd import noise, pipeline
 from psgd._xp import namespace, number
 from psgd.arrays import Factors
-from psgd.methods import Method
-from psgd.pipeline import leaves, rebuilt
+from psgd.hyperparameters import Method
+from psgd.nonfinite import all_finite
+from psgd.recipe import State, leaves, rebuilt
+from psgd.scaling import max_norm_factor
 
 Array = Any
 
 
 def start(
     method: Method, gradients: Sequence[Array], pairs: Sequence[tuple[Array, Array]] | None = None
-) -> tuple[list[pipeline.State], bool]:
+) -> tuple[list[State], bool]:
     """First state of tensors that start together, with their automatic scale where the method gives none; and whether
     the scale is known, for which any of them has to say something.
 
     pairs: (v, H v) of each, from which methods that fit to them take the scale.
     """
-    recipe, tempo, given = method.recipe(), method.tempo(), method.start_scale()
+    recipe, schedule, given = method.recipe(), method.schedule(), method.initial_scale()
     xp = namespace(gradients[0])
-    draws = noise.Counter(xp.full((1,), pipeline.first_key(tempo), dtype=xp.int32))
+    draws = noise.Counter(xp.full((1,), pipeline.first_key(schedule), dtype=xp.int32))
     scales: Sequence[Any] = [given] * len(gradients)
     known: Any = True
     if given is None:
         seen = gradients if pairs is None else [h for _, h in pairs]
         vs = None if pairs is None else [pipeline.working(recipe, v) for v, _ in pairs]
-        sizes = [recipe.start.size(pipeline.working(recipe, x)) for x in seen]
-        scales, known = recipe.start(sizes, tempo.damping, vs)
+        sizes = [recipe.initial_scale.size(pipeline.working(recipe, x)) for x in seen]
+        scales, known = recipe.initial_scale(sizes, schedule.damping, vs)
     return [pipeline.init(recipe, g, scale, draws) for g, scale in zip(gradients, scales, strict=True)], bool(known)
 
 
-def trusted(method: Method, us: Sequence[Array]) -> list[Array]:
+def within_max_norm(method: Method, us: Sequence[Array]) -> list[Array]:
     """Directions of one step, no longer together than the method allows."""
-    if not method.recipe().trusted:
+    if not method.recipe().has_max_norm:
         return list(us)
-    factor = pipeline.trust(method.tempo().trust, us)
+    factor = max_norm_factor(method.schedule().max_norm, us)
     return [u * number(factor, u) for u in us]
 
 
-def stacked(states: Sequence[pipeline.State]) -> pipeline.State:
+def stacked(states: Sequence[State]) -> State:
     """The states of layers as one, each array with a first axis for them."""
     xp = namespace(states[0].factors.Q[0])
     return rebuilt(states[0], [xp.stack(list(column)) for column in zip(*map(leaves, states), strict=True)])
 
 
-def layer(state: pipeline.State, k: int) -> pipeline.State:
+def layer(state: State, k: int) -> State:
     """The state of layer k of `stacked` ones."""
     return rebuilt(state, [x[k, ...] for x in leaves(state)])
 
@@ -70,25 +72,25 @@ def parted(vector: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
     return [xp.reshape(x, shape) if vector.ndim == 1 else x for x, shape in zip(parts, shapes, strict=True)]
 
 
-def gathered(states: Sequence[pipeline.State]) -> pipeline.State:
+def gathered(states: Sequence[State]) -> State:
     """The state of one preconditioner for several parameters, from the rows that belong to each."""
     momenta = [s.momentum for s in states if s.momentum is not None]
     xp = namespace(states[0].factors.Q[0])
     q = tuple(xp.concat(list(rows)) for rows in zip(*(s.factors.Q for s in states), strict=True))
-    return pipeline.State(joined(momenta) if momenta else None, Factors(q, states[0].factors.L))
+    return State(joined(momenta) if momenta else None, Factors(q, states[0].factors.L))
 
 
-def spread(state: pipeline.State, shapes: Sequence[tuple[int, ...]]) -> list[pipeline.State]:
+def spread(state: State, shapes: Sequence[tuple[int, ...]]) -> list[State]:
     """The inverse of `gathered`."""
     flat = [(prod(shape),) for shape in shapes]
     rows = list(zip(*(parted(q, flat) for q in state.factors.Q), strict=True))
     momenta = [None] * len(shapes) if state.momentum is None else parted(state.momentum, shapes)
-    return [pipeline.State(m, Factors(own, state.factors.L)) for m, own in zip(momenta, rows, strict=True)]
+    return [State(m, Factors(own, state.factors.L)) for m, own in zip(momenta, rows, strict=True)]
 
 
 def vectors(method: Method, step: int, params: Mapping[str, Array]) -> dict[str, Array]:
     """The vector v of each parameter at a step, as the adapters draw it."""
-    key = pipeline.host_plan(method.tempo(), step, since=step).key
+    key = pipeline.host_plan(method.schedule(), step, since=step).key
     xp = namespace(next(iter(params.values())))
     draws = noise.Counter(xp.full((1,), key, dtype=xp.int32))
     return {name: draws.normal(f"v/{name}", tuple(p.shape), p) for name, p in params.items()}
@@ -96,7 +98,7 @@ def vectors(method: Method, step: int, params: Mapping[str, Array]) -> dict[str,
 
 def fits(method: Method, step: int) -> bool:
     """Does a method that fits Hessian-vector products do so at a step, after a first one that taught it something?"""
-    return pipeline.host_plan(method.tempo(), step, since=1).fit
+    return pipeline.host_plan(method.schedule(), step, since=1).fit
 
 
 class Reference:
@@ -108,19 +110,19 @@ class Reference:
 
     def __init__(self, method: Method, params: Mapping[str, Array], scanned: Collection[str] = ()) -> None:
         self.method, self.params, self.scanned = method, dict(params), frozenset(scanned)
-        self.states: dict[str, pipeline.State] = {}
+        self.states: dict[str, State] = {}
         self.known = False
         self.count = self.since = self.skipped = self.skipped_in_a_row = 0
 
     def _parts(self, name: str, x: Array) -> list[Array]:
         return [x[k, ...] for k in range(x.shape[0])] if name in self.scanned else [x]
 
-    def _whole(self, name: str, states: list[pipeline.State]) -> pipeline.State:
+    def _whole(self, name: str, states: list[State]) -> State:
         return stacked(states) if name in self.scanned else states[0]
 
     def _start(self, gradients: Mapping[str, Array], pairs: Mapping[str, tuple[Array, Array]] | None) -> None:
         recipe = self.method.recipe()
-        if recipe.whole:
+        if recipe.joint:
             names = sorted(gradients)
             g = joined([gradients[name] for name in names])
             pair = None if pairs is None else tuple(joined([pairs[name][k] for name in names]) for k in (0, 1))
@@ -143,7 +145,7 @@ class Reference:
         A step whose gradients or pairs are not finite is counted, and not taken.
         """
         seen = [*gradients.values(), *(x for pair in (pairs or {}).values() for x in pair)]
-        if not bool(pipeline.all_finite([x for x in seen if prod(x.shape)])):
+        if not bool(all_finite([x for x in seen if prod(x.shape)])):
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             return
         self.skipped_in_a_row = 0
@@ -160,17 +162,17 @@ class Reference:
             }
             return
         self.count, self.since = self.count + 1, self.since + 1
-        plan = pipeline.host_plan(self.method.tempo(), self.count, since=self.since)
+        plan = pipeline.host_plan(self.method.schedule(), self.count, since=self.since)
         plan = plan._replace(fit=pairs is not None and self.known) if recipe.newton else plan
         self.since = 0 if plan.fit else self.since
         xp = namespace(next(iter(gradients.values())))
         plan = plan._replace(key=xp.full((1,), plan.key, dtype=xp.int32))
         if not recipe.decoupled:
             gradients = {name: g + self.method.weight_decay * self.params[name] for name, g in gradients.items()}
-        step = self._step_whole if recipe.whole else self._step_each
+        step = self._step_whole if recipe.joint else self._step_each
         directions = step(recipe, plan, gradients, pairs)
         decay = self.method.weight_decay if recipe.decoupled else 0.0
-        for name, u in zip(directions, trusted(self.method, list(directions.values())), strict=True):
+        for name, u in zip(directions, within_max_norm(self.method, list(directions.values())), strict=True):
             p = self.params[name]
             self.params[name] = p + pipeline.displacement(p, u, self.method.lr, decay)
 

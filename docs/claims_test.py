@@ -18,19 +18,22 @@ from docs_test import CHANGELOG, DOCUMENTS, ROOT, TABLES, TELLERS, blocks, names
 
 import psgd_jax_backend
 import psgd_torch_backend
-from benchmarks import floor
-from conformance import cli, compare, faults, mesh, soak
-from conformance.contracts import CONTRACTS
+from benchmarks.cost import floor
+from conformance import cli, compare
 from conformance.drivers import DRIVERS
+from conformance.internal import faults, mesh, soak
+from conformance.internal.contracts import CONTRACTS
+from conformance.internal.stubs import STUBS
 from conformance.problems import PROBLEMS
-from conformance.stubs import STUBS
-from psgd import strips
+from psgd import structured
 from psgd.geometry import GEOMETRIES
 from psgd.methods import METHODS
+from psgd.nonfinite import MAX_SKIPS
 from psgd.summary import Parameter, rows
-from psgd_jax_backend.faces import alias, scaling
-from psgd_torch_backend import _each, _passes, _step
-from psgd_torch_backend.optimizer import face
+from psgd_jax_backend.named import named_function, scaling
+from psgd_torch_backend import _fused, _step
+from psgd_torch_backend import _per_tensor as torch_per_tensor
+from psgd_torch_backend.optimizer import named_class
 
 PACKAGES = ("psgd", "psgd_torch_backend", "psgd_jax_backend", "conformance", "benchmarks")
 FOLDERS = (*PACKAGES, "docs", "examples")
@@ -279,7 +282,7 @@ def options():
         found.update(re.findall(r'add_argument\(\s*f?"(--[\w-]+)"', path.read_text()))
     return found | {
         f"--{flag}" for flag in ("only", "method", "mesh", "mode", "layout")
-    }  # `conformance.mesh` in a loop
+    }  # `conformance.internal.mesh` in a loop
 
 
 @each_document
@@ -344,12 +347,12 @@ def section(page, heading):
 def test_what_a_new_method_makes_stale_is_what_contributing_tells(monkeypatch):
     toy = type("Toy", (next(iter(METHODS.values())),), {"name": "toy", "title": "Toy"})
     monkeypatch.setitem(METHODS, "toy", toy)
-    monkeypatch.setattr(psgd_torch_backend, "Toy", face(toy, "psgd_torch_backend"), raising=False)
-    for name, make in (("toy", alias), ("scale_by_toy", scaling)):
+    monkeypatch.setattr(psgd_torch_backend, "Toy", named_class(toy, "psgd_torch_backend"), raising=False)
+    for name, make in (("toy", named_function), ("scale_by_toy", scaling)):
         monkeypatch.setattr(psgd_jax_backend, name, make(toy, "psgd_jax_backend"), raising=False)
     made = {f"docs/{name}" for name in TABLES if with_tables(name) != (ROOT / "docs" / name).read_text()}
     made |= {path for path, stub in STUBS.items() if stub() != (ROOT / path).read_text()}
-    by_hand = {"psgd/methods.py", *names(path for path in TELLERS if str(path.relative_to(ROOT)) not in made)}
+    by_hand = {"psgd/methods/quad_torch.py", *names(path for path in TELLERS if str(path.relative_to(ROOT)) not in made)}
     told = section("contributing.md", "Add a method")
     found = {span for span in re.findall(r"`([^`\n]+)`", told) if (ROOT / span).is_file()}
     assert found == made | by_hand
@@ -360,7 +363,7 @@ def test_what_a_new_method_makes_stale_is_what_contributing_tells(monkeypatch):
 def compiled_parts(method, shape, monkeypatch, **settings):
     """What a step of one parameter compiles on a CPU with `compile=True`."""
     compiled = []
-    for module in (_step, _passes):
+    for module in (_step, _fused):
         monkeypatch.setattr(module, "compiled", lambda f: compiled.append(f.__name__) or f)
     p = torch.nn.Parameter(torch.zeros(shape))
     optimizer = getattr(psgd_torch_backend, method.title)([p], compile=True, **settings)
@@ -372,8 +375,8 @@ def compiled_parts(method, shape, monkeypatch, **settings):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_compile_true_compiles_on_a_cpu_what_documents_say(name, monkeypatch):
-    method, large = METHODS[name], (_passes.LARGE // 8, 8)
-    if method().recipe().whole:
+    method, large = METHODS[name], (_fused.LARGE // 8, 8)
+    if method().recipe().joint:
         assert compiled_parts(method, (4, 3), monkeypatch) == ["step"]
         return
     assert compiled_parts(method, (4, 3), monkeypatch) == []
@@ -386,7 +389,7 @@ def test_compile_true_compiles_on_a_cpu_what_documents_say(name, monkeypatch):
 def test_documents_name_the_methods_that_compile_whole_steps():
     text = re.sub(r"\s+", " ", (ROOT / "docs" / "from-adamw-in-pytorch.md").read_text())
     named = re.search(r"A method with one preconditioner of all parameters \(([^)]*)\) has one vector", text)[1]
-    assert set(re.findall(r"\w+", named)) == {m.title for m in METHODS.values() if m().recipe().whole}
+    assert set(re.findall(r"\w+", named)) == {m.title for m in METHODS.values() if m().recipe().joint}
 
 
 # ---- versions -----------------------------------------------------------------------------
@@ -420,9 +423,9 @@ def operations(method, shape, fit, **settings):
 def counted_in_strips():
     """GFLOP of a fit and of what a step does besides: as it is, and without strips."""
     found = []
-    for most in (strips.MOST, 1):
+    for most in (structured.MOST, 1):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(strips, "MOST", most)
+            patch.setattr(structured, "MOST", most)
             both, rest = (operations("kron", (1024, 256), fit) / 1e9 for fit in (True, False))
             found.append((f"{both - rest:.1f}", f"{rest:.2f}"))
     return zip(*found, strict=True)
@@ -438,9 +441,12 @@ def counted_with_p():
 @cache
 def numbers():
     """(page, what it says), with the numbers from the code."""
-    from benchmarks import experiments, gpt, peers, scale, sets, train, transfer, ways
-    from psgd import pipeline, rotate
-    from psgd_jax_backend import _sharding, _stacks
+    from benchmarks import peers, sets
+    from benchmarks.cost import scale, ways
+    from benchmarks.training import experiments, gpt, train, transfer
+    from psgd import rotate
+    from psgd_jax_backend import _per_tensor as jax_per_tensor
+    from psgd_jax_backend import _sharding
 
     def count(model):
         return f"{sum(p.numel() for p in model.parameters()):,}"
@@ -452,7 +458,7 @@ def numbers():
     last = next(t for t in range(1, 10_000) if schedule(t) == schedule.min_prob)
     flat, period = schedule.flat_start, int(np.ceil(1 / schedule.min_prob))
     peak = float(np.finfo(np.float32).max) ** 0.25
-    mirrored = strips.NARROWEST_MIRRORED
+    mirrored = structured.NARROWEST_MIRRORED
     (fit, applied), kept = counted_in_strips(), counted_with_p()
     sweeps, tolerance = rotate.polished.__defaults__
     share = scale.share_of_training("kron")["share"]
@@ -466,21 +472,21 @@ def numbers():
         ("mathematics.md", f"Hermitian to {100 * tolerance:g} % of its largest entry, at most {sweeps} times"),
         # decisions
         ("decisions.md", f"which is exactly 1 below {peak:.1e}".replace("e+0", "e")),
-        ("decisions.md", f"{WORDS[pipeline.MAX_SKIPS].capitalize()} in a row raise"),
-        ("decisions.md", f"more than {WORDS[_stacks.LONG]} times as large as its factors"),
+        ("decisions.md", f"{WORDS[MAX_SKIPS].capitalize()} in a row raise"),
+        ("decisions.md", f"more than {WORDS[jax_per_tensor.LONG]} times as large as its factors"),
         ("decisions.md", f"{COUNTED['update functions']} update functions"),
         # contributing
         ("contributing.md", refusal("kron", b1=1.5)),
         # from AdamW
-        ("from-adamw-in-pytorch.md", f"of tensors of at least {_passes.LARGE:,} numbers"),
+        ("from-adamw-in-pytorch.md", f"of tensors of at least {_fused.LARGE:,} numbers"),
         ("from-adamw-in-pytorch.md", f"those of more than {default('affine', 'max_skew_triangular')} numbers"),
-        ("from-adamw-in-pytorch.md", f"{WORDS[pipeline.MAX_SKIPS]} in a row (`max_skips`) raise an error"),
+        ("from-adamw-in-pytorch.md", f"{WORDS[MAX_SKIPS]} in a row (`max_skips`) raise an error"),
         ("from-adamw-in-pytorch.md", f"in the end at every {period}th step"),
         ("from-adamw-in-pytorch.md", f"{transfer.Setup().steps} steps without warm-up"),
         ("from-adamw-in-pytorch.md", f"a convolutional net of {count(transfer.net())} numbers"),
         ("from-adamw-in-pytorch.md", f"a transformer of one layer and {count(transfer.Transformer())} numbers"),
         ("from-adamw-in-pytorch.md", f"at rank {default('low_rank_approximation', 'uvd_rank_of_approximation')}"),
-        ("from-adamw-in-optax.md", f"raises after {WORDS[pipeline.MAX_SKIPS]} in a row"),
+        ("from-adamw-in-optax.md", f"raises after {WORDS[MAX_SKIPS]} in a row"),
         # conformance
         ("conformance.md", "from four *twins*" if compare.envelope.__defaults__ == (4,) else "not so"),
         # sharding
@@ -528,13 +534,13 @@ def numbers():
         # performance
         ("performance.md", f"of the move of `quad` 7/8 from {2 * mirrored} rows on, 13/16 from {4 * mirrored}"),
         ("performance.md", f"below {2 * mirrored} rows, or where"),
-        ("performance.md", f"triangles below {2 * strips.NARROWEST} rows are multiplied whole"),
-        ("performance.md", f"in {WORDS[strips.MOST]} strips"),
+        ("performance.md", f"triangles below {2 * structured.NARROWEST} rows are multiplied whole"),
+        ("performance.md", f"in {WORDS[structured.MOST]} strips"),
         ("performance.md", f"a fit of `kron` to 1024 x 256 takes {fit[0]} instead of {fit[1]} GFLOP"),
         ("performance.md", f"applying it {applied[0]} instead of {applied[1]}"),
         ("performance.md", f"a step that fits is {kept['quad', True]} of `quad` and {kept['procrustes', True]} of"),
         ("performance.md", f"one that does not {kept['quad', False]} of both"),
-        ("performance.md", f"as many as have {_each.ROOM['cpu'] // 10**6} million numbers of state"),
+        ("performance.md", f"as many as have {torch_per_tensor.ROOM['cpu'] // 10**6} million numbers of state"),
         ("performance.md", f"takes {100 * share:.1f} % of the operations"),
         ("performance.md", f"at {scale.TOKENS:,} tokens"),
     ]
@@ -555,7 +561,7 @@ def test_what_is_said_of_costs_by_half_and_by_times():
     page = re.sub(r"\s+", " ", (ROOT / "docs" / "from-adamw-in-optax.md").read_text())
     assert "a fit of dense factors costs two to four times what the rest of a step does" in page
     for name, method in METHODS.items():
-        if not method().recipe().whole:
+        if not method().recipe().joint:
             row = of_a_matrix(name)
             assert 2 <= row.fit / row.apply <= 4, name
 

@@ -19,7 +19,7 @@ from conformance.drivers import DRIVERS
 from conformance.problems import PROBLEMS
 from psgd.geometry import GEOMETRIES, mean_unknown
 from psgd.kron import Kronecker
-from psgd.lra import Normaliser
+from psgd.lra import LowRankNormaliser
 from psgd.methods import METHODS
 from psgd.spectral import TraceBound
 from psgd.summary import Parameter, in_flops, rows
@@ -176,32 +176,34 @@ def geometry_name(geometry):
     return next(alike, "its own")
 
 
-def averaging(recipe, tempo):
-    return f"{called(tempo.averaging)}, {tempo.momentum:g}" if recipe.momentum else "none"
+def averaging(recipe, schedule):
+    return f"{called(schedule.averaging)}, {schedule.momentum:g}" if recipe.momentum else "none"
 
 
-def memory(tempo, kind):
+def memory(schedule, kind):
     """What a step of the factors is divided by."""
-    rule = kind.normaliser.diagonal if isinstance(kind.normaliser, Normaliser) else kind.normaliser
-    return f"{called(rule)}, " + (f"running L, {tempo.memory:g}" if tempo.memory else "of the moment")
+    rule = kind.normaliser.diagonal if isinstance(kind.normaliser, LowRankNormaliser) else kind.normaliser
+    return f"{called(rule)}, " + (
+        f"running L, {schedule.beta_lipschitz:g}" if schedule.beta_lipschitz else "of the moment"
+    )
 
 
 def point(method):
     """Where a method with its defaults lies on each axis of the grid."""
-    recipe, tempo = method().recipe(), method().tempo()
+    recipe, schedule = method().recipe(), method().schedule()
     kind, clip = recipe.preconditioner, recipe.clip
     return {
-        "momentum": averaging(recipe, tempo),
+        "momentum": averaging(recipe, schedule),
         "fits to": recipe.whiten,
         "complex numbers": "yes" if method.complex_parameters else "refused",
-        "trigger": called(tempo.fit),
-        "damping": f"{called(recipe.damping)}, {tempo.damping:g}",
+        "trigger": called(schedule.fit),
+        "damping": f"{called(recipe.damping)}, {schedule.damping:g}",
         "criterion": "newton" if recipe.newton else "whitening",
-        "preconditioner": f"{type(kind).__name__}, {'of all parameters' if recipe.whole else 'of each tensor'}",
+        "preconditioner": f"{type(kind).__name__}, {'of all parameters' if recipe.joint else 'of each tensor'}",
         **of_axes(kind),
-        "normaliser": memory(tempo, kind),
+        "normaliser": memory(schedule, kind),
         "order": "fit, then precondition" if recipe.fit_first else "precondition, then fit",
-        "balance": f"{called(tempo.balance)}, {'after' if recipe.balance_last else 'before'} the fit",
+        "balance": f"{called(schedule.balance)}, {'after' if recipe.balance_last else 'before'} the fit",
         "layout": called(recipe.layout),
         "start": started(method(), recipe, kind),
         "clip": f"RMS {clip.rms:g}, entry {clip.entry:g}",
@@ -228,9 +230,9 @@ def of_axes(kind):
 def started(method, recipe, kind):
     """How the first scale comes about."""
     share = "not split" if isinstance(kind, Kronecker) and not kind.split else "split"
-    if method.start_scale() is not None:
-        return f"{method.start_scale():g}, {share}"
-    return f"p = {recipe.start.power}, {'one for all' if recipe.start.shared else 'one each'}, {share}"
+    if method.initial_scale() is not None:
+        return f"{method.initial_scale():g}, {share}"
+    return f"p = {recipe.initial_scale.power}, {'one for all' if recipe.initial_scale.shared else 'one each'}, {share}"
 
 
 def grid():
@@ -281,7 +283,7 @@ def costs():
     def square(method):
         """Has it a number for every pair of numbers?"""
         made = method().recipe()
-        return made.whole and any(q == (size, size) for q in made.preconditioner.shapes((size,)))
+        return made.joint and any(q == (size, size) for q in made.preconditioner.shapes((size,)))
 
     shown = (method for method in METHODS.values() if not square(method))
     return table(("method", "state", "step", "a fit adds"), map(line, shown))

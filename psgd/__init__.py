@@ -4,7 +4,8 @@
 """
 
 from psgd.geometry import GEOMETRIES, Geometry
-from psgd.methods import METHODS, Method
+from psgd.hyperparameters import Method
+from psgd.methods import METHODS
 from psgd.schedule import precond_update_prob_schedule
 
 __all__ = ["GEOMETRIES", "METHODS", "Geometry", "Method", "precond_update_prob_schedule"]

@@ -134,17 +134,17 @@ def is_something(size: Array) -> Array:
     return size > min(tiny(size), 2.0**-126) ** 0.75
 
 
-def plus(y: Array, a: Any, x: Array, *, used: bool = False) -> Array:
+def plus(y: Array, a: Any, x: Array, *, donate: bool = False) -> Array:
     """y + a x, in one pass over memory where the framework has one; `a`: a number, or an array to broadcast.
 
-    used: y is the caller's own and not needed any more, so that PyTorch may write over it.
+    donate: y is the caller's own and not needed any more, so that PyTorch may write over it.
     """
     xp = namespace(y)
     # Of half precisions the product is rounded too, everywhere: PyTorch would not, but in a stack.
     if not xp.__name__.endswith("torch") or dtype_name(y.dtype) in HALF:
         return y + a * x
     if isinstance(a, (int, float)):
-        return (y.add_ if used else y.add)(x, alpha=a)
+        return (y.add_ if donate else y.add)(x, alpha=a)
     return y.addcmul(cast(a, y.dtype), x)  # torch.vmap has no rule for addcmul_
 
 
@@ -175,7 +175,7 @@ def real_dtype(x: Array) -> Any:
     return {"complex64": xp.float32, "complex128": xp.float64}.get(dtype_name(x.dtype), x.dtype)
 
 
-def lifted_dtype(x: Array) -> Any:
+def accumulation_dtype(x: Array) -> Any:
     """The dtype of |x|, or float32 where that is a half precision: for norms, traces, bounds and solves."""
     dtype = real_dtype(x)
     return namespace(x).float32 if dtype_name(dtype) in HALF else dtype

@@ -11,7 +11,7 @@ from math import prod
 
 from psgd._xp import by_inverse, conj, matmul, namespace, real, times
 from psgd.arrays import Factor, Matrix, Tensor
-from psgd.strips import (
+from psgd.structured import (
     adjoint_from_left,
     adjoint_from_right,
     gram_of_columns,
@@ -22,17 +22,17 @@ from psgd.strips import (
 from psgd.thin import unfolded
 
 SHORT = 64  # axes that together are no longer than this are multiplied as one
-Act = Callable[..., Tensor]  # (factor, tensor, axis, used=) -> tensor
+Act = Callable[..., Tensor]  # (factor, tensor, axis, donate=) -> tensor
 
 
-def along(q: Factor, x: Tensor, axis: int, *, used: bool = False) -> Tensor:
-    """q applied to axis `axis` of x: the mode product q x_i x. used: x is not needed any more, as in `times`."""
-    return _along(q, x, axis, used, matmul, lambda q, x: matmul(x, q.mT))
+def along(q: Factor, x: Tensor, axis: int, *, donate: bool = False) -> Tensor:
+    """q applied to axis `axis` of x: the mode product q x_i x. donate: x is not needed any more, as in `times`."""
+    return _along(q, x, axis, donate, matmul, lambda q, x: matmul(x, q.mT))
 
 
-def along_upper(q: Factor, x: Tensor, axis: int, *, used: bool = False) -> Tensor:
+def along_upper(q: Factor, x: Tensor, axis: int, *, donate: bool = False) -> Tensor:
     """`along`, where a dense q is upper triangular."""
-    return _along(q, x, axis, used, upper_from_left, upper_from_right)
+    return _along(q, x, axis, donate, upper_from_left, upper_from_right)
 
 
 def along_adjoint_of_upper(q: Factor, x: Tensor, axis: int) -> Tensor:
@@ -41,13 +41,13 @@ def along_adjoint_of_upper(q: Factor, x: Tensor, axis: int) -> Tensor:
 
 
 def _along(
-    q: Factor, x: Tensor, axis: int, used: bool, from_left: Callable[..., Tensor], from_right: Callable[..., Tensor]
+    q: Factor, x: Tensor, axis: int, donate: bool, from_left: Callable[..., Tensor], from_right: Callable[..., Tensor]
 ) -> Tensor:
     """A diagonal q, or a product of a matrix q from the left, x being (..., n, k), or from the right, x (..., n)."""
     xp, shape = namespace(q), tuple(x.shape)
     if q.ndim < 2:
         q = xp.reshape(q, (1,) * axis + q.shape + (1,) * (x.ndim - axis - 1)) if x.ndim else q
-        return times(x, q) if used else q * x
+        return times(x, q) if donate else q * x
     if axis == x.ndim - 1:
         return from_right(q, x)
     before, after = shape[:axis], shape[axis + 1 :]
@@ -57,10 +57,10 @@ def _along(
     return xp.reshape(from_left(q, xp.reshape(x, (*rows, shape[axis], -1))), shape)
 
 
-def along_inverse_adjoint(q: Factor, x: Tensor, axis: int, *, used: bool = False) -> Tensor:
+def along_inverse_adjoint(q: Factor, x: Tensor, axis: int, *, donate: bool = False) -> Tensor:
     """q^-H applied to axis `axis` of x; a dense q is upper triangular."""
     if q.ndim < 2:
-        return along(1 / conj(q), x, axis, used=used)
+        return along(1 / conj(q), x, axis, donate=donate)
     return _by_rows(lambda rows: by_inverse(rows, conj(q)), x, axis)
 
 
@@ -72,10 +72,10 @@ def _by_rows(work: Callable[[Matrix], Matrix], x: Tensor, axis: int) -> Tensor:
     return xp.permute_dims(done, tuple(order.index(i) for i in range(x.ndim)))
 
 
-def along_all(qs: Sequence[Factor | None], x: Tensor, act: Act = along, *, used: bool = False) -> Tensor:
+def along_all(qs: Sequence[Factor | None], x: Tensor, act: Act = along, *, donate: bool = False) -> Tensor:
     """Every factor applied to its axis: the Kronecker product of the factors times vec(x). None leaves an axis alone.
 
-    used: as in `along`.
+    donate: as in `along`.
     """
     xp, shape = namespace(x), tuple(x.shape)
     if x.ndim > 2:
@@ -83,7 +83,7 @@ def along_all(qs: Sequence[Factor | None], x: Tensor, act: Act = along, *, used:
         x = xp.reshape(x, lengths)
     # Diagonal factors come last: what they act on was made by those before, and they take no memory.
     for axis, q in sorted(((i, q) for i, q in enumerate(qs) if q is not None), key=lambda pair: -pair[1].ndim):
-        x, used = act(q, x, axis, used=used), True
+        x, donate = act(q, x, axis, donate=donate), True
     return xp.reshape(x, shape)
 
 

@@ -8,7 +8,7 @@ from operator import index
 from typing import Any, TypeVar
 
 from psgd.naming import shown
-from psgd.pipeline import POLICIES
+from psgd.nonfinite import POLICIES
 
 Helper = TypeVar("Helper", bound=Callable[..., Any])
 

@@ -30,7 +30,7 @@ class Pair(NamedTuple):
 
 def relative(x: Tensor, e: Tensor, amount: Scalar | float, unit: Scalar | float = 1.0) -> Tensor:
     """x + (amount + eps |x|) e [psgd_torch]: never below rounding, without which unseen directions grow without end."""
-    return plus(plus(x, amount / unit, e), eps(x), times(namespace(x).abs(x), e), used=True)
+    return plus(plus(x, amount / unit, e), eps(x), times(namespace(x).abs(x), e), donate=True)
 
 
 def proportional(x: Tensor, e: Tensor, amount: Scalar | float, unit: Scalar | float = 1.0) -> Tensor:

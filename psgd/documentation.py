@@ -8,7 +8,7 @@ from inspect import Parameter, cleandoc
 from textwrap import fill, indent
 from typing import Any, NamedTuple
 
-from psgd.methods import Method
+from psgd.hyperparameters import Method
 
 WIDTH = 110
 

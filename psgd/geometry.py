@@ -21,7 +21,7 @@ from psgd.arrays import Diagonal, Factor, Matrix, Scalar, Tensor
 from psgd.axes import along, along_adjoint_of_upper, along_all, along_inverse_adjoint, along_upper, outer
 from psgd.rotate import polished, procrustes2, symmetrised
 from psgd.spectral import SkewNorm
-from psgd.strips import gram_of_columns, gram_of_triangle, hermitian, triangle_by_triangle
+from psgd.structured import gram_of_columns, gram_of_triangle, hermitian, triangle_by_triangle
 from psgd.thin import Hermitian, Thin, from_left, from_right, triangle_from_left
 
 Factors = Sequence[Factor]
@@ -216,7 +216,7 @@ class Geometry:
         lift: (q, x, axis) -> x, what factor q adds before the Gram products.
         expected: (factors, axis, less) -> E T2 over v ~ N(0, less^2 I); a number stands for so many times the identity.
         probed: factors -> must whitening draw v, rather than take `expected`?
-        balance_first: balances the factors before each fit; the others do it rarely, when the recipe and the tempo say.
+        balance_first: balances the factors before each fit; the others do it rarely, as recipe and schedule say.
         moved: how a dense factor moves, to be read.
     """
 
@@ -254,7 +254,7 @@ class Geometry:
         twice = [axis for axis, factor in enumerate(formed) if factor is None]
         for axis in twice:
             g = self.root.act(qs[axis], g, axis)
-        return along_all(formed, g, used=bool(twice))
+        return along_all(formed, g, donate=bool(twice))
 
 
 GEOMETRIES: dict[str, Geometry] = {

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, prod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple, final
 
 from psgd import thin
-from psgd._xp import cast, eps, identity, lifted_dtype, make, namespace, number, real, shrinkage, times, tiny
+from psgd._xp import accumulation_dtype, cast, eps, identity, make, namespace, number, real, shrinkage, times, tiny
 from psgd.arrays import Factor, Factors, Matrix, Scalar, Tensor
 from psgd.axes import gram
 from psgd.criterion import Pair
 from psgd.geometry import Geometry
 from psgd.noise import Draws
+from psgd.preconditioner import Preconditioner
 from psgd.rotate import balanced
 from psgd.shapes import Shape
 from psgd.spectral import NormBound, general_bound
@@ -63,7 +64,7 @@ def init(dense: Sequence[bool], like: Tensor, *, keep_p: bool = False) -> Factor
         )
 
     qs = ones()
-    bounds = tuple(make(like, "zeros", (), dtype=lifted_dtype(like)) for _ in qs)
+    bounds = tuple(make(like, "zeros", (), dtype=accumulation_dtype(like)) for _ in qs)
     return Factors(qs, bounds, ones() if keep_p else ())  # arrays of their own: state is written in place
 
 
@@ -121,7 +122,7 @@ def by_triangle(norm: AxisNorm, t1: Factor | Thin, t2: Factor | Thin) -> tuple[S
         ell, terms = general_bound(xp.triu(d)), xp.max(diagonal(t1 + t2))
     seen = ell > 4 * eps(d) * terms
     ell, d = (xp.where(seen, x, xp.zeros_like(x)) for x in (ell, d))
-    return cast(ell, lifted_dtype(t1)), d
+    return cast(ell, accumulation_dtype(t1)), d
 
 
 Normaliser = Callable[[AxisNorm, Any, Any], tuple[Scalar, Any]]
@@ -155,19 +156,19 @@ def fit(
     factors: Factors,
     pair: Pair,
     rate: Scalar | float,
-    memory: Scalar | float,
+    beta_lipschitz: Scalar | float,
     draws: Draws,
     normaliser: Normaliser = by_terms,
 ) -> Factors:
     r"""Move every factor once towards fitting the pair: the one update of all geometries and both criteria.
 
-        D = T1 - T2,   ell = ||T1 + T2|| (a lower bound),   L <- max(memory L + (1 - memory) ell, ell)
+        D = T1 - T2,   ell = ||T1 + T2|| (a lower bound),   L <- max(beta L + (1 - beta) ell, ell)
         q <- move(q, D, rate / L)
 
     Args:
         factors: of a tensor of the shape of `pair.h`. `a` and `b` are measured once, with the old factors.
         rate: preconditioner learning rate mu, in (0, 1): the step is normalised, L >= ell >= ||D|| up to the bound.
-        memory: beta_L in [0, 1): how slowly L forgets large residuals. 0 is the instantaneous normaliser.
+        beta_lipschitz: beta_L in [0, 1): how slowly L forgets large residuals. 0 is the instantaneous normaliser.
         draws: roles "bound/i" and "turn/i/k" for axis i and sweep k.
         normaliser: what ell bounds.
 
@@ -184,7 +185,7 @@ def fit(
     for axis, (q, last) in enumerate(zip(qs, factors.L, strict=True)):
         (t1, t2), norm = _terms(geometry, qs, a, b, less, axis), AxisNorm(bound, draws, axis)
         ell, d = normaliser(norm, t1, t2)
-        beta = number(memory, ell)
+        beta = number(beta_lipschitz, ell)
         last = namespace(q).maximum(beta * last + (1 - beta) * ell, ell)
         m = number(rate, ell) / (last + tiny(last))
         moved.append(_moved(geometry, q, d, number(m, q), norm))
@@ -192,16 +193,15 @@ def fit(
     return factors._replace(Q=tuple(moved), L=tuple(bounds))
 
 
+@final
 @dataclass(frozen=True)
-class Kronecker:
+class Kronecker(Preconditioner):
     """The Kronecker-factored preconditioner as the pipeline sees it: a geometry, and the rules that go with it.
 
     dense: which axes get a dense factor. bound: the norm bound. normaliser: what a step is divided by.
     split: the first scale is shared between the factors of a tensor (see `rescaled`).
     keep_p: is P kept between steps, and not only its factors Q?
     """
-
-    may_vanish: ClassVar[tuple[int, ...]] = ()  # a factor that is zero stays zero, and so does the step
 
     geometry: Geometry
     dense: DenseRule = DenseRule()
@@ -251,12 +251,12 @@ class Kronecker:
         factors: Factors,
         pair: Pair,
         rate: Scalar | float,
-        memory: Scalar | float,
+        beta_lipschitz: Scalar | float,
         draws: Draws,
         side: bool | Scalar = False,
     ) -> Factors:
         """One step towards fitting the pair."""
-        return self.with_p(fit(self.geometry, self.bound, factors, pair, rate, memory, draws, self.normaliser))
+        return self.with_p(fit(self.geometry, self.bound, factors, pair, rate, beta_lipschitz, draws, self.normaliser))
 
     def precondition(self, factors: Factors, g: Tensor) -> Tensor:
         """P g."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod, sqrt
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple, final
 
-from psgd._xp import cast, identity, lifted_dtype, make, matmul, namespace, number, shrinkage, solve, tiny
+from psgd._xp import accumulation_dtype, cast, identity, make, matmul, namespace, number, shrinkage, solve, tiny
 from psgd.arrays import Array, Factors, Scalar, Tensor
 from psgd.criterion import Pair
 from psgd.noise import Draws
+from psgd.preconditioner import Preconditioner
 from psgd.shapes import Shape
 
 
@@ -26,7 +27,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return xp.sum(a * b) if a.ndim < 2 else xp.reshape(matmul(a.mT, b[:, None]), (-1,))
 
 
-def times(a: Tensor, x: Tensor) -> Tensor:
+def matvec(a: Tensor, x: Tensor) -> Tensor:
     """a x of a matrix (n, r) and a vector (r,)."""
     return namespace(x).reshape(matmul(a, x[:, None]), (-1,))
 
@@ -85,7 +86,7 @@ class Residual(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Normaliser:
+class LowRankNormaliser:
     """ell of d's residual, and of U's or V's. running: ell has a memory (`L`), as in psgd_torch."""
 
     diagonal: Callable[[Residual], Scalar]
@@ -134,9 +135,9 @@ def spread_by_rank(n: int, rank: int) -> float:
     return 1 / sqrt(n * (rank + 10))
 
 
-RUNNING = Normaliser(of_products, sum_of_norms, running=True)
-BY_TERMS = Normaliser(of_squares, sum_of_norms)
-BY_RESIDUAL = Normaliser(of_difference, norm_of_difference)
+RUNNING = LowRankNormaliser(of_products, sum_of_norms, running=True)
+BY_TERMS = LowRankNormaliser(of_squares, sum_of_norms)
+BY_RESIDUAL = LowRankNormaliser(of_difference, norm_of_difference)
 
 
 # ---- the preconditioner ------------------------------------------------------------------
@@ -144,8 +145,9 @@ def _rank(factors: Factors) -> int:
     return factors.Q[0].shape[-1]
 
 
+@final
 @dataclass(frozen=True)
-class LRA:
+class LRA(Preconditioner):
     """Q = (I + U V^T) diag(d); see the module. Keeps `Q` = (U, V, d), and `L` of each where the normaliser runs.
 
     rank: r; 0 is a diagonal preconditioner. spread: (n, r) -> the deviation of the entries with which U and V begin, or
@@ -153,14 +155,18 @@ class LRA:
     numbers are too few for is n - 1 [psgd_jax takes any], and not refused [psgd_torch].
     """
 
-    equation: ClassVar[str] = "P = Q^T Q,  Q = (I + U V^T) diag(d)"
-    may_vanish: ClassVar[tuple[int, ...]] = (0, 1)  # the factors that may be zero and fit again
+    may_vanish = (0, 1)
 
     rank: int
-    normaliser: Normaliser = RUNNING
+    normaliser: LowRankNormaliser = RUNNING
     keep: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = aligned
     spread: Callable[[int, int], float] | None = None
     capped: bool = False
+
+    @property
+    def equation(self) -> str:
+        """What P is, to be read."""
+        return "P = Q^T Q,  Q = (I + U V^T) diag(d)"
 
     def rank_for(self, n: int) -> int:
         """The rank of the preconditioner of a vector of length n: below n."""
@@ -173,7 +179,7 @@ class LRA:
         if n and not rank < n:
             raise ValueError(f"a low-rank preconditioner of rank {rank} needs more than {n} numbers; lower its rank")
         u, v = (self._begun(draws.normal(role, (n, rank), like)) for role in ("U", "V"))
-        zeros = (make(like, "zeros", (), dtype=lifted_dtype(like)) for _ in range(3))
+        zeros = (make(like, "zeros", (), dtype=accumulation_dtype(like)) for _ in range(3))
         return Factors((u, v, make(like, "ones", (n,))), tuple(zeros) if self.normaliser.running else ())
 
     def _begun(self, x: Tensor) -> Tensor:
@@ -211,7 +217,7 @@ class LRA:
         factors: Factors,
         pair: Pair,
         rate: Scalar | float,
-        memory: Scalar | float,
+        beta_lipschitz: Scalar | float,
         draws: Draws,
         side: bool | Scalar = False,
     ) -> Factors:
@@ -229,13 +235,13 @@ class LRA:
         x, y, m = self._images(u, v, d, h, probe)
         more, less = shrinkage(x, pair.unit, y)
         x, h, y, probe = x * more, h * more, y * less, probe * less
-        z = (y - times(u, solve(m, dot(v, y))) if rank else y) / d
-        ph = d * (x + times(v, dot(u, x))) if rank else d * x
+        z = (y - matvec(u, solve(m, dot(v, y))) if rank else y) / d
+        ph = d * (x + matvec(v, dot(u, x))) if rank else d * x
 
         def length(which: int, ell: Scalar, moved: bool | Scalar = True) -> Any:
             if self.normaliser.running:
                 xp, ell = namespace(ell), cast(ell, lows[which].dtype)
-                beta = number(memory, ell)
+                beta = number(beta_lipschitz, ell)
                 ell = xp.maximum(beta * lows[which] + (1 - beta) * ell, ell)
                 lows[which] = ell = select(moved, ell, lows[which])
             return number(number(rate, ell) / (ell + tiny(ell)), d)
@@ -244,7 +250,7 @@ class LRA:
         if rank:
             other = select(side, v, u)
             wx, wy = dot(other, x), dot(other, y)
-            ell = self.normaliser.side(x, y, times(other, wx), times(other, wy))
+            ell = self.normaliser.side(x, y, matvec(other, wx), matvec(other, wy))
             step = self._directions(side, u, v, m, (x, wx)) - self._directions(side, u, v, m, (y, wy))
             u, v = self._moved(side, u, v, step, ell, length)
         return Factors((u, v, new_d), tuple(lows))
@@ -256,14 +262,14 @@ class LRA:
         if not rank:
             return x, y, u
         m = identity(u, rank) + matmul(v.mT, u)
-        x = x + times(u, dot(v, x))
-        return x, y - times(v, solve(m.mT, dot(u, y))), m
+        x = x + matvec(u, dot(v, x))
+        return x, y - matvec(v, solve(m.mT, dot(u, y))), m
 
     @staticmethod
     def _directions(side: bool | Scalar, u: Tensor, v: Tensor, m: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
         """x (x^T V) M of U's step, (x + V U^T x) (x^T U) of V's: (n, r)."""
         x, wx = pair
-        left = select(side, x, x + times(v, wx))
+        left = select(side, x, x + matvec(v, wx))
         right = select(side, dot(m, wx), wx)
         return left[:, None] * right[None, :]
 
@@ -284,6 +290,6 @@ class LRA:
         u, v, d = factors.Q
         y = d * g
         if _rank(factors):
-            y = y + times(u, dot(v, y))
-            y = y + times(v, dot(u, y))
+            y = y + matvec(u, dot(v, y))
+            y = y + matvec(v, dot(u, y))
         return d * y

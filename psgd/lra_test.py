@@ -342,6 +342,6 @@ def test_columns_do_not_grow_for_ever():
     rows = np.random.default_rng(2).standard_normal((24, 1)) * [1.0, 1.1]
     state = state._replace(factors=state.factors._replace(Q=(rows + 0.01 * u, rows + 0.01 * v, d)))
     for step, x in enumerate(g, 1):
-        plan = pipeline.host_plan(method.tempo(), step)
+        plan = pipeline.host_plan(method.schedule(), step)
         _, state = pipeline.step(method.recipe(), plan._replace(key=np.full(1, plan.key, np.int32)), x, state)
     assert max(np.linalg.norm(q) for q in state.factors.Q[:2]) < 3

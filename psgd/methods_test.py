@@ -16,11 +16,14 @@ import torch
 
 from psgd import criterion, lra, xmat
 from psgd.geometry import GEOMETRIES
+from psgd.hyperparameters import Method
 from psgd.kron import by_terms, by_triangle
 from psgd.lra import LRA
-from psgd.methods import METHODS, Method
-from psgd.pipeline import Clip, Recipe, StartScale, Tempo, host_plan, init
-from psgd.schedule import Annealed, Moment, corrected, nesterov
+from psgd.methods import METHODS
+from psgd.pipeline import host_plan, init
+from psgd.recipe import Recipe, Schedule
+from psgd.scaling import Clip, InitialScale
+from psgd.schedule import Annealed, StepInfo, corrected, nesterov
 from psgd.spectral import NormBound, TraceBound
 
 QUAD_TORCH = {
@@ -156,19 +159,19 @@ def test_positions_are_the_published_ones(name: str):
     assert METHODS[name].positional == tuple(ORDER.get(name, "lr").split())
 
 
-def balances(timing: Tempo, *tosses: float) -> list[bool]:
+def balances(timing: Schedule, *tosses: float) -> list[bool]:
     """Whether factors are balanced, for each outcome of the toss."""
-    return [bool(timing.balance(Moment(1, {"balance": u}.get))) for u in tosses]
+    return [bool(timing.balance(StepInfo(1, {"balance": u}.get))) for u in tosses]
 
 
 def test_fixed_numbers_of_quad_torch():
     for name in ("procrustes", "quad"):
-        recipe, timing = METHODS[name]().recipe(), METHODS[name]().tempo()
-        assert (timing.memory, recipe.clip.rms, recipe.clip.entry, recipe.gain) == (0.95, 1.1, inf, 0.2)
+        recipe, timing = METHODS[name]().recipe(), METHODS[name]().schedule()
+        assert (timing.beta_lipschitz, recipe.clip.rms, recipe.clip.entry, recipe.gain) == (0.95, 1.1, inf, 0.2)
         assert recipe.preconditioner.bound == NormBound(probes=4, products=6, offset=1e-9)
         assert not recipe.preconditioner.split
         assert [float(timing.rate(np, t)) for t in (30_000, 60_000)] == pytest.approx([0.35, 0.3])
-        assert [t for t in range(1, 250) if timing.balance(Moment(t, None))] == [100, 200]
+        assert [t for t in range(1, 250) if timing.balance(StepInfo(t, None))] == [100, 200]
         assert METHODS[name](lr_style=None).recipe().gain == 1
         assert [recipe.preconditioner.dense(s) for s in ((5,), (1, 5), (4, 5))] == [
             (False,),
@@ -178,17 +181,17 @@ def test_fixed_numbers_of_quad_torch():
 
 
 def test_fixed_numbers_of_psgd_torch():
-    recipe, timing = METHODS["kron_whiten"]().recipe(), METHODS["kron_whiten"]().tempo()
+    recipe, timing = METHODS["kron_whiten"]().recipe(), METHODS["kron_whiten"]().schedule()
     assert recipe.preconditioner.bound == NormBound(probes=32, products=4, offset=0)
     assert balances(timing, 0.0, 0.00999, 0.01) == [True, True, False]
-    assert timing.fit(Moment(1, {"fit": 0.999}.get)) is True
-    assert balances(METHODS["kron_whiten"](dQ="QEP").tempo(), 0.0) == [False]
+    assert timing.fit(StepInfo(1, {"fit": 0.999}.get)) is True
+    assert balances(METHODS["kron_whiten"](dQ="QEP").schedule(), 0.0) == [False]
 
 
 def test_fixed_numbers_of_psgd_jax():
     for name, rms, damping in (("kron", 1.1, np.sqrt(np.finfo(np.float32).eps)), ("affine", inf, 0)):
-        recipe, timing = METHODS[name]().recipe(), METHODS[name]().tempo()
-        assert (timing.memory, recipe.clip.rms, recipe.clip.entry, recipe.gain) == (0, rms, inf, 1)
+        recipe, timing = METHODS[name]().recipe(), METHODS[name]().schedule()
+        assert (timing.beta_lipschitz, recipe.clip.rms, recipe.clip.entry, recipe.gain) == (0, rms, inf, 1)
         assert recipe.preconditioner.bound == NormBound(probes=0, products=2) and recipe.preconditioner.split
         assert timing.damping == pytest.approx(damping, rel=1e-7, abs=0) and timing.rate(np, 5.0) == 0.1
         assert balances(timing, 0.0, 0.00999, 0.01) == [True, True, False]
@@ -198,7 +201,7 @@ def test_rules_of_kron():
     made = METHODS["kron"]
     recipe = made().recipe()
     assert recipe.preconditioner.normaliser is by_terms and recipe.damping is criterion.proportional
-    assert recipe.whiten == "momentum" and not recipe.balance_last and not recipe.trusted
+    assert recipe.whiten == "momentum" and not recipe.balance_last and not recipe.has_max_norm
     assert made(momentum_into_precond_update=False).recipe().whiten == "gradient" and not made(b1=0).recipe().momentum
     shapes = ((7,), (2, 9000), (3, 3))
     for mode, dense in ((None, (True, True)), ("one_diag", (True, False)), ("all_diag", (False, False))):
@@ -209,12 +212,12 @@ def test_rules_of_kron():
     assert made(precond_dtype=jnp.float32).recipe().factor_dtype == "float32"
     own = made(precond_update_precision="bfloat16", precond_grads_precision="float32").recipe()
     assert (own.fit_precision, own.apply_precision) == ("bfloat16", "float32")
-    assert made().start_scale() == 1 and made(preconditioner_init_scale=0.1).start_scale() == 0.1
+    assert made().initial_scale() == 1 and made(preconditioner_init_scale=0.1).initial_scale() == 0.1
 
 
 def test_rules_of_affine():
     made = METHODS["affine"]
-    recipe, timing = made().recipe(), made().tempo()
+    recipe, timing = made().recipe(), made().schedule()
     kind = recipe.preconditioner
     assert kind.normaliser is by_terms and recipe.whiten == "gradient" and recipe.damping is criterion.undamped
     assert made(step_normalizer_order="1st").recipe().preconditioner.normaliser is by_triangle
@@ -224,12 +227,12 @@ def test_rules_of_affine():
         (False, False),
         (False, False),
     ]
-    rare = made(preconditioner_update_probability=0.5).tempo()
-    assert [bool(rare.fit(Moment(t, {"fit": 0.5}.get))) for t in (1, 2, 3)] == [True, True, False]
-    assert timing.averaging is corrected and made(nesterov=True).tempo().averaging is nesterov
-    assert not recipe.trusted and timing.trust == inf and made().start_scale() is None
+    rare = made(preconditioner_update_probability=0.5).schedule()
+    assert [bool(rare.fit(StepInfo(t, {"fit": 0.5}.get))) for t in (1, 2, 3)] == [True, True, False]
+    assert timing.averaging is corrected and made(nesterov=True).schedule().averaging is nesterov
+    assert not recipe.has_max_norm and timing.max_norm == inf and made().initial_scale() is None
     bounded = made(update_global_norm_clip=2.0)
-    assert bounded.recipe().trusted and bounded.tempo().trust == 2
+    assert bounded.recipe().has_max_norm and bounded.schedule().max_norm == 2
     own = made(precision="bfloat16").recipe()
     assert (own.fit_precision, own.apply_precision) == ("bfloat16", "bfloat16")
 
@@ -245,9 +248,9 @@ def test_axes_of_the_grid_that_few_methods_use():
         return tuple(name for name in METHODS if has(name))
 
     assert those(lambda name: recipes[name].newton) == NEWTON
-    assert those(lambda name: recipes[name].whole) == WHOLE
+    assert those(lambda name: recipes[name].joint) == WHOLE
     assert those(lambda name: METHODS[name].complex_parameters) == ("kron_whiten", "kron_newton")
-    assert those(lambda name: METHODS[name]().tempo().counts) == (*NEWTON, "kron", "affine", *WHOLE[3:])
+    assert those(lambda name: METHODS[name]().schedule().counts) == (*NEWTON, "kron", "affine", *WHOLE[3:])
     assert not METHODS["kwns4"](decoupled_weight_decay=False).recipe().decoupled
     assert all(recipe.decoupled for recipe in recipes.values())
 
@@ -255,49 +258,51 @@ def test_axes_of_the_grid_that_few_methods_use():
 @pytest.mark.parametrize("name", NEWTON)
 def test_rules_of_the_newton_methods(name: str):
     made = METHODS[name]
-    recipe, timing = made().recipe(), made().tempo()
-    assert recipe.fit_first and not recipe.trusted and timing.trust == inf and timing.memory == 0.9
-    assert recipe.clip == Clip() and recipe.damping is criterion.relative and recipe.start.power == 4
+    recipe, timing = made().recipe(), made().schedule()
+    assert recipe.fit_first and not recipe.has_max_norm and timing.max_norm == inf and timing.beta_lipschitz == 0.9
+    assert recipe.clip == Clip() and recipe.damping is criterion.relative and recipe.initial_scale.power == 4
     bounded = made(grad_clip_max_norm=2.0)
-    assert bounded.recipe().trusted and bounded.tempo().trust == 2
-    rare = made(preconditioner_update_probability=0.5).tempo()  # an uninitialised preconditioner is always fitted
-    fits = [bool(rare.fit(Moment(t, {"fit": 0.5}.get, since))) for t, since in ((1, 1), (2, 1), (9, 8))]
+    assert bounded.recipe().has_max_norm and bounded.schedule().max_norm == 2
+    rare = made(preconditioner_update_probability=0.5).schedule()  # an uninitialised preconditioner is always fitted
+    fits = [bool(rare.fit(StepInfo(t, {"fit": 0.5}.get, since))) for t, since in ((1, 1), (2, 1), (9, 8))]
     assert fits == [True, False, False]
 
 
 def test_rules_of_lra():
     for name in ("lra_whiten", "lra_newton"):
-        recipe, timing = METHODS[name](rank_of_approximation=4).recipe(), METHODS[name]().tempo()
+        recipe, timing = METHODS[name](rank_of_approximation=4).recipe(), METHODS[name]().schedule()
         assert recipe.preconditioner == LRA(4, lra.RUNNING, lra.aligned, None)
         assert balances(timing, 0.0) == [False]
     for order, normaliser in (("1st", lra.BY_RESIDUAL), ("2nd", lra.BY_TERMS)):
         given = {"step_normalizer_order": order, "uvd_rank_of_approximation": 4}
         recipe, timing = (
             METHODS["low_rank_approximation"](**given).recipe(),
-            METHODS["low_rank_approximation"]().tempo(),
+            METHODS["low_rank_approximation"]().schedule(),
         )
         assert recipe.preconditioner == LRA(4, normaliser, lra.aligned_if_long, lra.spread_by_rank, capped=True)
-        assert recipe.start == StartScale(2) and recipe.damping is criterion.undamped and not recipe.balance_last
+        assert (
+            recipe.initial_scale == InitialScale(2) and recipe.damping is criterion.undamped and not recipe.balance_last
+        )
         assert balances(timing, 0.0, 0.00999, 0.01) == [True, True, False]
     for name in ("lra_whiten", "lra_newton", "low_rank_approximation"):
-        tosses = [bool(METHODS[name]().tempo().side(Moment(1, {"side": u}.get))) for u in (0.0, 0.499, 0.5)]
+        tosses = [bool(METHODS[name]().schedule().side(StepInfo(1, {"side": u}.get))) for u in (0.0, 0.499, 0.5)]
         assert tosses == [True, True, False]
     assert METHODS["lra_whiten"]().recipe().clip == Clip(2.0, 10.0)
 
 
 def test_rules_of_xmat():
-    for order, normaliser in (("1st", xmat.by_residual), ("2nd", xmat.by_terms)):
+    for order, normaliser in (("1st", xmat.by_difference), ("2nd", xmat.by_squares)):
         recipe = METHODS["xmat"](step_normalizer_order=order).recipe()
         assert recipe.preconditioner == xmat.XShaped(normaliser)
-        assert recipe.start == StartScale(2) and recipe.damping is criterion.undamped
+        assert recipe.initial_scale == InitialScale(2) and recipe.damping is criterion.undamped
 
 
 def test_rules_of_dense_newton_and_kwns4():
     kind = METHODS["dense_newton"]().recipe().preconditioner
     assert kind.bound == TraceBound() and kind.dense((1000,)) == (True,)
-    recipe, timing = METHODS["kwns4"]().recipe(), METHODS["kwns4"]().tempo()
+    recipe, timing = METHODS["kwns4"]().recipe(), METHODS["kwns4"]().schedule()
     assert (recipe.dtype, recipe.whiten, recipe.clip) == ("bfloat16", "momentum", Clip(2.0, 10.0))
-    assert recipe.preconditioner.geometry is GEOMETRIES["Q0.5EQ1.5"] and METHODS["kwns4"]().start_scale() == 1
+    assert recipe.preconditioner.geometry is GEOMETRIES["Q0.5EQ1.5"] and METHODS["kwns4"]().initial_scale() == 1
     assert balances(timing, 0.0, 0.00999, 0.01) == [True, True, False]
     assert METHODS["kwns4"](preconditioner_dtype=None).recipe().dtype is None
 
@@ -341,12 +346,12 @@ def test_a_schedule_is_a_function_or_four_numbers(name: str, argument: str):
 
 
 def test_schedules_are_asked_at_each_step():
-    at_tenth = METHODS["affine"](precond_lr=lambda step: 0.1 / step).tempo().rate(np, 10.0)
+    at_tenth = METHODS["affine"](precond_lr=lambda step: 0.1 / step).schedule().rate(np, 10.0)
     assert at_tenth == 0.01
-    fits = METHODS["kron"](preconditioner_update_probability=lambda step: 1 / step).tempo().fit
-    assert [bool(fits(Moment(7, None, since))) for since in (6, 7, 8)] == [False, True, True]
-    coins = METHODS["affine"](preconditioner_update_probability=lambda step: 1 / step).tempo().fit
-    assert [bool(coins(Moment(t, {"fit": 0.2}.get))) for t in (4, 6)] == [True, False]
+    fits = METHODS["kron"](preconditioner_update_probability=lambda step: 1 / step).schedule().fit
+    assert [bool(fits(StepInfo(7, None, since))) for since in (6, 7, 8)] == [False, True, True]
+    coins = METHODS["affine"](preconditioner_update_probability=lambda step: 1 / step).schedule().fit
+    assert [bool(coins(StepInfo(t, {"fit": 0.2}.get))) for t in (4, 6)] == [True, False]
 
 
 # ---- wrong values ---------------------------------------------------------------------------
@@ -484,7 +489,7 @@ def test_a_number_that_is_no_float_is_refused(value: object):
 
 
 def test_a_whole_float_is_a_seed():
-    host_plan(METHODS["quad"](seed=1.0).tempo(), 1)
+    host_plan(METHODS["quad"](seed=1.0).schedule(), 1)
 
 
 def test_an_unknown_name_lists_the_known_ones():
@@ -517,7 +522,9 @@ def test_values_under_a_tracer_are_not_looked_at():
     assert METHODS["quad"](momentum=jnp.asarray(0.9)).recipe().momentum is True
     assert (
         float(
-            jax.jit(lambda p: METHODS["kron"](preconditioner_update_probability=p).tempo().fit(Moment(1, None, 2)))(0.5)
+            jax.jit(
+                lambda p: METHODS["kron"](preconditioner_update_probability=p).schedule().fit(StepInfo(1, None, 2))
+            )(0.5)
         )
         == 1
     )
@@ -541,10 +548,10 @@ def test_methods_are_values(name: str):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_recipes_are_static(name: str):
-    """One compiled step serves all learning rates: recipes compare by value and hold no number of the tempo."""
+    """One compiled step serves all learning rates: recipes compare by value and hold no number of the schedule."""
     made = METHODS[name]
     recipes = {made().recipe(), made().recipe(), made(lr=0.5, weight_decay=0.2, seed=3).recipe()}
-    assert len(recipes) == 1 and isinstance(recipes.pop(), Recipe) and isinstance(made().tempo(), Tempo)
+    assert len(recipes) == 1 and isinstance(recipes.pop(), Recipe) and isinstance(made().schedule(), Schedule)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -563,13 +570,13 @@ def test_every_geometry_can_be_chosen(method: str):
 
 
 def test_start_scale():
-    assert METHODS["quad"]().start_scale() is None
-    assert METHODS["kron_whiten"](preconditioner_init_scale=0.1).start_scale() == 0.1
-    assert METHODS["affine"](precond_init_scale=0.1).start_scale() == 0.1
+    assert METHODS["quad"]().initial_scale() is None
+    assert METHODS["kron_whiten"](preconditioner_init_scale=0.1).initial_scale() == 0.1
+    assert METHODS["affine"](precond_init_scale=0.1).initial_scale() == 0.1
 
 
 def test_the_base_is_abstract(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Method, "name", "base", raising=False)
-    for ask in (Method().recipe, Method().tempo):
+    for ask in (Method().recipe, Method().schedule):
         with pytest.raises(NotImplementedError):
             ask()

@@ -18,22 +18,14 @@ from psgd._xp import dtype_name, namespace
 from psgd.arrays import Factors
 from psgd.criterion import Pair, undamped
 from psgd.geometry import GEOMETRIES
+from psgd.hyperparameters import Method
 from psgd.kron import DenseRule, Kronecker
-from psgd.methods import METHODS, Method
+from psgd.methods import METHODS
 from psgd.noise import Counter
-from psgd.pipeline import (
-    Clip,
-    Plan,
-    Recipe,
-    StartScale,
-    Tempo,
-    averaged,
-    displacement,
-    host_plan,
-    plan,
-    step,
-)
-from psgd.schedule import Memory, Moment, capped_average, coin, corrected, from_first, nesterov, never, periodic
+from psgd.pipeline import averaged, displacement, host_plan, plan, step
+from psgd.recipe import Plan, Recipe, Schedule
+from psgd.scaling import Clip, InitialScale, max_norm_factor
+from psgd.schedule import Averaging, StepInfo, capped_average, coin, corrected, from_first, nesterov, never, periodic
 
 QUAD = Kronecker(GEOMETRIES["QUAD"])
 SPIKE = "the Gram product of one step overflows to inf, and 0 * inf in the move makes every factor NaN"
@@ -84,25 +76,31 @@ def test_momentum_rules(framework: Framework, rule, beta: float):
 
 def test_without_a_buffer_the_gradient_is_used():
     g = normals(3)
-    m, smooth = averaged(Memory(0.9), g, None)
+    m, smooth = averaged(Averaging(0.9), g, None)
     assert m is None and smooth is g
 
 
 # ---- decisions ----------------------------------------------------------------------------
-def tempo(**changes) -> Tempo:
-    rules = {"averaging": capped_average, "momentum": 0.9, "rate": lambda xp, t: 0.1, "memory": 0.9, "damping": 0.0}
-    return Tempo(**(rules | changes))
+def schedule(**changes) -> Schedule:
+    rules = {
+        "averaging": capped_average,
+        "momentum": 0.9,
+        "rate": lambda xp, t: 0.1,
+        "beta_lipschitz": 0.9,
+        "damping": 0.0,
+    }
+    return Schedule(**(rules | changes))
 
 
 def test_periodic_balance():
-    assert [t for t in range(1, 301) if host_plan(tempo(balance=periodic(100)), t).balance] == [100, 200, 300]
-    assert not any(host_plan(tempo(balance=never), t).balance for t in range(1, 301))
+    assert [t for t in range(1, 301) if host_plan(schedule(balance=periodic(100)), t).balance] == [100, 200, 300]
+    assert not any(host_plan(schedule(balance=never), t).balance for t in range(1, 301))
 
 
 @pytest.mark.parametrize("probability", [0.01, 0.3, 0.9])
 def test_a_coin_is_fair_and_pure(probability: float):
     def heads(seed: int) -> list[bool]:
-        return [host_plan(tempo(fit=coin("fit", probability), seed=seed), t).fit for t in range(1, 2001)]
+        return [host_plan(schedule(fit=coin("fit", probability), seed=seed), t).fit for t in range(1, 2001)]
 
     first = heads(0)
     for seed in (0, 1, 2**32 - 1):
@@ -112,7 +110,7 @@ def test_a_coin_is_fair_and_pure(probability: float):
 
 
 def test_coins_of_two_roles_are_independent():
-    both = tempo(fit=coin("fit", 0.5), balance=coin("balance", 0.5))
+    both = schedule(fit=coin("fit", 0.5), balance=coin("balance", 0.5))
     plans = [host_plan(both, t) for t in range(1, 2001)]
     assert abs(np.mean([p.fit and p.balance for p in plans]) - 0.25) < 4 * sqrt(0.1875 / 2000)
 
@@ -124,12 +122,12 @@ def test_a_coin_is_strictly_below_and_tossed_even_if_sure():
         tossed.append(role)
         return 0.5
 
-    assert coin("a", 1.0)(Moment(1, toss)) is True
-    assert [coin("a", p)(Moment(1, toss)) for p in (0.5, 0.5001)] == [False, True]
+    assert coin("a", 1.0)(StepInfo(1, toss)) is True
+    assert [coin("a", p)(StepInfo(1, toss)) for p in (0.5, 0.5001)] == [False, True]
     assert tossed == ["a"] * 3
 
 
-def host_plans(timing: Tempo, steps: int) -> list[Plan]:
+def host_plans(timing: Schedule, steps: int) -> list[Plan]:
     """The plans of the first steps, one after the other."""
     plans, since = [], 0
     for t in range(1, steps + 1):
@@ -138,7 +136,7 @@ def host_plans(timing: Tempo, steps: int) -> list[Plan]:
     return plans
 
 
-def traced_plans(timing: Tempo, steps: int) -> Plan:
+def traced_plans(timing: Schedule, steps: int) -> Plan:
     """The same, compiled as one loop: of each number all its values."""
 
     def one(since, t):
@@ -161,21 +159,21 @@ PLANNED = [
 @pytest.mark.parametrize(("x64", "rounding"), [(False, 1e-6), (True, 1e-14)])
 @pytest.mark.parametrize(("name", "options"), PLANNED)
 def test_host_and_traced_plans_are_equal(name: str, options: dict, x64: bool, rounding: float):
-    timing = METHODS[name](**options).tempo()
+    timing = METHODS[name](**options).schedule()
     with jax.enable_x64(x64):
         traced = traced_plans(timing, 300)
     host = host_plans(timing, 300)
     for field in ("fit", "balance", "side", "key"):
         assert np.ravel(getattr(traced, field)).tolist() == [getattr(p, field) for p in host]
-    for field in ("rate", "memory", "damping"):
+    for field in ("rate", "beta_lipschitz", "damping"):
         assert np.asarray(getattr(traced, field)) == pytest.approx([getattr(p, field) for p in host], rel=rounding)
     assert np.asarray(traced.momentum.past) == pytest.approx([p.momentum.past for p in host], rel=rounding)
-    assert all(type(x) is kind for p in host for x, kind in zip(p, (bool, bool, bool, Memory, float), strict=False))
+    assert all(type(x) is kind for p in host for x, kind in zip(p, (bool, bool, bool, Averaging, float), strict=False))
 
 
 def test_the_default_schedule_fits_at_the_same_steps_on_host_and_device():
     """In float32 too, where the probability is rounded: a step sooner or later and the frameworks would part."""
-    timing = METHODS["kron"]().tempo()
+    timing = METHODS["kron"]().schedule()
     host = [t for t, p in enumerate(host_plans(timing, 5000), start=1) if p.fit]
     assert (np.flatnonzero(traced_plans(timing, 5000).fit) + 1).tolist() == host
     assert host[:500] == list(range(1, 501)) and set(np.diff(host[-20:])) == {34}
@@ -183,7 +181,7 @@ def test_the_default_schedule_fits_at_the_same_steps_on_host_and_device():
 
 @pytest.mark.parametrize(("rule", "part"), [(corrected, "scale"), (nesterov, "blend")])
 def test_averages_are_planned_too(rule, part: str):
-    timing, of = tempo(averaging=rule), attrgetter(f"momentum.{part}")
+    timing, of = schedule(averaging=rule), attrgetter(f"momentum.{part}")
     with jax.enable_x64(True):
         traced = jax.jit(jax.vmap(lambda t: of(plan(timing, t, jnp))))(jnp.arange(1, 51))
     host = [of(host_plan(timing, t)) for t in range(1, 51)]
@@ -230,8 +228,8 @@ def test_clip_keeps_a_direction_whose_square_overflows():
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.1])
-@pytest.mark.parametrize(("rule", "root"), [(StartScale(4), -1 / 8), (StartScale(2), -1 / 4)])
-def test_start_scale(framework: Framework, rule: StartScale, root: float, damping: float):
+@pytest.mark.parametrize(("rule", "root"), [(InitialScale(4), -1 / 8), (InitialScale(2), -1 / 4)])
+def test_start_scale(framework: Framework, rule: InitialScale, root: float, damping: float):
     gs = [normals(5), 3 * normals(2, 3, seed=1), normals()]
     wanted = (max(np.mean(np.abs(g) ** rule.power) for g in gs) + damping**rule.power) ** root
     sizes = [rule.size(framework.array(g, "float64")) for g in gs]
@@ -245,7 +243,7 @@ def test_start_scale(framework: Framework, rule: StartScale, root: float, dampin
 
 def test_start_scale_at_the_edges(framework: Framework):
     for g in (1e-28, 1e-20, 1.0, 1e30, 8e37):  # XLA flushes denormals, of g and of 1 / g, to zero
-        for rule in (StartScale(4), StartScale(2)):
+        for rule in (InitialScale(4), InitialScale(2)):
             size = rule.size(framework.array(np.full((2, 2), g), "float32"))
             (scale,), seen = rule([size], 0.0)
             assert seen and float(scale) == pytest.approx(g**-0.5, rel=1e-5, abs=0)
@@ -254,35 +252,35 @@ def test_start_scale_at_the_edges(framework: Framework):
 def test_what_teaches_nothing_decides_nothing(framework: Framework):
     """Not even where the damping would give a scale: it waits."""
     for g in (0.0, 1e-40, 1e-30):
-        size = StartScale().size(framework.array(np.full(3, g), "float32"))
+        size = InitialScale().size(framework.array(np.full(3, g), "float32"))
         for damping, shared in product((0.0, 1e-9), (True, False)):
-            scales, seen = StartScale(shared=shared)([size] * 2, damping)
+            scales, seen = InitialScale(shared=shared)([size] * 2, damping)
             assert not seen and list(map(float, scales)) == [1, 1]
 
 
 def test_start_scale_of_several_dtypes_is_the_widest():
     torch = FRAMEWORKS["torch"]
-    sizes = [StartScale().size(torch.array(np.ones(2), dtype)) for dtype in ("bfloat16", "float64", "float32")]
-    assert {str(s.dtype) for s in StartScale()(sizes, 0.0)[0]} == {"torch.float64"}
+    sizes = [InitialScale().size(torch.array(np.ones(2), dtype)) for dtype in ("bfloat16", "float64", "float32")]
+    assert {str(s.dtype) for s in InitialScale()(sizes, 0.0)[0]} == {"torch.float64"}
 
 
 def test_a_scale_of_its_own_for_each_tensor(framework: Framework):
-    rule = StartScale(2, shared=False)
+    rule = InitialScale(2, shared=False)
     sizes = [rule.size(framework.array(np.full(3, g), "float32")) for g in (4.0, 0.25, 0.0)]
     assert [float(s) for s in rule(sizes, 0.0)[0]] == [0.5, 2, 0.5]  # what says nothing begins as the largest does
 
 
 def test_sizes_of_several_tensors_may_come_in_one_array(framework: Framework):
     sizes = [framework.array(np.array([1.0, 16.0]), "float64"), framework.array(np.array(4.0), "float64")]
-    assert [framework.numpy(s).tolist() for s in StartScale(2)(sizes, 0.0)[0]] == [0.25, 0.25]
-    assert [framework.numpy(s).tolist() for s in StartScale(2, shared=False)(sizes, 0.0)[0]] == [[1, 0.25], 0.5]
+    assert [framework.numpy(s).tolist() for s in InitialScale(2)(sizes, 0.0)[0]] == [0.25, 0.25]
+    assert [framework.numpy(s).tolist() for s in InitialScale(2, shared=False)(sizes, 0.0)[0]] == [[1, 0.25], 0.5]
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.1])
 @pytest.mark.parametrize("shared", [True, False])
 def test_start_scale_of_newton_pairs(framework: Framework, damping: float, shared: bool):
     """s = (mean v^2)^(1/4) (mean h^4 + lam^4)^(-1/8)."""
-    rule, hs, vs = StartScale(shared=shared), [normals(5), 3 * normals(2, 3, seed=1)], [2 * normals(5), normals(2, 3)]
+    rule, hs, vs = InitialScale(shared=shared), [normals(5), 3 * normals(2, 3, seed=1)], [2 * normals(5), normals(2, 3)]
     sizes = [rule.size(framework.array(h, "float64")) for h in hs]
     got = list(map(float, rule(sizes, damping, [framework.array(v, "float64") for v in vs])[0]))
     squares = [np.mean(np.concatenate([v.ravel() for v in vs]) ** 2)] * 2 if shared else [np.mean(v**2) for v in vs]
@@ -314,14 +312,14 @@ def reference_vector(name: str, gradients: list[np.ndarray]) -> list[np.ndarray]
 
 def directions(made: Method, gradients: list, framework: Framework) -> list[np.ndarray]:
     """Directions of a method on one tensor; one for the inverse of the Hessian is given the gradients as products."""
-    recipe, timing, scale = made.recipe(), made.tempo(), made.start_scale()
+    recipe, timing, scale = made.recipe(), made.schedule(), made.initial_scale()
     xp, shape = namespace(gradients[0]), tuple(gradients[0].shape)
-    if recipe.whole:
+    if recipe.joint:
         gradients = [xp.reshape(g, (-1,)) for g in gradients]
     vs = [Counter(xp.full((1,), t, dtype=xp.int32)).normal("v", tuple(g.shape), g) for t, g in enumerate(gradients)]
     if scale is None:
-        sizes = [recipe.start.size(pipeline.working(recipe, gradients[0]))]
-        (scale,), _ = recipe.start(sizes, timing.damping, vs[:1] if recipe.newton else None)
+        sizes = [recipe.initial_scale.size(pipeline.working(recipe, gradients[0]))]
+        (scale,), _ = recipe.initial_scale(sizes, timing.damping, vs[:1] if recipe.newton else None)
     first = Counter(xp.full((1,), pipeline.first_key(timing), dtype=xp.int32))
     state, out = pipeline.init(recipe, gradients[0], scale, first), []
     for g, v, p in zip(gradients, vs, host_plans(timing, len(gradients)), strict=True):
@@ -356,7 +354,7 @@ def test_a_vector_takes_the_steps_of_kron(framework: Framework):
     for t, (g, u) in enumerate(zip(gradients, got, strict=True), start=1):
         m = 0.9 * m + 0.1 * g
         smooth = m / (1 - 0.9**t)
-        key = np.full((1,), host_plan(made.tempo(), t, since=1).key, np.int32)
+        key = np.full((1,), host_plan(made.schedule(), t, since=1).key, np.int32)
         v = Counter(key).signs("damping", (6,), g)
         h = smooth + 2**-11.5 * np.mean(np.abs(smooth)) * v
         t1, t2 = (q * h) ** 2, (v / q) ** 2
@@ -414,7 +412,7 @@ def test_a_step_lays_the_gradient_out_itself(framework: Framework):
 
 
 def plain(**changes) -> Plan:
-    return host_plan(tempo(), 1)._replace(**({"key": np.full((1,), 1, np.int32)} | changes))
+    return host_plan(schedule(), 1)._replace(**({"key": np.full((1,), 1, np.int32)} | changes))
 
 
 def test_fit_first_or_last_and_not_at_all():
@@ -435,7 +433,7 @@ def test_what_is_whitened_is_not_what_is_applied(whiten: str):
     recipe = Recipe(preconditioner=kind, whiten=whiten, gain=0.5)
     old, g = normals(3, 4), normals(3, 4, seed=1)
     state = pipeline.init(recipe, g, 1.0)._replace(momentum=old)
-    u, new = step(recipe, plain(momentum=Memory(0.5)), g, state)
+    u, new = step(recipe, plain(momentum=Averaging(0.5)), g, state)
     m = (old + g) / 2
     assert new.momentum == pytest.approx(m)
     assert u == pytest.approx(0.5 * kind.precondition(new.factors, m))
@@ -483,8 +481,8 @@ def test_state_has_the_dtype_of_the_recipe():
 # ---- pairs, and preconditioners that begin at random ---------------------------------------
 @pytest.mark.parametrize("name", METHODS)
 def test_a_given_pair_is_fitted_instead(name: str):
-    recipe, p = replace(fitting(name, 12).recipe(), dtype=None), plain(damping=0.1, memory=0.0, side=True)
-    g, v, h = (normals(*((12,) if recipe.whole else (3, 4)), seed=s) for s in range(3))
+    recipe, p = replace(fitting(name, 12).recipe(), dtype=None), plain(damping=0.1, beta_lipschitz=0.0, side=True)
+    g, v, h = (normals(*((12,) if recipe.joint else (3, 4)), seed=s) for s in range(3))
     state = pipeline.init(recipe, g, 0.7, Counter(np.full((1,), 5, np.int32)))
     _, new = step(recipe, p, g, state, pair=(v, h))
     draws = Counter(p.key)
@@ -494,7 +492,7 @@ def test_a_given_pair_is_fitted_instead(name: str):
     assert all(np.allclose(a, b, rtol=1e-13) for a, b in zip(new.factors.Q, wanted.Q, strict=True))
     _, other = step(recipe, p, g, state, pair=(h, v))
     assert not all(np.array_equal(a, b) for a, b in zip(new.factors.Q, other.factors.Q, strict=True))
-    if recipe.damping is undamped and recipe.whole:  # no noise is drawn beside a pair
+    if recipe.damping is undamped and recipe.joint:  # no noise is drawn beside a pair
         step(recipe, p, g, state, pipeline.Unasked(), pair=(v, h))
         with pytest.raises(ValueError, match="damping"):
             step(recipe, p, g, state, pipeline.Unasked())
@@ -512,9 +510,9 @@ def test_a_random_beginning_needs_draws():
 
 @pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
 def test_the_first_key_is_that_of_step_zero(seed: int):
-    assert pipeline.first_key(tempo(seed=seed)) == int(noise.key(np, seed, 0)[0])
-    assert pipeline.first_key(tempo(seed=seed)) != host_plan(tempo(seed=seed), 1).key
-    assert type(pipeline.first_key(tempo(seed=seed))) is int
+    assert pipeline.first_key(schedule(seed=seed)) == int(noise.key(np, seed, 0)[0])
+    assert pipeline.first_key(schedule(seed=seed)) != host_plan(schedule(seed=seed), 1).key
+    assert type(pipeline.first_key(schedule(seed=seed))) is int
 
 
 def test_momentum_begins_alone():
@@ -544,7 +542,7 @@ def test_momentum_begins_alone():
 def test_momentum_and_factors_keep_their_dtypes(name: str, given: str, momentum: str, factors: str, kept: tuple):
     framework = FRAMEWORKS[name]
     recipe = Recipe(
-        preconditioner=Kronecker(GEOMETRIES["EQ"]), lifted=True, momentum_dtype=momentum, factor_dtype=factors
+        preconditioner=Kronecker(GEOMETRIES["EQ"]), widens_half=True, momentum_dtype=momentum, factor_dtype=factors
     )
     with double_precision(name):
         g = framework.array(normals(3, 4), given)
@@ -563,13 +561,13 @@ def test_half_precisions_work_as_they_are_unless_lifted():
     g = torch.array(normals(3), "bfloat16")
     recipe = Recipe(preconditioner=QUAD)
     assert pipeline.working(recipe, g) is g
-    assert dtype_name(pipeline.working(replace(recipe, lifted=True), g).dtype) == "float32"
+    assert dtype_name(pipeline.working(replace(recipe, widens_half=True), g).dtype) == "float32"
     assert dtype_name(pipeline.working(replace(recipe, dtype="float16"), g).dtype) == "float16"
 
 
 def test_momentum_is_rounded_after_its_use_and_factors_before():
     torch = FRAMEWORKS["torch"]
-    g, p = torch.array(normals(3, 4), "float32"), plain(key=torch.array(np.ones(1), "int32"), momentum=Memory(0.1))
+    g, p = torch.array(normals(3, 4), "float32"), plain(key=torch.array(np.ones(1), "int32"), momentum=Averaging(0.1))
     exact = Recipe(preconditioner=Kronecker(GEOMETRIES["EQ"]))
     rounded = replace(exact, momentum_dtype="bfloat16", factor_dtype="bfloat16")
     (u, full), (v, half) = (step(r, p, g, pipeline.init(r, g, 1.0)) for r in (exact, rounded))
@@ -600,14 +598,14 @@ def test_trust(framework: Framework, limit: float):
     us = [normals(3, 4), normals(5) + 1j * normals(5, seed=1), 2 * normals(seed=2)]
     length = np.sqrt(sum(np.sum(np.abs(u) ** 2) for u in us))
     own = [framework.array(u, "complex128" if np.iscomplexobj(u) else "float64") for u in us]
-    factor = pipeline.trust(limit, own)
+    factor = max_norm_factor(limit, own)
     assert factor.shape == () and float(factor) == pytest.approx(min(1, limit / length), rel=1e-14)
     assert 2 < length < 5
 
 
 def test_trust_at_the_edges(framework: Framework):
     def factor(limit: float, *values: float) -> float:
-        return float(pipeline.trust(limit, [framework.array(np.full((2, 2), v), "float32") for v in values]))
+        return float(max_norm_factor(limit, [framework.array(np.full((2, 2), v), "float32") for v in values]))
 
     assert factor(1.0, 0.0) == factor(1e-30, 0.0, 0.0) == 1
     assert factor(1.0, 1e-30) == 1
@@ -621,7 +619,7 @@ def test_trust_at_the_edges(framework: Framework):
 def test_trust_of_several_dtypes_is_in_the_widest():
     torch = FRAMEWORKS["torch"]
     us = [torch.array(np.full(4, 3.0), dtype) for dtype in ("bfloat16", "float64", "float32", "float16")]
-    factor = pipeline.trust(6.0, us)
+    factor = max_norm_factor(6.0, us)
     assert dtype_name(factor.dtype) == "float64" and float(factor) == pytest.approx(0.5)
 
 

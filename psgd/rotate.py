@@ -7,7 +7,7 @@ from functools import reduce
 from operator import and_
 from typing import Any
 
-from psgd._xp import adjoint, cast, diagonal, lifted_dtype, matmul, namespace, number, plus, real_dtype, tiny
+from psgd._xp import accumulation_dtype, adjoint, cast, diagonal, matmul, namespace, number, plus, real_dtype, tiny
 from psgd.arrays import Factor, Matrix, Scalar
 from psgd.spectral import SkewNorm
 
@@ -26,7 +26,7 @@ def balanced(qs: Sequence[Factor], when: bool | Scalar = True) -> tuple[Factor, 
     """
     if when is False or len(qs) < 2:
         return tuple(qs)
-    xp, dtype = namespace(qs[0]), lifted_dtype(qs[0])
+    xp, dtype = namespace(qs[0]), accumulation_dtype(qs[0])
     sizes = [cast(xp.max(xp.abs(q)), dtype) for q in qs]
     ok = reduce(and_, [r > 0 for r in sizes]) & when
     logs = [xp.log(xp.where(ok, r, xp.ones_like(r))) for r in sizes]
@@ -42,7 +42,7 @@ def _unit_skew(q: Matrix, norm: SkewNorm, **sweep: Any) -> Matrix:
 
 def _trace(a: Matrix) -> Scalar:
     """Re tr a, lifted from half precision."""
-    return namespace(a).sum(cast(diagonal(a), lifted_dtype(a)))
+    return namespace(a).sum(cast(diagonal(a), accumulation_dtype(a)))
 
 
 def procrustes2(q: Matrix, norm: SkewNorm, largest: float = 1 / 8) -> Matrix:

@@ -19,7 +19,7 @@ Number = Any  # a Python number or a 0-d array
 Toss = Callable[[str], Number]  # role -> a uniform number in [0, 1)
 
 
-class Moment(NamedTuple):
+class StepInfo(NamedTuple):
     """All that a decision may depend on. since: steps after the last one that was decided for, this one included."""
 
     step: Number
@@ -27,7 +27,7 @@ class Moment(NamedTuple):
     since: Number | None = None
 
 
-When = Callable[[Moment], Any]  # -> a boolean
+When = Callable[[StepInfo], Any]  # -> a boolean
 
 
 def at(value: Any, step: Number) -> Number:
@@ -36,72 +36,72 @@ def at(value: Any, step: Number) -> Number:
 
 
 # ---- how gradients are averaged --------------------------------------------------------
-class Memory(NamedTuple):
+class Averaging(NamedTuple):
     """m <- past m + (1 - past) g; the step uses m, or `scale` m, or keep m + fresh g with `blend` = (keep, fresh)."""
 
     past: Number
     scale: Number | None = None
     blend: tuple[Number, Number] | None = None
 
-    def each(self, number: Callable[[Number], Number]) -> Memory:
+    def each(self, number: Callable[[Number], Number]) -> Averaging:
         """The same of other numbers."""
         scale = None if self.scale is None else number(self.scale)
         blend = None if self.blend is None else (number(self.blend[0]), number(self.blend[1]))
-        return Memory(number(self.past), scale, blend)
+        return Averaging(number(self.past), scale, blend)
 
 
-def capped_average(xp: ModuleType, t: Number, beta: Number) -> Memory:
+def capped_average(xp: ModuleType, t: Number, beta: Number) -> Averaging:
     """The plain average of all gradients until its weight reaches beta, then an EMA [psgd_torch]."""
-    return Memory(xp.minimum(xp.asarray((t - 1) / t), xp.asarray(beta)))
+    return Averaging(xp.minimum(xp.asarray((t - 1) / t), xp.asarray(beta)))
 
 
-def from_first(xp: ModuleType, t: Number, beta: Number) -> Memory:
+def from_first(xp: ModuleType, t: Number, beta: Number) -> Averaging:
     """An EMA that starts at the first gradient [quad_torch]."""
-    return Memory(xp.asarray(beta) * (t > 1))
+    return Averaging(xp.asarray(beta) * (t > 1))
 
 
-def corrected(xp: ModuleType, t: Number, beta: Number) -> Memory:
+def corrected(xp: ModuleType, t: Number, beta: Number) -> Averaging:
     """An EMA from zero, divided by its total weight 1 - beta^t [psgd_jax]."""
-    return Memory(beta, scale=1 / (1 - beta**t))
+    return Averaging(beta, scale=1 / (1 - beta**t))
 
 
-def nesterov(xp: ModuleType, t: Number, beta: Number) -> Memory:
+def nesterov(xp: ModuleType, t: Number, beta: Number) -> Averaging:
     """The same, looked at one step ahead [psgd_jax, `nesterov=True`]."""
-    return Memory(beta, blend=(beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta**t)))
+    return Averaging(beta, blend=(beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta**t)))
 
 
 # ---- when something happens ------------------------------------------------------------
-def always(moment: Moment) -> bool:
+def always(info: StepInfo) -> bool:
     """At every step."""
     return True
 
 
-def never(moment: Moment) -> bool:
+def never(info: StepInfo) -> bool:
     """At no step."""
     return False
 
 
 def periodic(period: int) -> When:
     """At steps period, 2 period, ..."""
-    return lambda moment: moment.step % period == 0
+    return lambda info: info.step % period == 0
 
 
 def coin(role: str, probability: Any) -> When:
     """With a probability (a number or a schedule), by one toss a step, tossed also where the outcome is sure."""
 
-    def when(moment: Moment) -> Any:
-        heads = moment.toss(role) < at(probability, moment.step * 1.0)
+    def when(info: StepInfo) -> Any:
+        heads = info.toss(role) < at(probability, info.step * 1.0)
         return True if isinstance(probability, (int, float)) and probability >= 1 else heads
 
     return when
 
 
 def unfitted(otherwise: When) -> When:
-    """While nothing was fitted yet, and when `otherwise` says, which is asked at every step. Needs `Moment.since`."""
+    """While nothing was fitted yet, and when `otherwise` says, which is asked at every step. Needs `StepInfo.since`."""
 
-    def when(moment: Moment) -> Any:
-        due = otherwise(moment)
-        return True if due is True else (moment.since >= moment.step) | due
+    def when(info: StepInfo) -> Any:
+        due = otherwise(info)
+        return True if due is True else (info.since >= info.step) | due
 
     return when
 
@@ -109,9 +109,9 @@ def unfitted(otherwise: When) -> When:
 def early(steps: int, otherwise: When) -> When:
     """At the first steps, and when `otherwise` says, which is asked at every step."""
 
-    def when(moment: Moment) -> Any:
-        due = otherwise(moment)
-        return True if due is True else (moment.step <= steps) | due
+    def when(info: StepInfo) -> Any:
+        due = otherwise(info)
+        return True if due is True else (info.step <= steps) | due
 
     return when
 
@@ -120,9 +120,9 @@ def evenly(probability: Any) -> When:
     """As often as a probability (a number or a schedule) says, at even distances: once 1 / probability steps are over.
 
     0.3 is every fourth step. The slack of 1e-6 is for 1 / probability to come to the same whole number in float32 and
-    in float64. Source: psgd_jax `kron`, whose counter is `Moment.since`.
+    in float64. Source: psgd_jax `kron`, whose counter is `StepInfo.since`.
     """
-    return lambda moment: moment.since * at(probability, moment.step * 1.0) >= 1 - 1e-6
+    return lambda info: info.since * at(probability, info.step * 1.0) >= 1 - 1e-6
 
 
 class Annealed(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 
 from psgd.schedule import (
     Annealed,
-    Moment,
+    StepInfo,
     always,
     at,
     coin,
@@ -26,32 +26,32 @@ from psgd.schedule import (
 
 def test_periodic():
     due = periodic(100)
-    assert [t for t in range(1, 301) if due(Moment(t, None))] == [100, 200, 300]
-    assert jax.jit(lambda t: due(Moment(t, None)))(jnp.arange(1, 301)).nonzero()[0].tolist() == [99, 199, 299]
+    assert [t for t in range(1, 301) if due(StepInfo(t, None))] == [100, 200, 300]
+    assert jax.jit(lambda t: due(StepInfo(t, None)))(jnp.arange(1, 301)).nonzero()[0].tolist() == [99, 199, 299]
 
 
 # ---- first steps, and even distances -------------------------------------------------------
 def test_early_asks_the_other_rule_at_every_step():
     asked = []
 
-    def other(moment: Moment) -> bool:
-        asked.append(moment.step)
-        return moment.step == 4
+    def other(info: StepInfo) -> bool:
+        asked.append(info.step)
+        return info.step == 4
 
-    assert [early(2, other)(Moment(t, None)) for t in range(1, 6)] == [True, True, False, True, False]
+    assert [early(2, other)(StepInfo(t, None)) for t in range(1, 6)] == [True, True, False, True, False]
     assert asked == [1, 2, 3, 4, 5]
-    assert early(2, always)(Moment(9, None)) is True and early(2, never)(Moment(3, None)) is False
+    assert early(2, always)(StepInfo(9, None)) is True and early(2, never)(StepInfo(3, None)) is False
 
 
 def test_early_tosses_its_coin_from_the_first_step():
     tossed, due = [], early(2, coin("fit", 0.5))
-    assert [bool(due(Moment(t, lambda role: tossed.append(role) or 0.7))) for t in (1, 2, 3)] == [True, True, False]
+    assert [bool(due(StepInfo(t, lambda role: tossed.append(role) or 0.7))) for t in (1, 2, 3)] == [True, True, False]
     assert tossed == ["fit"] * 3
 
 
 def test_early_of_arrays():
     due = early(2, periodic(5))
-    traced = jax.jit(jax.vmap(lambda t: due(Moment(t, None))))(jnp.arange(1, 11))
+    traced = jax.jit(jax.vmap(lambda t: due(StepInfo(t, None))))(jnp.arange(1, 11))
     assert (np.flatnonzero(traced) + 1).tolist() == [1, 2, 5, 10]
 
 
@@ -60,7 +60,7 @@ def steps_of(probability, last: int, number=int) -> list[int]:
     due, found, since = evenly(probability), [], 0
     for t in range(1, last + 1):
         since += 1
-        if due(Moment(t, None, number(since))):
+        if due(StepInfo(t, None, number(since))):
             found.append(t)
             since = 0
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from psgd._xp import adjoint, cast, conj, lifted_dtype, matmul, namespace, real, tiny
+from psgd._xp import accumulation_dtype, adjoint, cast, conj, matmul, namespace, real, tiny
 from psgd.arrays import Factor, Matrix, Rows, Scalar
 from psgd.noise import Draws
 from psgd.thin import Hermitian, Thin, diagonal, divided, from_right, part, row, row_norms
@@ -94,7 +94,7 @@ class NormBound:
         else:
             probes = draws.normal(role, (self.probes, a.shape[0]), like, skip) if self.probes else None
             bound = norm_bound(a, probes, products=self.products, positive=positive, offset=self.offset)
-        return cast(bound, lifted_dtype(like))
+        return cast(bound, accumulation_dtype(like))
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class TraceBound(NormBound):
         if not positive or a.ndim < 2:
             return super().__call__(a, draws, role, positive=positive, skip=skip)
         like = part(a)
-        return namespace(like).sum(cast(diagonal(a), lifted_dtype(like)))
+        return namespace(like).sum(cast(diagonal(a), accumulation_dtype(like)))
 
 
 SkewNorm = Callable[..., Scalar]  # (r, sweep=0, skip=None) -> 0-d bound on the norm of a skew-Hermitian r

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 from psgd import pipeline
 from psgd.arrays import Factors
+from psgd.cost import BYTES, NoDraws, ShapeNamespace, ShapeTracer
 from psgd.geometry import GEOMETRIES
-from psgd.methods import Method
-from psgd.outline import BYTES, Outline, Outlines, Silence
-from psgd.schedule import Memory
+from psgd.hyperparameters import Method
+from psgd.recipe import Plan, Recipe, leaves, rebuilt
+from psgd.schedule import Averaging
 from psgd.shapes import Shape
 
 
@@ -186,7 +187,7 @@ def rows(method: Method, parameters: Sequence[Parameter]) -> list[Row]:
     A preconditioner of all of them as one vector is shared out by their numbers of elements, its bounds apart.
     """
     recipe = method.recipe()
-    if not recipe.whole:
+    if not recipe.joint:
         return [row(method, p.name, p.shape, p.dtype, scanned=p.scanned) for p in parameters]
     n = sum(prod(p.shape) for p in parameters)
     if not n:
@@ -198,7 +199,7 @@ def rows(method: Method, parameters: Sequence[Parameter]) -> list[Row]:
 
     def one(p: Parameter) -> Row:
         size = prod(p.shape)
-        momentum = pipeline.init_momentum(recipe, Outline(p.shape, p.dtype, Outlines()))
+        momentum = pipeline.init_momentum(recipe, ShapeTracer(p.shape, p.dtype, ShapeNamespace()))
         kept = size * per_number + (0 if momentum is None else momentum.nbytes)
         words = tuple(sized((size, *q.shape[1:])) for q in factors.Q)
         return Row(p.name, p.shape, p.dtype, words, None, kept, apply * size // n, fit * size // n)
@@ -212,43 +213,43 @@ def counters(method: Method, parameters: Sequence[Parameter], size: int, *, each
     each: every parameter has a copy of them, as in PyTorch; else there is one.
     """
     recipe, copies = method.recipe(), len(parameters) if each else 1
-    bounds = sum(x.nbytes for x in _whole(recipe, parameters).L) if recipe.whole and parameters else 0
-    return copies * (size * (1 + method.tempo().counts) + bounds)
+    bounds = sum(x.nbytes for x in _whole(recipe, parameters).L) if recipe.joint and parameters else 0
+    return copies * (size * (1 + method.schedule().counts) + bounds)
 
 
 def _widest(parameters: Sequence[Parameter]) -> str:
     return max((p.dtype for p in parameters), key=list(BYTES).index)
 
 
-def _whole(recipe: pipeline.Recipe, parameters: Sequence[Parameter]) -> Factors:
+def _whole(recipe: Recipe, parameters: Sequence[Parameter]) -> Factors:
     """The factors of all parameters as one vector."""
     n = sum(prod(p.shape) for p in parameters)
-    return pipeline.init(recipe, Outline((n,), _widest(parameters), Outlines()), None, Silence()).factors
+    return pipeline.init(recipe, ShapeTracer((n,), _widest(parameters), ShapeNamespace()), None, NoDraws()).factors
 
 
 @lru_cache(maxsize=4096)
-def _costs(recipe: pipeline.Recipe, shape: Shape, dtype: str) -> tuple[tuple[str, ...], int, int, int]:
+def _costs(recipe: Recipe, shape: Shape, dtype: str) -> tuple[tuple[str, ...], int, int, int]:
     """Factors, bytes of state, operations of a step without a fit, and of the fit alone."""
-    state = pipeline.init(recipe, Outline(shape, dtype, Outlines()), None, Silence())
+    state = pipeline.init(recipe, ShapeTracer(shape, dtype, ShapeNamespace()), None, NoDraws())
     factors = tuple(sized(q.shape) or "1" for q in state.factors.Q)
     apply, both = (_operations(recipe, shape, dtype, fit) for fit in (False, True))
-    return factors, sum(x.nbytes for x in pipeline.leaves(state)), apply, both - apply
+    return factors, sum(x.nbytes for x in leaves(state)), apply, both - apply
 
 
-def _operations(recipe: pipeline.Recipe, shape: Shape, dtype: str, fit: bool) -> int:
-    xp = Outlines()
+def _operations(recipe: Recipe, shape: Shape, dtype: str, fit: bool) -> int:
+    xp = ShapeNamespace()
     take_step(recipe, shape, dtype, xp, fit=fit)
     return xp.flops
 
 
-def take_step(recipe: pipeline.Recipe, shape: Shape, dtype: str, xp: Outlines, *, fit: bool) -> None:
+def take_step(recipe: Recipe, shape: Shape, dtype: str, xp: ShapeNamespace, *, fit: bool) -> None:
     """One step of a tensor in a namespace of outlines, which counts what the step does and not what came before."""
-    g = Outline(shape, dtype, Outlines())
-    state = pipeline.init(recipe, g, None, Silence())
-    plan = pipeline.Plan(fit, False, False, Memory(0.5), rate=0.1, memory=0.5, damping=0.1, key=None)
-    g, *own = (Outline(x.shape, x.dtype, xp) for x in (g, *pipeline.leaves(state)))
+    g = ShapeTracer(shape, dtype, ShapeNamespace())
+    state = pipeline.init(recipe, g, None, NoDraws())
+    plan = Plan(fit, False, False, Averaging(0.5), rate=0.1, beta_lipschitz=0.5, damping=0.1, key=None)
+    g, *own = (ShapeTracer(x.shape, x.dtype, xp) for x in (g, *leaves(state)))
     pair = (g, g) if recipe.newton else None
-    u, _ = pipeline.step(recipe, plan, g, pipeline.rebuilt(state, own), Silence(), pair=pair)
+    u, _ = pipeline.step(recipe, plan, g, rebuilt(state, own), NoDraws(), pair=pair)
     pipeline.displacement(g, u, 0.1, 0.1)
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import psgd_jax_backend
 import psgd_torch_backend
-from psgd import strips
+from psgd import structured
 from psgd.geometry import GEOMETRIES
 from psgd.methods import METHODS
 from psgd.summary import Parameter, Row, Summary, counters, in_bytes, in_flops, row, rows, summary
@@ -36,7 +36,7 @@ SHAPES = {
 }
 SCANNED = ("stack", "gains", "none")
 ALL_METHODS = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-OF_EACH = {name: method for name, method in METHODS.items() if not method().recipe().whole}
+OF_EACH = {name: method for name, method in METHODS.items() if not method().recipe().joint}
 WHOLE = {name: method for name, method in METHODS.items() if name not in OF_EACH}
 METHODS_OF_EACH = pytest.mark.parametrize("method", OF_EACH.values(), ids=OF_EACH)
 WHOLE_METHODS = pytest.mark.parametrize("method", WHOLE.values(), ids=WHOLE)
@@ -99,7 +99,7 @@ def step(optimizer) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_state_in_torch_is_right_to_the_byte(method, hyperparameters, dtype):
     params = torch_params(SHAPES, dtype)
-    whole = method.of().recipe().whole
+    whole = method.of().recipe().joint
     optimizer = torch_face(method)(params.items(), scanned_layers=False if whole else SCANNED, **hyperparameters)
     before = optimizer.summary()
     assert not optimizer.state
@@ -107,7 +107,7 @@ def test_state_in_torch_is_right_to_the_byte(method, hyperparameters, dtype):
     assert before.state == torch_bytes(optimizer.state)
     assert before == optimizer.summary()
     for one in before.rows:
-        apart = ("step", "since", "L") if method.of().recipe().whole else ("step", "since")
+        apart = ("step", "since", "L") if method.of().recipe().joint else ("step", "since")
         kept = {k: v for k, v in optimizer.state[params[one.name]].items() if k not in apart}
         assert one.state == torch_bytes(kept), one.name
         assert one.bytes == params[one.name].nbytes
@@ -117,7 +117,7 @@ def test_state_in_torch_is_right_to_the_byte(method, hyperparameters, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_state_in_jax_is_right_to_the_byte(method, hyperparameters, dtype):
     flags = {name: name in SCANNED for name in SHAPES}
-    whole = method.of().recipe().whole
+    whole = method.of().recipe().joint
     tx = jax_face(method)(scanned_layers=None if whole else flags, **hyperparameters)
     state = tx.init({name: jnp.zeros(shape, dtype) for name, shape in SHAPES.items()})
     assert psgd_jax_backend.summary(tx, jax_shapes(SHAPES, dtype)).state == jax_bytes(state)
@@ -190,7 +190,7 @@ PRODUCTS = {
     "PRO4P": (2, 2 + 2 * (SYM + 1 + 10 * 3)),  # P h; T1, move, ten sweeps of three
     "QUAD4P": (2, 2 + 2 * (SYM + 1 + SYM)),
 }
-assert strips.MOST == 4
+assert structured.MOST == 4
 
 
 def cubic(made, what: str, n: int = 1024) -> float:
@@ -240,7 +240,7 @@ def test_a_whole_model_costs_what_its_vector_does(method):
 def test_what_sixty_thousand_parameters_take(name: str, given: dict, numbers: int, bounds: int):
     made, parameters = METHODS[name].of(**given), [Parameter("a", (100, 500)), Parameter("b", (10_000,))]
     assert [line.state for line in rows(made, parameters)] == [4 * numbers * 50_000, 4 * numbers * 10_000]
-    count = 1 + made.tempo().counts
+    count = 1 + made.schedule().counts
     assert counters(made, parameters, 4, each=False) == 4 * count + 4 * bounds
     assert counters(made, parameters, 8, each=True) == 2 * (8 * count + 4 * bounds)
 
@@ -400,7 +400,7 @@ def test_a_rotation_of_a_long_vector_is_told(name):
     method = METHODS[name]()
     notes = summary((method, r) for r in rows(method, [Parameter("w", (64, 8)), Parameter("b", (8,))])).notes
     choosable = [f.name for f in fields(method) if getattr(method, f.name) in tuple(GEOMETRIES)]
-    dear = bool(choosable) and method.recipe().whole
+    dear = bool(choosable) and method.recipe().joint
     assert [note.startswith(f"{method.title}: {choosable[0]}=") for note in notes] == [True] * dear
     if dear:
         lines = str(summary((method, r) for r in rows(method, [Parameter("w", (64, 8))]))).splitlines()

@@ -124,7 +124,7 @@ def from_right(a: Hermitian, x: Matrix) -> Matrix:
 
 
 def _shifted(a: Thin, product: Matrix, x: Matrix) -> Matrix:
-    return plus(product, -a.shift, x, used=True) if a.shift else product
+    return plus(product, -a.shift, x, donate=True) if a.shift else product
 
 
 def triangle_from_left(a: Thin, q: Matrix) -> Matrix:

@@ -21,7 +21,7 @@ from psgd.thin import Thin
 
 N = 2 * thin.BLOCK + 5  # neither one block nor whole blocks
 DTYPES = ["float64", "complex128"]
-DENSE = [name for name, method in METHODS.items() if method().recipe().whole and "dQ" in method.__dataclass_fields__]
+DENSE = [name for name, method in METHODS.items() if method().recipe().joint and "dQ" in method.__dataclass_fields__]
 
 
 def gaussian(m: int, n: int, dtype: str, seed: int) -> np.ndarray:

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import final
 
 from psgd._xp import eps, make, namespace, number, shrinkage, tiny
 from psgd.arrays import Factors, Scalar, Tensor
 from psgd.criterion import Pair
 from psgd.noise import Draws
+from psgd.preconditioner import Preconditioner
 from psgd.shapes import Shape
 
 
@@ -30,12 +31,12 @@ def flipped(x: Tensor) -> Tensor:
 Steps = tuple[Scalar, Tensor, Tensor]
 
 
-def by_terms(x: Tensor, y: Tensor, da: Tensor, db: Tensor) -> Steps:
+def by_squares(x: Tensor, y: Tensor, da: Tensor, db: Tensor) -> Steps:
     """ell = max(x^2 + y^2) ['2nd']."""
     return namespace(x).max(x * x + y * y), da, db
 
 
-def by_residual(x: Tensor, y: Tensor, da: Tensor, db: Tensor) -> Steps:
+def by_difference(x: Tensor, y: Tensor, da: Tensor, db: Tensor) -> Steps:
     """ell = max(|Da|, |Db|), of residuals that are more than rounding ['1st']."""
     xp, rounding = namespace(x), 4 * eps(x) * (x * x + y * y)
     da = xp.where(xp.abs(da) > rounding, da, xp.zeros_like(da))
@@ -43,14 +44,19 @@ def by_residual(x: Tensor, y: Tensor, da: Tensor, db: Tensor) -> Steps:
     return xp.max(xp.maximum(xp.abs(da), xp.abs(db))), da, db
 
 
+@final
 @dataclass(frozen=True)
-class XShaped:
+class XShaped(Preconditioner):
     """Q = diag(a) + adiag(b); see the module. Keeps `Q` = (a, b), each (n,), and no bounds."""
 
-    equation: ClassVar[str] = "P = Q^T Q,  Q = diag(a) + adiag(b)"
-    may_vanish: ClassVar[tuple[int, ...]] = (1,)  # the factor that may be zero and fits again
+    may_vanish = (1,)
 
-    normaliser: Callable[[Tensor, Tensor, Tensor, Tensor], Steps] = by_terms
+    normaliser: Callable[[Tensor, Tensor, Tensor, Tensor], Steps] = by_squares
+
+    @property
+    def equation(self) -> str:
+        """What P is, to be read."""
+        return "P = Q^T Q,  Q = diag(a) + adiag(b)"
 
     def init(self, like: Tensor, draws: Draws | None = None) -> Factors:
         """a = 1, b = 0."""
@@ -64,10 +70,6 @@ class XShaped:
         """Q times `scale`."""
         return factors._replace(Q=tuple(q * number(scale, q) for q in factors.Q))
 
-    def balanced(self, factors: Factors, when: bool | Scalar) -> Factors:
-        """The factors: there is nothing to balance."""
-        return factors
-
     def probed(self, factors: Factors) -> bool:
         """Whitening needs a probe v."""
         return True
@@ -77,7 +79,7 @@ class XShaped:
         factors: Factors,
         pair: Pair,
         rate: Scalar | float,
-        memory: Scalar | float,
+        beta_lipschitz: Scalar | float,
         draws: Draws,
         side: bool | Scalar = False,
     ) -> Factors:

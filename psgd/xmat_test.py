@@ -12,7 +12,7 @@ from psgd.arrays import Factors
 from psgd.criterion import Pair
 from psgd.xmat import XShaped
 
-KINDS = {"1st": XShaped(xmat.by_residual), "2nd": XShaped()}
+KINDS = {"1st": XShaped(xmat.by_difference), "2nd": XShaped()}
 LENGTHS = pytest.mark.parametrize("n", [1, 2, 5, 6])
 
 
@@ -122,7 +122,7 @@ def test_a_residual_of_mere_rounding_is_none(framework: Framework, dtype: str):
 def test_only_residuals_of_mere_rounding_are_none(framework: Framework):
     one, rounding = np.ones(4), np.finfo(np.float64).eps
     da = np.array([7 * rounding, 9 * rounding, -9 * rounding, 0.0])
-    ell, *got = xmat.by_residual(*(framework.array(x, "float64") for x in (one, one, da, da[::-1].copy())))
+    ell, *got = xmat.by_difference(*(framework.array(x, "float64") for x in (one, one, da, da[::-1].copy())))
     kept = np.where(np.abs(da) > 8 * rounding, da, 0)
     assert [framework.numpy(x).tolist() for x in got] == [kept.tolist(), kept[::-1].tolist()]
     assert float(ell) == 9 * rounding

@@ -12,12 +12,14 @@ from psgd.methods import METHODS
 from psgd.schedule import precond_update_prob_schedule
 from psgd_jax_backend._sharding import state_sharding
 from psgd_jax_backend._state import PSGDState, check_skips
-from psgd_jax_backend.faces import alias, scaling
 from psgd_jax_backend.hessian import hessian_helper
+from psgd_jax_backend.named import named_function, scaling
 from psgd_jax_backend.transform import scale_by_psgd, summary
 
-globals().update({name: alias(method, __name__) for name, method in METHODS.items()})
-globals().update({method.also: alias(method, __name__, method.also) for method in METHODS.values() if method.also})
+globals().update({name: named_function(method, __name__) for name, method in METHODS.items()})
+globals().update(
+    {method.also: named_function(method, __name__, method.also) for method in METHODS.values() if method.also}
+)
 globals().update({f"scale_by_{name}": scaling(method, __name__) for name, method in METHODS.items()})
 globals().update({f"scale_by_{m.also}": scaling(m, __name__, m.also) for m in METHODS.values() if m.also})
 

@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 from psgd.documentation import Argument
-from psgd_jax_backend._stacks import Layering
+from psgd_jax_backend._per_tensor import Layering
 from psgd_jax_backend._state import Guard
 
 SENTENCES = {

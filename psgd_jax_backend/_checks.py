@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from psgd import pipeline
-from psgd._xp import dtype_name, has_nan, is_array, is_traced, lifted_dtype, on_host
+from psgd._xp import accumulation_dtype, dtype_name, has_nan, is_array, is_traced, on_host
 from psgd.arrays import Factors
-from psgd.methods import Method
+from psgd.hyperparameters import Method
 from psgd.naming import shown
-from psgd.pipeline import Recipe, State
+from psgd.recipe import Recipe, State
 from psgd_jax_backend._state import Leaf, PSGDState
 
 INIT = "give the state that `init` of the same settings made for these parameters"
@@ -52,7 +52,7 @@ def check_record(method: Method, recipe: Recipe, state: Any, leaves: int) -> Non
             f"{method.name}: keep_p={recipe.keeps_p}, but the state {has}; give the state of an `init` with the same "
             "keep_p"
         )
-    wanted = {"momentum": recipe.momentum, "since": method.tempo().counts}
+    wanted = {"momentum": recipe.momentum, "since": method.schedule().counts}
     for name, there in wanted.items() if leaves else ():
         if there != (getattr(state, name) is not None):
             raise ValueError(f"{method.name}: the state has {'no' if there else 'a'} {name}, as another's has; {INIT}")
@@ -76,7 +76,7 @@ def check_shapes(
 ) -> None:
     """Refuse the state of other parameters."""
     shapes = recipe.preconditioner.shapes
-    if recipe.whole:
+    if recipe.joint:
         n = sum(g.size for g in gradients)
         if _is_of_others(gradients, momenta, states[0].factors, shapes((n,))):
             raise ValueError(
@@ -111,7 +111,7 @@ def check_kept(
     owners = [_computed(method)] * len(names) if like is None else [[jnp.result_type(p)] for p in like]
     for name, m, own in zip(names, momenta, owners, strict=True):
         _check_arrays(method, recipe, name, {"momentum": () if m is None else (m,)}, own, look)
-    if recipe.whole:
+    if recipe.joint:
         joined = _computed(method) if like is None or not names else [_widest([own for (own,) in owners])]
         names, owners = ["all parameters"], [joined]
     for name, state, own in zip(names, states, owners, strict=True):
@@ -153,7 +153,7 @@ def _kept(recipe: Recipe, owner: Any) -> dict[str, Any]:
         work = pipeline.working(recipe, x)
         q = work.astype(recipe.factor_dtype or work.dtype)
         momentum = x.astype(recipe.momentum_dtype or recipe.dtype or x.dtype)
-        return {"momentum": momentum, "Q": q, "P": q, "L": jnp.zeros((), lifted_dtype(work))}
+        return {"momentum": momentum, "Q": q, "P": q, "L": jnp.zeros((), accumulation_dtype(work))}
 
     return {name: x.dtype for name, x in jax.eval_shape(arrays, jax.ShapeDtypeStruct((), owner)).items()}
 

@@ -171,7 +171,7 @@ class Spread(NamedTuple):
             return tree
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self.spec(x.shape, layers)), tree)
 
-    def whole(self, tree: Tree) -> Tree:
+    def replicated(self, tree: Tree) -> Tree:
         """Arrays with all of each on every device."""
         if not self.axes:
             return tree

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from psgd import pipeline
-from psgd.methods import Method
+from psgd.hyperparameters import Method
+from psgd.nonfinite import MAX_SKIPS, not_finite
 
 Leaf = jax.Array
 Tree = Any
@@ -43,7 +43,7 @@ class Guard(NamedTuple):
     """What to do about gradients that are not finite; see `scale_by_psgd`."""
 
     nonfinite: str = "skip"
-    max_skips: int = pipeline.MAX_SKIPS
+    max_skips: int = MAX_SKIPS
 
     def counters(self) -> Leaf | None:
         """Before the first step."""
@@ -64,7 +64,7 @@ class Guard(NamedTuple):
         def tell(flags: Any) -> None:
             bad = next((name for name, ok in zip(names, flags, strict=False) if not ok), "a Hessian-vector product")
             if not flags.all():
-                raise FloatingPointError(pipeline.not_finite(method.name, bad))
+                raise FloatingPointError(not_finite(method.name, bad))
 
         if isinstance(flags, jax.core.Tracer):
             jax.debug.callback(tell, flags)
@@ -83,7 +83,7 @@ class Guard(NamedTuple):
         return skipped
 
 
-def check_skips(state: Tree, max_skips: int = pipeline.MAX_SKIPS) -> None:
+def check_skips(state: Tree, max_skips: int = MAX_SKIPS) -> None:
     """Raise FloatingPointError if an optimizer has skipped `max_skips` steps in a row; waits for its state.
 
     Inside `jax.jit` nothing can be raised, so call this outside, every so many steps.

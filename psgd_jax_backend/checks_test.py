@@ -41,7 +41,7 @@ def states() -> dict[str, PSGDState]:
 @pytest.mark.parametrize("name", METHODS)
 def test_an_array_that_is_known_is_checked_like_a_number(name: str):
     for f in fields(METHODS[name]):
-        if f.metadata["kind"] not in ("number", "whole"):
+        if f.metadata["kind"] not in ("number", "integer"):
             continue
         wrong = (np.array(-2.5), np.float32(np.nan), jnp.asarray(-2.5), jnp.ones(2), np.ones(2), jnp.asarray(0.5j))
         for value in (*wrong, jnp.asarray(True), np.array("a")):

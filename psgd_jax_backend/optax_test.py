@@ -381,7 +381,7 @@ def test_tools_of_optax_find_their_way_in_the_state(name: str):
     assert jax.tree.structure(mapped) == jax.tree.structure(state) and types(mapped) == types(state)
     (own,), (new,) = states(state), states(mapped)
     # What belongs to parameters is theirs: of a preconditioner of all of them only the momentum.
-    changed = {"momentum": RECIPES[name].momentum, "Q": not RECIPES[name].whole, "L": not RECIPES[name].whole}
+    changed = {"momentum": RECIPES[name].momentum, "Q": not RECIPES[name].joint, "L": not RECIPES[name].joint}
     for part, moves in changed.items():
         expected = jax.tree.map(lambda x, k=moves: x + int(k), getattr(own, part))
         assert equal(getattr(new, part), expected), part
@@ -474,7 +474,7 @@ def test_what_shapes_the_program_is_known(name: str):
     for made in (face, scaling):
         static, free = set(made.static_args), set(numbers(name)) - {"learning_rate", "weight_decay"}
         assert {"stack", "lax_map_batch_size", "max_skips"} < static and not static & free
-        assert ("scanned_layers" in static) is not RECIPES[name].whole
+        assert ("scanned_layers" in static) is not RECIPES[name].joint
         assert all(x in static for x in settings if "max_s" in x or isinstance(settings[x].default, (bool, str)))
         assert f"`static_args={made.__name__}.static_args`" in made.__doc__
         injected = optax.inject_hyperparams(made, static_args=made.static_args)()

@@ -20,7 +20,6 @@ import pytest
 import psgd_jax_backend
 from psgd_jax_backend import (
     affine,
-    faces,
     hessian_helper,
     kron,
     low_rank_approximation,

@@ -21,13 +21,15 @@ from psgd._xp import real_dtype
 from psgd.arrays import Factors
 from psgd.calls import checked_policy
 from psgd.documentation import entries, filled
-from psgd.methods import Method
-from psgd.pipeline import Recipe, State, Tempo
+from psgd.hyperparameters import Method
+from psgd.nonfinite import MAX_SKIPS
+from psgd.recipe import Recipe, Schedule, State
+from psgd.scaling import max_norm_factor
 from psgd.summary import Row, Summary
 from psgd_jax_backend._arguments import ADAPTER_SENTENCES
 from psgd_jax_backend._checks import check_kept, check_leaf, check_parameters, check_record, check_shapes
+from psgd_jax_backend._per_tensor import Layering, Stepper, choose, numbers
 from psgd_jax_backend._sharding import Spread
-from psgd_jax_backend._stacks import Layering, Stepper, choose, numbers
 from psgd_jax_backend._state import Guard, Leaf, PSGDState, Tree, states
 
 
@@ -40,7 +42,7 @@ def scale_by_psgd(
     lax_map_batch_size: int = 8,
     spread_over: str | tuple[str, ...] | None = None,
     nonfinite: str = "skip",
-    max_skips: int = pipeline.MAX_SKIPS,
+    max_skips: int = MAX_SKIPS,
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition gradients by a method: gives the direction u, without learning rate and weight decay.
 
@@ -77,9 +79,9 @@ def scale_by_psgd(
     if wrong:
         raise ValueError(f"{method.name}: {wrong}")
     checked_policy(method.name, *guard)
-    if recipe.whole and any(map(bool, jax.tree.leaves(scanned_layers))):
+    if recipe.joint and any(map(bool, jax.tree.leaves(scanned_layers))):
         raise ValueError(f"{method.name} has one preconditioner for all parameters, no scanned_layers; leave them out")
-    made = Scaling(method, recipe, method.tempo(), layering, guard)
+    made = Scaling(method, recipe, method.schedule(), layering, guard)
     return optax.GradientTransformationExtraArgs(made.init, made.update)
 
 
@@ -99,7 +101,7 @@ class Scaling(NamedTuple):
 
     method: Method
     recipe: Recipe
-    tempo: Tempo
+    schedule: Schedule
     layering: Layering
     guard: Guard
 
@@ -115,22 +117,22 @@ class Scaling(NamedTuple):
 
         def begun(arrays: list[Leaf], numbers: dict[str, Any]) -> PSGDState:
             own = self.with_numbers(numbers)
-            recipe, scale, key = own.recipe, own.method.start_scale(), noise.key(jnp, own.tempo.seed, 0)
+            recipe, scale, key = own.recipe, own.method.initial_scale(), noise.key(jnp, own.schedule.seed, 0)
 
             def one(p: Leaf) -> State:
                 return pipeline.init(recipe, p, scale, noise.Counter(key))
 
             momenta = [pipeline.init_momentum(recipe, x) for x in arrays]
-            whole = [one(_joined(arrays))] if recipe.whole else None
+            whole = [one(_joined(arrays))] if recipe.joint else None
             states = whole or [_over(one, scanned)(p) for p, scanned in zip(arrays, flags, strict=True)]
             count = jnp.zeros((), jnp.int32)
-            since = jnp.zeros((), jnp.int32) if self.tempo.counts else None  # its own, for each may be donated
+            since = jnp.zeros((), jnp.int32) if self.schedule.counts else None  # its own, for each may be donated
             counters = PSGDState(count, since, guard.counters(), None, None, None)
             return _to_trees(counters, momenta, states, treedef, recipe)
 
         def places(shapes: PSGDState, spread: Spread) -> PSGDState:
             _, states = _to_states(shapes, treedef, recipe)
-            layered = [False] if recipe.whole else flags
+            layered = [False] if recipe.joint else flags
             lying = [
                 State(None, jax.tree.map(lambda x, s=scanned: spread.spec(x.shape, s), state.factors))
                 for state, scanned in zip(states, layered, strict=True)
@@ -197,7 +199,7 @@ class Scaling(NamedTuple):
         if not numbers:
             return self
         method = replace(self.method, **numbers)
-        return self._replace(method=method, recipe=method.recipe(), tempo=method.tempo())
+        return self._replace(method=method, recipe=method.recipe(), schedule=method.schedule())
 
     def _step(
         self,
@@ -210,24 +212,24 @@ class Scaling(NamedTuple):
         given: Given | None,
     ) -> tuple[list[Leaf], PSGDState]:
         """Directions and state after a step; where `go` is false none, and the state as it was."""
-        recipe, tempo = self.recipe, self.tempo
+        recipe, schedule = self.recipe, self.schedule
         shapes = [g.shape for g in gradients]
         pair = None if given is None else (given.vector, given.Hvp)
         momenta, states = _to_states(state, treedef, recipe)
         count = optax.safe_increment(state.count)
         since = None if state.since is None else optax.safe_increment(state.since)
-        plan = pipeline.plan(tempo, count, jnp, since=since)
+        plan = pipeline.plan(schedule, count, jnp, since=since)
         plan = plan if given is None else plan._replace(fit=given.update)
         plan = plan if go is None else plan._replace(fit=go & plan.fit)
-        if recipe.whole:
+        if recipe.joint:
             gradients, flags = [_joined(gradients)], [False]
             states = [states[0]._replace(momentum=_joined(momenta) if recipe.momentum else None)]
             pair = None if pair is None else ([_joined(pair[0])], [_joined(pair[1])])
         stepper = Stepper(recipe, plan, self.layering, spread, numbers(state.count, len(gradients)))
         finite = go
-        if self.method.start_scale() is None:
+        if self.method.initial_scale() is None:
             first = state.count == 0 if since is None or pair is None else (since == count) & plan.fit
-            started = partial(stepper.started, tempo.damping, gradients, flags, pair)
+            started = partial(stepper.started, schedule.damping, gradients, flags, pair)
             states, known = choose(
                 first if go is None else first & go, started, lambda states: (states, jnp.ones((), bool)), states
             )
@@ -240,9 +242,9 @@ class Scaling(NamedTuple):
         ]
         # What is computed of a step that is skipped is thrown away; it must only be finite. Nothing is fitted then.
         directions, new = stepper.step(_only_if(go, gradients), states, flags, pair)
-        directions = _trusted(recipe, tempo.trust, directions)
+        directions = _within_max_norm(recipe, schedule.max_norm, directions)
         parts: list[Any] = [s.momentum for s in new]
-        if recipe.whole:
+        if recipe.joint:
             directions = _parted(directions[0], shapes)
             parts = [None] * len(momenta) if parts[0] is None else _parted(parts[0], shapes)
         directions = _only_if(go, directions)
@@ -372,7 +374,7 @@ def _to_trees(counters: PSGDState, momenta: list[Any], states: list[State], tree
     """The state of all leaves, with the counters of another."""
     momentum = treedef.unflatten(momenta) if recipe.momentum else None
     kept = Factors._fields if recipe.keeps_p else ("Q", "L")
-    if recipe.whole:
+    if recipe.joint:
         return counters._replace(momentum=momentum, **{name: getattr(states[0].factors, name) for name in kept})
     open_, factors = _opened(treedef), [s.factors for s in states]
     columns = {name: open_.unflatten([getattr(own, name) for own in factors]) for name in kept}
@@ -397,10 +399,10 @@ def _to_states(state: PSGDState, treedef: Any, recipe: Recipe) -> tuple[list[Any
     n = treedef.num_leaves
     momenta = [None] * n if state.momentum is None else treedef.flatten_up_to(state.momentum)
     trees = [tree for name in Factors._fields if (tree := getattr(state, name)) is not None]
-    columns = [[x] if recipe.whole else _opened(treedef).flatten_up_to(x) for x in trees]
+    columns = [[x] if recipe.joint else _opened(treedef).flatten_up_to(x) for x in trees]
     # Some containers of state, such as flax's, give a tuple back as a node of their own.
     factors = [Factors(*(tuple(jax.tree.leaves(x)) for x in row)) for row in zip(*columns, strict=True)]
-    owners = [None] if recipe.whole else momenta
+    owners = [None] if recipe.joint else momenta
     return momenta, [State(m, f) for m, f in zip(owners, factors, strict=True)]
 
 
@@ -416,10 +418,10 @@ def _kept_states(method: Method, state: PSGDState, treedef: Any, recipe: Recipe)
         ) from error
 
 
-def _trusted(recipe: Recipe, limit: Any, directions: list[Leaf]) -> list[Leaf]:
+def _within_max_norm(recipe: Recipe, limit: Any, directions: list[Leaf]) -> list[Leaf]:
     """Directions no longer than a limit, all of them together, where the recipe says so."""
     there = [u for u in directions if u.size]
-    if not recipe.trusted or not there:
+    if not recipe.has_max_norm or not there:
         return directions
-    factor = pipeline.trust(limit, there)
+    factor = max_norm_factor(limit, there)
     return [u * factor.astype(real_dtype(u)) for u in directions]

@@ -65,7 +65,7 @@ def fed(alias: Callable) -> Callable[..., optax.GradientTransformationExtraArgs]
 RECIPES = {name: method().recipe() for name, method in METHODS.items()}
 ALIASES = {name: getattr(psgd_jax_backend, name) for name in METHODS}
 ALIASES = {name: fed(alias) if RECIPES[name].newton else alias for name, alias in ALIASES.items()}
-OF_LEAVES = {name: alias for name, alias in ALIASES.items() if not RECIPES[name].whole}
+OF_LEAVES = {name: alias for name, alias in ALIASES.items() if not RECIPES[name].joint}
 SOME = {n: ALIASES[n] for n in ("procrustes", "kron_whiten", "kron", "affine", "kron_newton", "lra_newton", "xmat")}
 RANK = {"lra_whiten": "rank_of_approximation", "lra_newton": "rank_of_approximation"}
 RANK["low_rank_approximation"] = "uvd_rank_of_approximation"
@@ -161,7 +161,7 @@ def test_names_and_signatures(name: str):
     defaults = {f.name: f.default for f in fields(method)} | {"stack": True, "scanned_layers": None}
     defaults |= {"lax_map_scanned_layers": False, "lax_map_batch_size": 8, "spread_over": None}
     defaults |= {"nonfinite": "skip", "max_skips": 10}
-    if method().recipe().whole:
+    if method().recipe().joint:
         del defaults["scanned_layers"]  # which is refused
     shown = {k: p.default for k, p in inspect.signature(scaling).parameters.items()}
     assert shown == {k: v for k, v in defaults.items() if k not in ("lr", "weight_decay")}

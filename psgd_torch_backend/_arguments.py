@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from inspect import Parameter
 
-from psgd import pipeline
 from psgd.documentation import Argument, documented
-from psgd.methods import Method
+from psgd.hyperparameters import Method
+from psgd.nonfinite import MAX_SKIPS
 
 ADAPTER = {
     "maximize": Argument(False, "bool", "ascend instead of descend"),
@@ -22,7 +22,7 @@ ADAPTER = {
         "bool | str",
         "compile the step with `torch.compile`. True: on a CPU the passes over tensors of 32,768 numbers and more, "
         "once for all shapes, which takes seconds, or the whole step where one preconditioner is for all parameters; "
-        'elsewhere as "whole": the whole step, once for each layout of parameters. Where no '
+        'elsewhere as "full": the whole step, once for each layout of parameters. Where no '
         "compiler works it stays eager, with one warning. `torch.compile(optimizer.step)` changes nothing: it is not "
         "traced",
     ),
@@ -44,7 +44,7 @@ ADAPTER = {
         'what to do where a gradient holds a NaN or an infinity, before anything has changed: "skip" the step of all '
         'groups that say so, as if it had not been, and count it; "raise"; or "propagate", and do not look',
     ),
-    "max_skips": Argument(pipeline.MAX_SKIPS, "int", "the error after so many skipped steps in a row"),
+    "max_skips": Argument(MAX_SKIPS, "int", "the error after so many skipped steps in a row"),
 }
 ADAPTER_DEFAULTS = {name: argument.default for name, argument in ADAPTER.items()}
 ADAPTER_SENTENCES = {name: f"{argument.doc} (default {argument.default!r})." for name, argument in ADAPTER.items()}

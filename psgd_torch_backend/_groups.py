@@ -15,7 +15,7 @@ from torch import Tensor
 
 from psgd._xp import is_array
 from psgd.calls import by_name, checked_policy, is_count
-from psgd.methods import Method, checked, group_key, outside, plain
+from psgd.hyperparameters import Method, checked, group_key, outside, plain
 from psgd.naming import nearest, shown, unknown
 from psgd.schedule import Annealed
 from psgd_torch_backend._arguments import ADAPTER_DEFAULTS
@@ -110,8 +110,8 @@ def drop_switches(owner: str, given: Group) -> None:
 def complete(owner: str, method: type[Method], given: Group) -> Group:
     """Given hyperparameters, checked, with the defaults of the others, under their keys."""
     flags = {name: given.get(name, default) for name, default in ADAPTER_DEFAULTS.items()}
-    if not (isinstance(flags["compile"], bool) or (isinstance(flags["compile"], str) and flags["compile"] == "whole")):
-        raise ValueError(f"{owner}: compile={shown(flags['compile'])} must be True, False or 'whole'")
+    if not (isinstance(flags["compile"], bool) or (isinstance(flags["compile"], str) and flags["compile"] == "full")):
+        raise ValueError(f"{owner}: compile={shown(flags['compile'])} must be True, False or 'full'")
     for name in ("maximize", "stack"):
         if not isinstance(flags[name], bool):
             raise ValueError(f"{owner}: {name}={shown(flags[name])} must be True or False")

@@ -39,7 +39,7 @@ def _(signs: bool, step_key: Tensor, role: int, n: int, dtype: torch.dtype) -> T
 role_number = cache(noise.role_number)
 
 
-class Draws(noise.Counter):
+class CachedDraws(noise.Counter):
     """The draws of a step, each role once: a shorter draw is the beginning of a longer one."""
 
     def __init__(self, step_key: Tensor) -> None:
@@ -54,7 +54,7 @@ class Draws(noise.Counter):
         return drawn[:n]
 
 
-class Opaque(noise.Counter):
+class OpaqueDraws(noise.Counter):
     """The same draws, by the opaque operation."""
 
     def numbers(self, draw: noise.Numbers, role: str, n: int, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import torch
 
 from psgd.arrays import Factors
-from psgd.pipeline import State, Tempo, leaves, rebuilt
+from psgd.recipe import Schedule, State, leaves, rebuilt
 from psgd_torch_backend.hessian import Pairs
 
 Entry = dict[str, Any]  # {"step": ..., "momentum": ..., "Q": {"0": ...}, "L": {"0": ...}}, and "P" where it is kept
@@ -25,10 +25,11 @@ def begun(entry: Any) -> TypeGuard[Entry]:
     return isinstance(entry, dict) and "Q" in entry
 
 
-def new_counters(tempo: Tempo) -> Entry:
+def new_counters(schedule: Schedule) -> Entry:
     """The counters of a parameter before its first step."""
     return {
-        name: torch.zeros((), dtype=torch.int64, device="cpu") for name in (COUNTERS if tempo.counts else COUNTERS[:1])
+        name: torch.zeros((), dtype=torch.int64, device="cpu")
+        for name in (COUNTERS if schedule.counts else COUNTERS[:1])
     }
 
 

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from psgd import noise, pipeline
 from psgd._xp import real_dtype
-from psgd.methods import Method
-from psgd.pipeline import Plan, Recipe, State, Tempo, leaves, rebuilt
-from psgd_torch_backend._entries import Forms
-from psgd_torch_backend._noise import Opaque
+from psgd.hyperparameters import Method
+from psgd.nonfinite import all_finite
+from psgd.recipe import Plan, Recipe, Schedule, State, leaves, rebuilt
+from psgd.scaling import max_norm_factor
+from psgd_torch_backend._checks import Forms
+from psgd_torch_backend._noise import OpaqueDraws
 from psgd_torch_backend._state import age, begun, to_entry, to_state
 from psgd_torch_backend.hessian import Pairs
 
@@ -36,7 +38,7 @@ class Job(NamedTuple):
     group: Group
     method: Method
     recipe: Recipe
-    tempo: Tempo
+    schedule: Schedule
     state: MutableMapping[Tensor, Any]
     named: list[tuple[str, Tensor]]
     layered: set[int]
@@ -71,26 +73,26 @@ class Job(NamedTuple):
         if step < 1:
             raise ValueError(f"a counter 'step' of the state is {step - 1}; load a state dict, or delete that state")
         if when not in self.plans:
-            self.plans[when] = host_plan(self.tempo, *when)
+            self.plans[when] = host_plan(self.schedule, *when)
         return self.plans[when]
 
 
 @lru_cache(maxsize=64)
-def host_plan(tempo: Tempo, step: int, since: int | None) -> Plan:
+def host_plan(schedule: Schedule, step: int, since: int | None) -> Plan:
     """The plan of a step, made once: it is asked before the closure is called, and for each parameter."""
-    return pipeline.host_plan(tempo, step, since=since)
+    return pipeline.host_plan(schedule, step, since=since)
 
 
-class Held(NamedTuple):
+class PendingUpdate(NamedTuple):
     """Directions that wait for those of all other parameters, and where they go."""
 
     group: Group
-    trust: Any
+    max_norm: Any
     targets: list[Tensor]
     directions: list[Tensor]
 
 
-def follow(job: Job, p: Tensor) -> None:
+def complete_entry(job: Job, p: Tensor) -> None:
     """What was switched after the first step of a parameter: momentum begins as its gradient, P as that of Q."""
     entry = job.state[p]
     if entry.get("Q") and job.recipe.keeps_p != ("P" in entry):
@@ -105,7 +107,7 @@ def follow(job: Job, p: Tensor) -> None:
         job.state[p] = {"momentum": momentum, **entry}
 
 
-def waits(job: Job, silent: Collection[int]) -> Job:
+def without_signal(job: Job, silent: Collection[int]) -> Job:
     """The job without parameters that have nothing to begin with: nothing of them is counted, and they only decay."""
     lr, decay = rates(job.group)
     for p in job.params:
@@ -121,14 +123,14 @@ def rates(group: Group) -> list[Any]:
     return [x.reshape(()) if isinstance(x, Tensor) else x for x in numbers]
 
 
-def take(waiting: Sequence[Held]) -> None:
+def apply_pending(waiting: Sequence[PendingUpdate]) -> None:
     """Take the steps that were held, those of bounded length together."""
     directions = [u for held in waiting for u in held.directions if u.numel()]
     if not directions:
         return
     near = [u.to(directions[0].device) for u in directions]
     for held in waiting:
-        factor = None if held.trust is None else pipeline.trust(held.trust, near)
+        factor = None if held.max_norm is None else max_norm_factor(held.max_norm, near)
         for p, u in zip(held.targets, held.directions, strict=True):
             u = u if factor is None else u * factor.to(u.device, real_dtype(u))
             p.add_(pipeline.displacement(p, u, *rates(held.group)))
@@ -167,7 +169,7 @@ def finite(tensors: Sequence[Tensor]) -> bool:
     if any(s.dtype != torch.float32 or s.device != sums[0].device for s in sums):
         near = [(s.abs() if s.is_complex() else s).to(sums[0].device, torch.float32) for s in sums]
     # A sum of large numbers may overflow, so that only a finite one settles it.
-    return bool(torch.stack(near).isfinite().all()) or bool(pipeline.all_finite(tensors))
+    return bool(torch.stack(near).isfinite().all()) or bool(all_finite(tensors))
 
 
 def is_true(x: Tensor) -> bool:
@@ -202,7 +204,7 @@ def make_step(recipe: Recipe, *, stacked: bool, layout: Sequence[int] | None = N
         draws: noise.Draws | None = None,
         pair: Any = None,
     ) -> tuple[Tensor, State]:
-        draws = Opaque(plan.key) if draws is None else draws
+        draws = OpaqueDraws(plan.key) if draws is None else draws
         given = 0 if pair is None else 2
 
         def one(p: Tensor, g: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -211,7 +213,7 @@ def make_step(recipe: Recipe, *, stacked: bool, layout: Sequence[int] | None = N
             if not recipe.decoupled:
                 g = g + weight_decay * p
             u, new = pipeline.step(recipe, plan, g, rebuilt(state, rest), draws, pair=own)
-            if recipe.trusted or recipe.whole:
+            if recipe.has_max_norm or recipe.joint:
                 return u, *leaves(new)
             return pipeline.displacement(p, u, lr, weight_decay if recipe.decoupled else 0.0), *leaves(new)
 
@@ -282,7 +284,7 @@ def as_tensors(plan: Plan, *numbers: Any) -> tuple[Any, ...]:
         side=torch.tensor(plan.side, device="cpu"),
         momentum=plan.momentum.each(tensor),
         rate=tensor(plan.rate),
-        memory=tensor(plan.memory),
+        beta_lipschitz=tensor(plan.beta_lipschitz),
         damping=tensor(plan.damping),
     )
     return plan, *map(tensor, numbers)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from psgd_torch_backend import Affine, Kron, KronNewton, KronWhiten, Procrustes
-from psgd_torch_backend._passes import LARGE, suited
+from psgd_torch_backend._fused import LARGE, suited
 from psgd_torch_backend.optimizer import PSGD
 from psgd_torch_backend.optimizer_test import close, equal, flat, give_gradients, parameters, run, step
 
@@ -35,7 +35,7 @@ def trained(compile):
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     ours = trained(True)
-    whole = trained("whole")
+    whole = trained("full")
 (told,) = [str(w.message) for w in seen if issubclass(w.category, UserWarning)]
 assert told.startswith("compile=True: torch.compile does not work here, so steps are eager ("), told
 eager = trained(False)
@@ -106,7 +106,7 @@ def test_compiled_passes_serve_all_shapes():
 
 def test_what_is_short_or_oddly_laid_out_or_waits_for_others_is_stepped_eagerly():
     recipe = Kron.method().recipe()
-    trusted = replace(recipe, trusted=True)
+    trusted = replace(recipe, has_max_norm=True)
     full = torch.zeros(LARGE // 64, 64)
     assert suited(recipe, [full, None]) and not suited(trusted, [full])
     for x in (full[1:], full.mT, full.to(torch.complex64), full.to("meta")):

@@ -12,7 +12,7 @@ from torch import Tensor
 from psgd import noise
 from psgd._xp import namespace
 from psgd.calls import step_may_come_second
-from psgd_torch_backend._noise import Draws
+from psgd_torch_backend._noise import CachedDraws
 
 MISUSED = (
     "the closure must return the loss, one number that can still be differentiated, or a sequence that begins with it; "
@@ -57,7 +57,7 @@ class Pairs(NamedTuple):
 def vector(step_key: int, name: str, like: Tensor) -> Tensor:
     """The vector v of a parameter: standard normal, a function of the step's key and the parameter's name."""
     key = torch.full((1,), step_key, dtype=torch.int32, device=like.device)
-    return Draws(key).normal(f"v/{name}", tuple(like.shape), like)
+    return CachedDraws(key).normal(f"v/{name}", tuple(like.shape), like)
 
 
 def _loss(closure: Closure) -> tuple[Any, Tensor]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from psgd.methods import group_key
+from psgd.hyperparameters import group_key
 from psgd_torch_backend import PSGD
 from psgd_torch_backend._groups import ADAPTER_DEFAULTS, renamed
 from psgd_torch_backend.optimizer_test import CLASSES, newton, normal, of_rank, parameters
@@ -149,13 +149,13 @@ def bad_rate(t: Trial) -> None:
 
 
 def bad_number(t: Trial) -> None:
-    numbers = [f for f in fields(t.made.method) if f.metadata["kind"] in ("number", "whole")]
+    numbers = [f for f in fields(t.made.method) if f.metadata["kind"] in ("number", "integer")]
     with t.edited(t.group(), group_key(t.pick(*numbers)), t.pick(*NO_NUMBER)):
         t.attempt(t.go, bad=True)
 
 
 def bad_choice(t: Trial) -> None:
-    others = [f for f in fields(t.made.method) if f.metadata["kind"] not in ("number", "whole")]
+    others = [f for f in fields(t.made.method) if f.metadata["kind"] not in ("number", "integer")]
     if others:
         with t.edited(t.group(), group_key(t.pick(*others)), t.pick("nobody", 5, [1, 2, 3], {}, object(), (nan, 1.0))):
             t.attempt(t.go, bad=True)
@@ -316,7 +316,7 @@ def state_that_is_none(t: Trial) -> None:
 def state_that_is_gone(t: Trial) -> None:
     """It begins anew, unless it is of one preconditioner with others."""
     p = t.param()
-    whole = t.made.method().recipe().whole
+    whole = t.made.method().recipe().joint
     old = t.optimizer.state.pop(p)
     t.attempt(t.step, bad=whole)
     if whole:

@@ -10,24 +10,25 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from psgd import pipeline
 from psgd._xp import dtype_name
 from psgd.documentation import entries, filled
-from psgd.methods import Method
+from psgd.hyperparameters import Method
+from psgd.nonfinite import not_finite
+from psgd.recipe import Plan, Recipe, Schedule
 from psgd.summary import Parameter, Summary, counters, rows, summary
+from psgd_torch_backend import _checkpoint as loading
 from psgd_torch_backend import _groups as groups
-from psgd_torch_backend import _loading as loading
 from psgd_torch_backend import hessian
 from psgd_torch_backend._arguments import ADAPTER_DEFAULTS, ADAPTER_SENTENCES, RAISES, documentation
-from psgd_torch_backend._each import Each
-from psgd_torch_backend._entries import COMPUTED, OURS
+from psgd_torch_backend._checks import COMPUTED, OURS
+from psgd_torch_backend._joint import Joint
+from psgd_torch_backend._per_tensor import PerTensor
 from psgd_torch_backend._state import COUNTER_BYTES, begun
-from psgd_torch_backend._step import Group, Job, finite, in_full, sharded, take
-from psgd_torch_backend._whole import Whole
+from psgd_torch_backend._step import Group, Job, apply_pending, finite, in_full, sharded
 from psgd_torch_backend.hessian import Pairs
 
 KNOWN_SETTINGS = 64  # how many combinations of hyperparameters are remembered
-Settings = tuple[Method, pipeline.Recipe, pipeline.Tempo]
+Settings = tuple[Method, Recipe, Schedule]
 
 
 class PSGD(torch.optim.Optimizer):
@@ -267,11 +268,11 @@ class PSGD(torch.optim.Optimizer):
                     self._kind(job).begin(job)
                 return
             admitted = [job for job in self._admitted(jobs) if job.params]
-            take([held for job in admitted for held in self._kind(job)(job)])
+            apply_pending([held for job in admitted for held in self._kind(job)(job)])
 
-    def _kind(self, job: Job) -> Each | Whole:
+    def _kind(self, job: Job) -> PerTensor | Joint:
         """What steps a group."""
-        return self._whole if job.recipe.whole else self._each
+        return self._joint if job.recipe.joint else self._per_tensor
 
     def _still(self) -> bool:
         """Is every learning rate 0?"""
@@ -301,7 +302,7 @@ class PSGD(torch.optim.Optimizer):
         bad = [(job, name) for job in looking for name in job.not_finite()]
         strict = [name for job, name in bad if job.group["nonfinite"] == "raise"]
         if strict:
-            raise FloatingPointError(pipeline.not_finite(cls, strict[0]))
+            raise FloatingPointError(not_finite(cls, strict[0]))
         skipping = [job for job in looking if job.group["nonfinite"] == "skip"]
         for job in skipping:
             for name in groups.SKIPS:
@@ -365,7 +366,7 @@ class PSGD(torch.optim.Optimizer):
             p.grad = g
         return loss, pairs
 
-    def _vectors(self, named: list[tuple[str, Tensor]], plans: list[pipeline.Plan]) -> list[Tensor]:
+    def _vectors(self, named: list[tuple[str, Tensor]], plans: list[Plan]) -> list[Tensor]:
         """v of each parameter: a function of seed, step and the parameter's name."""
         pairs = zip(self.param_groups, plans, strict=True)
         keys = {id(p): plan.key for group, plan in pairs for p in group["params"]}
@@ -416,7 +417,7 @@ class PSGD(torch.optim.Optimizer):
                 raise RuntimeError(f"{cls}: {name} {wrong}")
 
     def _settings(self, group: Group) -> Settings:
-        """Method, recipe and tempo of a group, whose values are checked; made again when one of them has changed."""
+        """Method, recipe and schedule of a group, whose values are checked; made again when one of them has changed."""
         cls = type(self).__name__
         for name, key in self._renamed.items():
             if name in group:
@@ -437,8 +438,8 @@ class PSGD(torch.optim.Optimizer):
         self._complete({name: group[name] for name in self._names()})
         own = {name: group[name] for name in groups.keys(self.method) if name not in ("lr", "weight_decay")}
         method = groups.method_of(self.method, groups.watched(self.method, own))
-        settings = method, method.recipe(), method.tempo()
-        if group["scanned_layers"] and settings[1].whole:
+        settings = method, method.recipe(), method.schedule()
+        if group["scanned_layers"] and settings[1].joint:
             raise ValueError(
                 f"{type(self).__name__} has one preconditioner for all parameters, no scanned_layers; leave them out"
             )
@@ -593,7 +594,7 @@ class PSGD(torch.optim.Optimizer):
                     wrong = f"has a state that cannot be: {error}"
             if wrong:
                 raise ValueError(f"{cls}: {name} {wrong}; nothing was loaded")
-        if strangers and job.recipe.whole:
+        if strangers and job.recipe.joint:
             raise ValueError(
                 f"{cls}: param_groups[{min(strangers)}] of the state dict has parameters of another group here, and "
                 "one preconditioner is for all of a group; group them as they were; nothing was loaded"
@@ -612,7 +613,7 @@ class PSGD(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Drop what can be made again: stacks, settings, compiled steps."""
-        self._each, self._whole = Each(), Whole()
+        self._per_tensor, self._joint = PerTensor(), Joint()
         self._renamed = groups.renamed(self.method)
         self._keys = [key for key in groups.known(self.method) if key not in ("lr", "weight_decay")]
         self._known: dict[Any, Settings] = {}
@@ -621,10 +622,10 @@ class PSGD(torch.optim.Optimizer):
 PSGD.__doc__ = filled(PSGD.__doc__, adapter=entries(ADAPTER_SENTENCES), raises=entries(RAISES))
 
 
-def face(method: type[Method], module: str) -> type[PSGD]:
+def named_class(method: type[Method], module: str) -> type[PSGD]:
     """The optimizer class of a method: its name, signature and documentation come from the method's record."""
     defaults = {key: f.default for key, f in groups.keys(method).items()} | ADAPTER_DEFAULTS
-    if method().recipe().whole:
+    if method().recipe().joint:
         del defaults["scanned_layers"]  # there is one preconditioner for all parameters
     placed, named = groups.arguments(method)
     either, only = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY

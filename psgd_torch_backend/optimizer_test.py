@@ -19,17 +19,18 @@ from torch import Tensor, nn
 import psgd_torch_backend
 from psgd import noise
 from psgd._xp import namespace
-from psgd.methods import METHODS, group_key
+from psgd.hyperparameters import group_key
+from psgd.methods import METHODS
 from psgd.schedule import precond_update_prob_schedule
 from psgd_torch_backend import PSGD, Affine, Kron, KronWhiten, Procrustes
-from psgd_torch_backend._each import ROOM, Each
 from psgd_torch_backend._groups import SKIPS
-from psgd_torch_backend._noise import BLOCK, Draws
+from psgd_torch_backend._noise import BLOCK
+from psgd_torch_backend._per_tensor import ROOM, PerTensor
 
 CLASSES = {name: getattr(psgd_torch_backend, made.title) for name, made in METHODS.items()}
 RECIPES = {name: made().recipe() for name, made in METHODS.items()}
-WHOLE = {name: made for name, made in CLASSES.items() if RECIPES[name].whole}
-OF_TENSORS = {name: made for name, made in CLASSES.items() if not RECIPES[name].whole}
+WHOLE = {name: made for name, made in CLASSES.items() if RECIPES[name].joint}
+OF_TENSORS = {name: made for name, made in CLASSES.items() if not RECIPES[name].joint}
 
 
 @pytest.fixture(params=CLASSES.values(), ids=CLASSES)
@@ -211,7 +212,7 @@ def test_signature_and_defaults_are_those_of_the_method(optimizer_class: type[PS
     optimizer = optimizer_class(parameters((2,)))
     kept = optimizer.defaults if "scanned_layers" in signature else optimizer.defaults | {"scanned_layers": None}
     told = {k: p.default for k, p in signature.items() if k != "params"}
-    assert {"scanned_layers": None} | told == kept and ("scanned_layers" in told) is not method().recipe().whole
+    assert {"scanned_layers": None} | told == kept and ("scanned_layers" in told) is not method().recipe().joint
     assert method.summary in optimizer_class.__doc__ and optimizer_class.__module__ == "psgd_torch_backend"
 
 
@@ -221,7 +222,7 @@ def test_state_is_nested_dictionaries_of_tensors(tensor_class: type[PSGD]):
     run(optimizer, params, range(2))
     for p in params:
         entry = optimizer.state[p]
-        counted = ["since"] if tensor_class.method().tempo().counts else []
+        counted = ["since"] if tensor_class.method().schedule().counts else []
         assert list(entry) == ["step", *counted, "momentum", "Q", "L"] and entry["momentum"].shape == p.shape
         assert list(entry["Q"]) == list(entry["L"]) == [str(i) for i in range(len(entry["Q"]))]
         assert all(isinstance(x, Tensor) for x in flat(entry).values()) and int(entry["step"]) == 2
@@ -488,7 +489,7 @@ BAD_HYPERPARAMETERS = [
     ({"dtype": "int8"}, "dtype='int8' must be None or one of bfloat16"),
     ({"dtype": torch.int8}, "dtype='int8' must be None or one of bfloat16"),
     ({"stack": 1}, "stack=1 must be True or False"),
-    ({"compile": "yes"}, "compile='yes' must be True, False or 'whole'"),
+    ({"compile": "yes"}, "compile='yes' must be True, False or 'full'"),
     ({"maximize": None}, "maximize=None must be True or False"),
     ({"stak": True}, r"unknown hyperparameter 'stak'; did you mean 'stack'\? It has lr, "),
     ({"scanned_layers": 1}, "scanned_layers=1 must be"),
@@ -755,12 +756,12 @@ def test_large_stacks_are_cut_by_themselves(monkeypatch: pytest.MonkeyPatch, roo
     """Seven matrices of 8 x 8 and their factors, 194 numbers of state each, with the bounds of the factors."""
     seen = []
 
-    def spied(self: Each, job: Any, plan: Any, draws: Any, many: bool, state: Any, targets: Any, *rest: Any) -> Any:
+    def spied(self: PerTensor, job: Any, plan: Any, draws: Any, many: bool, state: Any, targets: Any, *rest: Any) -> Any:
         seen.append(len(targets))
         return batch(self, job, plan, draws, many, state, targets, *rest)
 
-    batch = Each._batch
-    monkeypatch.setattr(Each, "_batch", spied)
+    batch = PerTensor._batch
+    monkeypatch.setattr(PerTensor, "_batch", spied)
     monkeypatch.setitem(ROOM, "cpu", room)
     cut, apart = (parameters(*[(8, 8)] * 7, dtype=torch.float64) for _ in range(2))
     run(Procrustes(cut), cut, range(1))
@@ -904,7 +905,7 @@ def test_the_rows_of_a_whole_model_are_state_of_its_parameters(whole_class: type
     assert len(rows[0]) == {"DenseNewton": 1, "XMat": 2}.get(whole_class.__name__, 3)
     for p, wanted in zip(params, rows, strict=True):
         entry = optimizer.state[p]
-        counted = ["since"] if whole_class.method().tempo().counts else []
+        counted = ["since"] if whole_class.method().schedule().counts else []
         assert list(entry) == ["step", *counted, "momentum", "Q", "L"] and entry["momentum"].shape == p.shape
         assert [tuple(q.shape) for q in entry["Q"].values()] == wanted and int(entry["step"]) == 2
         assert all(torch.equal(x, optimizer.state[params[0]]["L"][k]) for k, x in entry["L"].items())
@@ -970,7 +971,7 @@ def test_groups_of_whole_models_have_preconditioners_of_their_own(whole_class: t
 def test_a_compiled_whole_model_walks_the_same_way():
     compiled, eager = parameters((4, 3), (5,)), parameters((4, 3), (5,))
     options = {"lr": 0.01, "rank_of_approximation": 2}
-    ours = CLASSES["lra_newton"](compiled, compile="whole", **options)
+    ours = CLASSES["lra_newton"](compiled, compile="full", **options)
     run(ours, compiled, range(5))
     close(compiled, run(CLASSES["lra_newton"](eager, **options), eager, range(5)), ulps=64)
 
@@ -1001,7 +1002,7 @@ def test_the_opaque_noise_has_the_same_bits():
 def test_a_compiled_optimizer_compiles_once_and_walks_the_same_way(capfd: pytest.CaptureFixture):
     """A stack of two matrices, each with a diagonal and a dense factor, for a hundred steps and a balance."""
     compiled, eager = parameters((4, 3), (4, 3)), parameters((4, 3), (4, 3))
-    ours, theirs = Procrustes(compiled, lr=0.01, compile="whole"), Procrustes(eager, lr=0.01)
+    ours, theirs = Procrustes(compiled, lr=0.01, compile="full"), Procrustes(eager, lr=0.01)
     for t in range(105):
         # Warnings are errors here, and after the first step so is compiling.
         with torch.compiler.set_stance("fail_on_recompile" if t else "default"):
@@ -1049,13 +1050,13 @@ def test_noise_in_blocks_is_that_of_the_core():
     key = noise.key(namespace(torch.zeros(1)), 3, torch.tensor(5))
     like = torch.zeros(1, dtype=torch.float64)
     shape = (2, BLOCK + 1)
-    assert torch.equal(*(draws(key).normal("damping", shape, like) for draws in (Draws, noise.Counter)))
+    assert torch.equal(*(draws(key).normal("damping", shape, like) for draws in (CachedDraws, noise.Counter)))
 
 
 def test_compiled_layers_step_as_parameters_do():
     """With fits and without, in batches of two and one, and a bound on the whole step, which is not compiled."""
     options = {"preconditioner_update_probability": 0.5, "update_global_norm_clip": 0.5}
-    close(*both_ways(Affine, 2, layers=((3, 4, 3),), lr=0.01, compile="whole", **options), ulps=64)
+    close(*both_ways(Affine, 2, layers=((3, 4, 3),), lr=0.01, compile="full", **options), ulps=64)
 
 
 def test_some_parameters_of_a_group_stack_layers():
@@ -1158,7 +1159,7 @@ def test_a_probability_that_is_a_function_stays_out_of_the_state_dict():
 def test_a_compiled_optimizer_fits_now_and_then():
     compiled, eager = parameters((4, 3)), parameters((4, 3))
     options = {"lr": 0.01, "preconditioner_update_probability": 0.5}
-    run(Kron(compiled, compile="whole", **options), compiled, range(6))
+    run(Kron(compiled, compile="full", **options), compiled, range(6))
     close(compiled, run(Kron(eager, **options), eager, range(6)), ulps=64)
 
 

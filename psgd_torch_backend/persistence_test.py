@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from psgd.methods import group_key
+from psgd.hyperparameters import group_key
 from psgd_torch_backend import PSGD
 from psgd_torch_backend.optimizer_test import (
     CLASSES,
@@ -88,7 +88,7 @@ def other_value(f: Field) -> Any:
         return next(x for x in f.metadata["names"]() if x != default)
     if kind == "dtype":
         return "float32"
-    if kind == "whole":
+    if kind == "integer":
         return 3 if default in (None, inf) else default + 1
     if isinstance(default, tuple):
         return tuple(x / 2 for x in default)

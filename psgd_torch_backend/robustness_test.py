@@ -127,7 +127,7 @@ def refused_value(optimizer_class: type[PSGD], name: str, value: Any, text: str 
 
 @pytest.mark.contract("input: numbers")
 def test_every_number_out_of_range_is_refused(optimizer_class: type[PSGD]):
-    for name in of_kind(optimizer_class, "number", "whole"):
+    for name in of_kind(optimizer_class, "number", "integer"):
         optional = optimizer_class.method().__getattribute__(name) is None or name == "lr"
         for value in OUTSIDE[name] + NO_NUMBER + (() if optional else (None,)):
             refused_value(optimizer_class, name, value)
@@ -364,7 +364,7 @@ def reached(optimizer: PSGD, *, apart: bool = False) -> float:
     """The largest Q of all tensors, as the product of the largest entries of its factors; or the largest factor."""
     entries = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"] if p in optimizer.state]
     sizes = [[float(q.abs().max()) for q in entry["Q"].values() if q.numel()] for entry in entries]
-    apart = apart or type(optimizer).method().recipe().whole
+    apart = apart or type(optimizer).method().recipe().joint
     return max(max(own, default=0) if apart else prod(own) for own in sizes)
 
 

@@ -1,0 +1,1 @@
+"""What a step costs: time, compilation, memory, growth with size."""

@@ -1,0 +1,379 @@
+"""A long run of every method, which shows that nothing drifts: a million steps on one problem, and poor gradients.
+
+    python -m conformance.internal.soak [--quick] [--json FILE] [--markdown]
+                               [--framework torch|jax] [--method NAME ...] [--torch-steps N]
+
+Twenty times on the way, the end included, everything that the run holds is looked at. A row fails where a number is not
+finite, a dtype has changed, a counter is wrong, a step was skipped, Q has passed what bounds it or has grown faster
+than the steps went on, or the loss has not stayed small. The exit code is 1 where a row fails.
+
+JAX scans over the steps, of every method. PyTorch calls them one by one, which takes milliseconds each, so that one
+method speaks for all: its step, compiled, is the same code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from importlib import import_module
+from math import nan, prod, sqrt
+from pathlib import Path
+from time import perf_counter
+from typing import Any, ClassVar
+
+import numpy as np
+from rich.markup import escape
+
+from conformance import terminal
+from conformance.drivers import Arrays, JaxEager, TorchEager
+from conformance.packages import release
+from conformance.problems import Problem
+from conformance.terminal import Sheet, console, exits, verdict, writable, write_json
+from psgd import criterion
+from psgd.hyperparameters import Method
+from psgd.methods import METHODS
+from psgd.recipe import leaves
+
+LOOKS = 20
+RATE = 0.01  # of learning
+RANK = 2  # of preconditioners that have one: below the four numbers of the problem
+SETTLED = 1000  # steps; what happens before is the start
+Draw = Callable[[np.random.Generator, int], np.ndarray]  # of n gradients, or of their noise
+
+
+# ---- what is walked on ------------------------------------------------------------------------
+def normal(random: np.random.Generator, *shape: int) -> np.ndarray:
+    return random.standard_normal(shape, dtype=np.float32)
+
+
+# f(W) = 0.5 |A (W - W*) B|^2 by A^T A, B B^T and W*; its Hessian has eigenvalues from 0.3 to 2.8.
+QUADRATIC: Arrays = {
+    "left": np.array([[2.0, 0.5], [0.5, 1.0]]),
+    "right": np.array([[1.2, -0.3], [-0.3, 0.5]]),
+    "optimum": np.array([[0.5, -0.5], [1.0, 0.25]]),
+}
+
+
+def slope(apart: Any, known: Mapping[str, Any]) -> Any:
+    """A^T A X B B^T: the gradient of f at W* + X, and the product of its Hessian with X."""
+    return known["left"] @ apart @ known["right"]
+
+
+def given(curved: bool, w: Any, g: Any, v: Any, known: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The gradient, from what was drawn; and (v, H v), where H without f is g g^T, the Hessian of <g, W>^2 / 2."""
+    if not curved:
+        return {"w": g}, {"w": (v, g * (g * v).sum())}
+    return {"w": slope(w - known["optimum"], known) + g}, {"w": (v, slope(v, known))}
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What the gradients are. draw: them, or where they are those of f (`curved`) their noise."""
+
+    name: str
+    steps: int
+    shape: tuple[int, int]
+    draw: Draw
+    curved: bool = False
+
+    def start(self) -> Arrays:
+        return {"w": np.zeros(self.shape)}
+
+    def problem(self) -> Problem:
+        """As drivers want it."""
+        none: Arrays = {}
+        return Problem(self.name, "", lambda _: self.start(), lambda *_: none, lambda *_: 0.0, RATE, chaotic=True)
+
+    def drawn(self, number: int, n: int) -> Arrays:
+        """What chance gives to the n steps before a look: the same in both frameworks and for every method."""
+        random = np.random.default_rng(number)
+        return {"g": self.draw(random, n), "v": normal(random, n, *self.shape)}
+
+    def loss(self, w: np.ndarray) -> float | None:
+        """f without noise."""
+        apart = w - QUADRATIC["optimum"] if self.curved else w
+        return float(np.sum(apart * slope(apart, QUADRATIC))) / 2 if self.curved else None
+
+
+ROWS, COLUMNS = 6, 4
+
+
+def of_rank_one(random: np.random.Generator, n: int) -> np.ndarray:
+    """Any vector on the left, always the same on the right, so that most directions of the right are never seen."""
+    return normal(random, n, ROWS, 1) * np.array([1.0, -1.0, 0.5, 2.0], np.float32)
+
+
+def constant(random: np.random.Generator, n: int) -> np.ndarray:
+    """Ones."""
+    return np.ones((n, ROWS, COLUMNS), np.float32)
+
+
+def sparse(random: np.random.Generator, n: int) -> np.ndarray:
+    """Zeros but in one row, at each step another one by lot."""
+    here = random.integers(ROWS, size=n)[:, None, None] == np.arange(ROWS)[:, None]
+    return np.where(here, normal(random, n, ROWS, COLUMNS), np.float32(0))
+
+
+WALKS = (
+    Walk("noisy quadratic", 1_000_000, (2, 2), lambda random, n: normal(random, n, 2, 2), curved=True),
+    Walk("rank one", 20_000, (ROWS, COLUMNS), of_rank_one),
+    Walk("constant", 20_000, (ROWS, COLUMNS), constant),
+    Walk("sparse", 20_000, (ROWS, COLUMNS), sparse),
+)
+
+
+# ---- who walks --------------------------------------------------------------------------------
+class TorchWalker(TorchEager):
+    """PyTorch, step by step."""
+
+    def walk(self, walk: Walk, drawn: Arrays) -> None:
+        """A step for each of the draws."""
+        known, w = self.batch(QUADRATIC), self.tensors["w"].detach()
+        for g, v in zip(*(x.unbind() for x in self.batch(drawn).values()), strict=True):
+            self.advance(*given(walk.curved, w, g, v, known))
+
+    def dtypes(self) -> list[str]:
+        """Of the parameter and of its state."""
+        (p,) = self.tensors.values()
+        to_state = import_module("psgd_torch_backend._state").to_state
+        return [str(x.dtype) for x in [p, *leaves(to_state(self.optimizer.state[p]))]]
+
+
+class CompiledWalker(TorchWalker):
+    """PyTorch, step by step, compiled."""
+
+    flags: ClassVar[dict[str, bool]] = {"compile": True}
+
+
+class JaxWalker(JaxEager):
+    """JAX, all steps in one scan under `jax.jit`."""
+
+    def walk(self, walk: Walk, drawn: Arrays) -> None:
+        """A step for each of the draws."""
+        self.tree, self.inner = self.scan(walk.curved, (self.tree, self.inner), self.batch(drawn))
+
+    @cached_property
+    def scan(self) -> Any:
+        """Compiled once, whatever is begun anew."""
+        return self.jax.jit(self._scan, static_argnums=0)
+
+    def _scan(self, curved: bool, held: Any, drawn: Any) -> Any:
+        known = self.batch(QUADRATIC)
+
+        def step(held: Any, own: Any) -> Any:
+            self.tree, self.inner = held
+            self.advance(*given(curved, self.tree["w"], own["g"], own["v"], known))
+            return (self.tree, self.inner), None
+
+        return self.jax.lax.scan(step, held, drawn)[0]
+
+    def dtypes(self) -> list[str]:
+        """Of the parameter and of its state."""
+        return [str(x.dtype) for x in self.jax.tree.leaves((self.tree, self.inner))]
+
+
+Walker = TorchWalker | JaxWalker
+WALKERS: dict[str, type[Walker]] = {"jax": JaxWalker, "torch": CompiledWalker}
+
+
+# ---- looking ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Look:
+    """What was seen after a step: how many were counted and skipped, which arrays are not finite, the norm of Q; and
+    what was raised, after which nothing follows."""
+
+    step: int
+    count: int
+    skipped: int
+    bad: list[str]
+    dtypes: list[str]
+    norm: float
+    loss: float | None
+    raised: str = ""
+
+
+def norm_of_q(state: Arrays, *, whole: bool) -> float:
+    """The Frobenius norm of Q: of factors of axes, the product of theirs; of others the largest."""
+    norms = [float(np.linalg.norm(x)) for name, x in state.items() if "/Q/" in name]
+    return float(np.max(norms, initial=0.0)) if whole else prod(norms)  # NumPy's, of which a NaN comes out
+
+
+def look(driver: Walker, walk: Walk, step: int) -> Look:
+    """At everything that a run holds."""
+    params, _, state = driver.snapshot()
+    bad = [name for name, x in (params | state).items() if not np.isfinite(x).all()]
+    norm = norm_of_q(state, whole=driver.method.recipe().joint)
+    skipped, _ = driver.skipped()
+    return Look(step, int(state.get("w/step", 0)), skipped, bad, driver.dtypes(), norm, walk.loss(params["w"]))
+
+
+def walked(driver: Walker, walk: Walk) -> Iterator[Look]:
+    """A run from the start, as seen on the way."""
+    driver.begin({name: driver.array(x) for name, x in walk.start().items()})
+    n = walk.steps // LOOKS
+    for i in range(LOOKS):
+        try:
+            driver.walk(walk, walk.drawn(i, n))
+        except (ArithmeticError, RuntimeError) as error:
+            yield replace(look(driver, walk, (i + 1) * n), raised=f"{type(error).__name__}: {error}")
+            return
+        yield look(driver, walk, (i + 1) * n)
+
+
+# ---- judging ----------------------------------------------------------------------------------
+def ceiling(method: Method, walk: Walk) -> float:
+    """The norm that Q may reach, of gradients with entries near 1.
+
+    What is fitted is never below the noise d that damps it. In directions that are never seen one factor settles where
+    (q d)^2 = 1/q^2, at d^(-1/2). Each of k triangular ones settles where (Q d)^2 = 1/q_i^2, Q = q_1 ... q_k, and Q at
+    d^(-k/(k+1)), below which the other geometries stay. Without noise y = v/q there, and a fit moves q by
+    rate y^2 q / ell: q^2 of each factor grows by 2 rate each time, where v^2 and ell are near 1. Twice either, for the
+    spread of the noise, in each factor, and for as many directions as there are numbers.
+    """
+    schedule, recipe = method.schedule(), method.recipe()
+    k, root = 1 if recipe.joint else len(walk.shape), sqrt(prod(walk.shape))
+    if recipe.damping is criterion.undamped:
+        return (2 * sqrt(2 * float(schedule.rate(np, 1.0)) * walk.steps)) ** k * root
+    return 2**k * float(schedule.damping) ** (-k / (k + 1)) * root
+
+
+# Times as large in the second half of a run as in the first. A factor without noise grows as the root of the steps, Q
+# of two such as the steps, which makes 2; what compounds is far above.
+FASTEST = 2.5
+LARGEST_LOSS = 10 * RATE  # a whitened step is about as long as the rate, and f settles near it
+
+
+def largest(looks: Sequence[Look]) -> float:
+    """The largest norm of Q, NaN if one is."""
+    return float(np.max([x.norm for x in looks], initial=0.0))
+
+
+def growth(looks: Sequence[Look]) -> float:
+    """The largest norm of Q in the second half of a run, over that in the first."""
+    half = len(looks) // 2
+    return largest(looks[half:]) / largest(looks[:half]) if half else nan
+
+
+def complaints(looks: Sequence[Look], limit: float) -> list[str]:
+    """What is wrong with a run, and since which step. limit: of the norm of Q."""
+    settled = [x for x in looks if x.step >= SETTLED]
+    losses = [x for x in settled if x.loss is not None and not x.loss <= LARGEST_LOSS]
+    found = {
+        "{0.raised}": [x for x in looks if x.raised],
+        "not finite: {0.bad}": [x for x in looks if x.bad],
+        "{0.count} steps counted": [x for x in looks if x.count != x.step],
+        "{0.skipped} steps skipped": [x for x in looks if x.skipped],
+        "other dtypes": [x for x in looks if x.dtypes != looks[0].dtypes],
+        f"‖Q‖ is {{0.norm:.3g}}, above {limit:.3g}": [x for x in looks if not x.norm <= limit],
+        "f is {0.loss:.3g}": losses,
+    }
+    told = [f"{what.format(seen[0])} at step {seen[0].step}" for what, seen in found.items() if seen]
+    if len(settled) > LOOKS // 2 and growth(looks) > FASTEST:
+        told.append(f"‖Q‖ grew {growth(looks):.2g} times in the second half")
+    return told
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run and what is wrong with it."""
+
+    framework: str
+    method: str
+    walk: str
+    steps: int
+    limit: float
+    seconds: float
+    complaints: list[str]
+    looks: list[Look]
+
+
+def settings(method: type[Method], lr: float = RATE, **hyperparameters: Any) -> Method:
+    """The defaults, but for weight decay, which pulls away from the optimum, and ranks above the count of numbers."""
+    ranks = {f.name: RANK for f in fields(method) if f.name.endswith("rank_of_approximation")}
+    return method.of(lr=lr, weight_decay=0.0, **ranks, **hyperparameters)
+
+
+def rows(walker: type[Walker], name: str, walks: Sequence[Walk]) -> Iterator[Row]:
+    """The runs of a method in a framework. Those on like gradients share what was compiled."""
+    method, drivers = settings(METHODS[name]), dict[bool, Walker]()
+    for walk in walks:
+        if walk.curved not in drivers:
+            drivers[walk.curved] = walker(method, walk.problem(), walk.start(), "float32")
+        start, limit = perf_counter(), ceiling(method, walk)
+        looks = list(walked(drivers[walk.curved], walk))
+        seconds = perf_counter() - start
+        yield Row(walker.framework.name, name, walk.name, walk.steps, limit, seconds, complaints(looks, limit), looks)
+
+
+# ---- telling ----------------------------------------------------------------------------------
+WORDS, NUMBERS = ("framework", "method", "gradients"), ("steps", "largest ‖Q‖", "last ‖Q‖", "growth", "last f")
+HEAD = (*WORDS, *NUMBERS, "verdict")
+
+
+def cells(row: Row) -> list[str]:
+    """A row in words, but for its verdict."""
+    last = row.looks[-1]
+    loss = "" if last.loss is None else f"{last.loss:.3f}"
+    numbers = f"{row.steps:,}", f"{largest(row.looks):.3g}", f"{last.norm:.3g}", f"{growth(row.looks):.2f}", loss
+    return [row.framework, row.method, row.walk, *numbers]
+
+
+def table(found: Sequence[Row]) -> Sheet:
+    """For a terminal."""
+    made = Sheet(WORDS, [*NUMBERS, HEAD[-1]])
+    for row in found:
+        made.add_row(*cells(row), " ".join([verdict(not row.complaints), escape("; ".join(row.complaints))]).rstrip())
+    return made
+
+
+def markdown(found: Sequence[Row]) -> str:
+    """For a document."""
+    told = [[*cells(row), "FAIL: " + "; ".join(row.complaints) if row.complaints else "pass"] for row in found]
+    return terminal.markdown([HEAD, *told])
+
+
+def conclude(found: Sequence[Any], path: Path | None) -> None:
+    """Write all rows to a file, where one is wanted, and exit with 1 if any has complaints."""
+    versions = {name: release(name) for name in ("torch", "jax", "numpy")}
+    write_json(path, {"versions": versions, "rows": [asdict(row) for row in found]})
+    if any(row.complaints for row in found):
+        sys.exit(1)
+
+
+LONG = WALKS[0].steps
+SHORT = {LONG: 200, WALKS[1].steps: 60}  # of --quick
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Walk, tell, and say by the exit code whether all is well."""
+    parser = argparse.ArgumentParser(prog="python -m conformance.internal.soak", description="Does anything drift?")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was seen here too")
+    parser.add_argument("--markdown", action="store_true", help="print the table as docs/soak.md has it")
+    parser.add_argument("--quick", action="store_true", help="few steps: does it run?")
+    parser.add_argument("--framework", action="append", choices=WALKERS, help="this one alone; may be repeated")
+    parser.add_argument("--method", action="append", choices=METHODS, help="this one alone; may be repeated")
+    parser.add_argument("--torch-steps", type=int, default=LONG, metavar="N", help="length of PyTorch's longest walk")
+    given = parser.parse_args(arguments)
+    with exits():
+        writable(given.json)
+    found, progress = list[Row](), console(stderr=True)
+    for framework in given.framework or WALKERS:
+        lengths = SHORT if given.quick else {LONG: given.torch_steps} if framework == "torch" else {}
+        walks = [replace(walk, steps=lengths.get(walk.steps, walk.steps)) for walk in WALKS]
+        walker = TorchWalker if given.quick and framework == "torch" else WALKERS[framework]
+        for name in given.method or (METHODS if framework == "jax" else list(METHODS)[:1]):
+            for row in rows(walker, name, walks):
+                found.append(row)
+                progress.print(f"{' '.join(cells(row)[:4])}: {row.seconds:.0f} s", markup=False)
+    if given.markdown:
+        console().print(markdown(found), markup=False, soft_wrap=True)
+    else:
+        console().print(table(found))
+    conclude(found, given.json)
+
+
+if __name__ == "__main__":
+    main()

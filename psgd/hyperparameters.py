@@ -1,0 +1,269 @@
+"""Hyperparameters and the methods that are made of them: the only place where one has a name, a default, a range and a
+sentence.
+
+A method is a frozen dataclass of hyperparameters that turns itself into a `Recipe` and a `Schedule`. Adding a method is
+adding a dataclass with the `method` decorator; both frameworks' optimizers, the conformance cases, the documentation
+and the benchmarks iterate `METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields
+from decimal import Decimal
+from math import inf, nan, prod
+from numbers import Real
+from typing import Any, ClassVar
+
+from psgd._xp import PRECISIONS, dtype_name, is_array, is_of_jax, is_traced
+from psgd.naming import did_you_mean, shown, unknown
+from psgd.recipe import Recipe, Schedule
+from psgd.schedule import Annealed
+
+METHODS: dict[str, type[Method]] = {}
+
+SCALES = "[1e-18, 1e18]"  # whose squares are numbers of float32, as the inverses of their squares are
+NOISES = "[0, 1e18]"
+RATES = "(0, 10]"  # of factors, whose steps are a share of them
+RANKS = "[0, 1000000]"
+REAL = ("float", "bfloat", "int", "uint")  # how the names of the dtypes of real numbers begin
+
+
+def setting(
+    default: Any,
+    doc: str,
+    within: str | None = None,
+    kind: str = "number",
+    names: Any = None,
+    *,
+    scheduled: bool = False,
+    structural: bool | None = None,
+    group_key: str | None = None,
+) -> Any:
+    """A hyperparameter: its default, its sentence and what it may be.
+
+    within: an interval such as "[0, 1)" for numbers. kind: "number", "integer", "flag", "name", "dtype" or "pair".
+    names: for a name, the collection it must be in (None allows None); looked up at each use, so that it may grow.
+    scheduled: it may also be a function of the step, or the four numbers of one that `Annealed` is.
+    structural: it shapes the program, as a bound on sizes does, and must be known before anything is traced; so does,
+    unless told, what is no number, a whole number, and a default that is a function of the step.
+    group_key: what PyTorch's groups call it, where its schedulers look for another name.
+    """
+    metadata = {"doc": doc, "within": within, "kind": kind, "names": names, "scheduled": scheduled}
+    metadata["structural"] = (kind != "number" or callable(default)) if structural is None else structural
+    metadata["group_key"] = group_key
+    return field(default=default, metadata=metadata)
+
+
+def group_key(f: Field[Any]) -> str:
+    """What a group of a PyTorch optimizer calls a hyperparameter."""
+    return f.metadata["group_key"] or f.name
+
+
+def outside(value: float, within: str) -> bool:
+    """Is a number outside an interval like "[0, 1)"? NaN always is."""
+    low, high = (float(end) for end in within[1:-1].split(","))
+    above = value >= low if within[0] == "[" else value > low
+    below = value <= high if within[-1] == "]" else value < high
+    return not (above and below)
+
+
+def plain(value: Any, *, static: bool = False) -> Any:
+    """The number that a value is, or that an array of one element holds, as Python's own; any other value as it is.
+
+    An array of JAX stays one, 0-d: at the next call, traced, its number may not be known. static: it has to be.
+    """
+    if is_array(value) and prod(value.shape) == 1:
+        if is_traced(value) or (is_of_jax(value) and not static):
+            return value.reshape(())
+        try:
+            value = value.item()
+        except (RuntimeError, TypeError):  # it holds no numbers, as on the device "meta"
+            return value
+    if not isinstance(value, (Real, Decimal)) or isinstance(value, bool):
+        return value
+    try:
+        number = float(value)
+    except OverflowError:  # more than floats hold
+        return inf if abs(value) == value else -inf
+    except ValueError:  # a signalling NaN
+        return nan
+    return value if isinstance(value, int) and abs(value) < 2**53 else number
+
+
+def complaint(f: Field[Any], value: Any) -> str | None:
+    """What is wrong with a value of a hyperparameter, with the remedy; None where nothing is."""
+    kind, within, names = f.metadata["kind"], f.metadata["within"], f.metadata["names"]
+    if f.metadata["scheduled"] and isinstance(value, Annealed):
+        ok = all(map(_is_number, value)) and 0 < value.min_prob <= value.max_prob
+        ok = (
+            ok
+            and not outside(value.max_prob, within or "(0, inf)")
+            and 0 <= value.decay < inf
+            and value.flat_start >= 0
+        )
+        return None if ok else f"must be four numbers, largest in {within}, smallest in (0, largest], decay, flat start"
+    if f.metadata["scheduled"] and callable(value) and not isinstance(value, type):
+        return None
+    if kind == "flag":
+        return None if isinstance(value, bool) else "must be True or False"
+    if kind == "dtype":
+        ok = value is None or (isinstance(value, str) and value in ("bfloat16", "float16", "float32", "float64"))
+        return None if ok else "must be None or one of bfloat16, float16, float32, float64"
+    if kind == "name":
+        ok = (value is None or isinstance(value, str)) and value in names()
+        return None if ok else f"must be one of {', '.join(map(repr, names()))}"
+    if kind == "pair":
+        ok = isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value)) and 0 < value[0] <= value[1]
+        return None if ok else "must be a pair of numbers, 0 < first <= second"
+    if value is None and f.default is None:
+        return None
+    if is_of_jax(value) and not value.shape and dtype_name(value.dtype).startswith(REAL):
+        if is_traced(value):
+            return None
+        value = value.item()
+    if not _is_number(value):
+        wanted = "a number or a function of the step" if f.metadata["scheduled"] else "a number"
+        return f"must be {wanted}{', not an array of another kind or size' if is_array(value) else ''}"
+    if kind == "integer" and value != inf and not float(value).is_integer():
+        return "must be a whole number"
+    return f"must lie in {within}" if within and outside(value, within) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def normalised(f: Field[Any], value: Any) -> Any:
+    """A value as it is kept: a dtype by its name, a pair as a tuple, a whole number as an integer, ..."""
+    kind = f.metadata["kind"]
+    if kind == "dtype":
+        try:
+            return None if value is None else dtype_name(value)
+        except Exception:  # it has no name, so it is no dtype
+            return shown(value)
+    if isinstance(value, (tuple, list)):
+        value = tuple(map(plain, value))
+        many = f.metadata["scheduled"] and len(value) == len(Annealed._fields)
+        return Annealed(*value) if many else value
+    value = plain(value, static=f.metadata["structural"])
+    if kind == "name" and isinstance(value, str) and value not in f.metadata["names"]():
+        return value.replace("p5", ".5")  # psgd_torch's other spelling of Q0.5EQ1.5
+    if kind == "integer" and _is_number(value) and float(value).is_integer():
+        return int(value)
+    return value
+
+
+def checked(owner: str, f: Field[Any], value: Any, name: str = "") -> Any:
+    """A value of a hyperparameter as it is kept; an error that says what is wrong with it. name: it was given as."""
+    kept = normalised(f, value)
+    wrong = complaint(f, kept)
+    if wrong:
+        choices = [x for x in f.metadata["names"]() if isinstance(x, str)] if f.metadata["kind"] == "name" else []
+        meant = did_you_mean(value, choices) if isinstance(value, str) else ""
+        told = shown(kept if f.metadata["kind"] == "dtype" else value)
+        raise ValueError(f"{owner}: {name or f.name}={told} {wrong}; the default is {f.default!r}{meant}")
+    return kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of the named methods: checks hyperparameters, compares by value, describes itself.
+
+    `lr` and `weight_decay` are applied by the adapter, in each framework's own way: p <- p - lr (u + weight_decay p).
+
+    Args:
+        lr: learning rate.
+        weight_decay: decoupled weight decay.
+        seed: seed of the noise.
+
+    Raises:
+        ValueError: for a hyperparameter that is unknown or out of range.
+
+    Example:
+        >>> from psgd import METHODS
+        >>> METHODS["quad"](momentum=0.9).recipe().momentum
+        True
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    complex_parameters: ClassVar[bool] = False
+    also: ClassVar[str] = ""  # another name of the optax function
+    mask_name: ClassVar[str] = "weight_decay_mask"  # of the optax function's mask of weight decay
+    # Arguments by position, in the published order after the parameters; an adapter takes those that it has.
+    positional: ClassVar[tuple[str, ...]] = ("lr",)
+
+    lr: float = setting(1e-3, "learning rate", "[0, inf)")
+    weight_decay: float = setting(
+        0.0, "decoupled weight decay: p loses the learning rate times weight_decay of itself each step", "[0, inf)"
+    )
+    seed: int = setting(0, "seed of the noise", "[0, 4294967295]", "integer", structural=False)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, checked(self.name, f, getattr(self, f.name)))
+
+    @classmethod
+    def of(cls, **hyperparameters: Any) -> Method:
+        """A method from keyword arguments, with an error that names the unknown ones."""
+        known = [f.name for f in fields(cls)]
+        strange = sorted(set(hyperparameters) - set(known))
+        if strange:
+            raise ValueError(unknown(cls.name, strange[0], known))
+        return cls(**hyperparameters)
+
+    def recipe(self) -> Recipe:
+        """What a step computes."""
+        raise NotImplementedError
+
+    def schedule(self) -> Schedule:
+        """When and how much."""
+        raise NotImplementedError
+
+    def initial_scale(self) -> float | None:
+        """The first scale of Q; None is taken from the first gradients."""
+        return getattr(self, "preconditioner_init_scale", getattr(self, "precond_init_scale", None))
+
+
+def method(name: str, title: str, source: str) -> Callable[[type[Method]], type[Method]]:
+    """Register a method under its name (of the optax function) and its title (of the PyTorch class)."""
+
+    def register(cls: type[Method]) -> type[Method]:
+        cls.name, cls.title, cls.source = name, title, source
+        cls.summary = (cls.__doc__ or "").strip().splitlines()[0]
+        made = dataclass(frozen=True, kw_only=True)(cls)
+        METHODS[name] = made
+        return made
+
+    return register
+
+
+def is_positive(value: Any) -> bool:
+    """Is a number positive, or unknown yet?"""
+    return not isinstance(value, Real) or float(value) > 0
+
+
+def skewest() -> Any:
+    """The hyperparameter `preconditioner_max_skew` or `max_skew_dense`."""
+    doc = "an axis is dense if its length squared is at most this times the tensor's size"
+    return setting(1.0, doc, "[0, inf]", structural=True)
+
+
+def keeping() -> Any:
+    """The hyperparameter `keep_p`."""
+    return setting(False, "keep P between steps beside its factors Q: fewer products, twice their memory", kind="flag")
+
+
+def past() -> Any:
+    """The hyperparameter `b1`."""
+    doc = "weight of the past in the average of gradients; in PyTorch `momentum`, where `b1` is taken too"
+    return setting(0.9, doc, "[0, 1)", group_key="momentum")
+
+
+def precise(default: str | None, what: str) -> Any:
+    """A hyperparameter for the precision of matrix products; see `psgd._xp.products`."""
+    doc = f"precision of the float32 products that {what}; None is the framework's own"
+    return setting(default, doc, kind="name", names=lambda: PRECISIONS)

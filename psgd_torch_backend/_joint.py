@@ -1,0 +1,173 @@
+"""Parameters that share one preconditioner: one vector to it, in the order of their names.
+
+The rows of the factors that belong to a parameter are its state. A parameter without a gradient counts as one with a
+gradient of zero, and stays where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from psgd import noise, pipeline
+from psgd.arrays import Factors
+from psgd.recipe import State
+from psgd_torch_backend._checks import OURS, Forms, forms_of, rows_of, wrong_counter, wrong_tensors
+from psgd_torch_backend._noise import CachedDraws
+from psgd_torch_backend._state import begun, gathered, new_counters, scatter, to_entry, unscaled
+from psgd_torch_backend._step import (
+    Job,
+    PendingUpdate,
+    Steps,
+    as_tensors,
+    complete_entry,
+    is_true,
+    on_device,
+    rates,
+    without_signal,
+)
+
+LATE = (
+    "has its first gradient after the first step; one preconditioner is for all parameters, so all must have one from "
+    "the start, or groups of their own"
+)
+
+
+class Joint:
+    """Steps groups."""
+
+    def __init__(self) -> None:
+        self.steps = Steps()
+
+    def __call__(self, job: Job) -> list[PendingUpdate]:
+        """Step a group; its directions, of which some must wait for those of all others, come back."""
+        group, recipe, pairs, members = job.group, job.recipe, job.pairs, _members(job)
+        n = sum(p.numel() for p in members)
+        if not n:
+            return []
+        self.begin(job)
+        for p in members:
+            complete_entry(job, p)
+        entries = [job.state[p] for p in members]
+        plan, state = job.plan(), gathered(entries)
+        g = _joined([torch.zeros_like(p) if p.grad is None else p.grad for p in members])
+        g = -g if group["maximize"] else g
+        pair = None
+        if pairs is not None and pairs.fit:
+            nothing = {id(p): (torch.zeros_like(p), torch.zeros_like(p)) for p in members}  # of a frozen parameter
+            vs, hs = zip(*((nothing | pairs.by_parameter)[id(p)] for p in members), strict=True)
+            pair = _joined(list(vs)), _joined(list(hs))
+        if job.method.initial_scale() is None and unscaled(entries[0], pairs):
+            seen = pipeline.working(recipe, g if pair is None else pair[1])
+            probes = None if pair is None else [pipeline.working(recipe, pair[0])]
+            (scale,), known = recipe.initial_scale([recipe.initial_scale.size(seen)], job.schedule.damping, probes)
+            known = is_true(known)
+            if not known and (pairs is None or not job.schedule.counts):
+                without_signal(job, {id(p) for p in members})
+                return []
+            plan = plan._replace(fit=plan.fit and known)
+            state = pipeline.rescaled(recipe, state, scale)
+        on, numbers = on_device(plan, g.device), rates(group)
+        if group["compile"]:
+            on, *numbers = as_tensors(on, *numbers)
+        step = self.steps.of(recipe, False, (n,) if group["compile"] else None)
+        u, new = step(on, *numbers, g, g, state, None if group["compile"] else CachedDraws(on.key), pair)
+        scatter(entries, new)
+        for entry in entries:
+            entry["step"] = entry["step"] + 1
+            if "since" in entry:
+                entry["since"].fill_(0 if plan.fit else int(entry["since"]) + 1)
+        parts = [x.reshape(p.shape) for x, p in zip(u.split([p.numel() for p in members]), members, strict=True)]
+        moved = [(p.detach(), x) for p, x in zip(members, parts, strict=True) if p.grad is not None]
+        return [
+            PendingUpdate(
+                group, job.schedule.max_norm if recipe.has_max_norm else None, *map(list, zip(*moved, strict=True))
+            )
+        ]
+
+    @staticmethod
+    def begin(job: Job) -> None:
+        """The first state of all parameters, unless they have stepped."""
+        if _started(job):
+            return
+        for p in job.group["params"]:
+            if begun(job.state.get(p)):  # made without a step, perhaps for others than those that step now
+                for name in OURS & job.state[p].keys():
+                    del job.state[p][name]
+        members = _members(job)
+        if sum(p.numel() for p in members):
+            _start(job, members)
+
+    @staticmethod
+    def plan(job: Job) -> None:
+        """Ask for all that the step of a group needs to know, and change nothing."""
+        members = _present(job)
+        n = sum(p.numel() for p in members)
+        if n:
+            forms_of(job.recipe, (), (n,), members[0].is_complex())
+            job.plan()
+
+    @staticmethod
+    def forms(job: Job, p: Tensor) -> Forms:
+        """The forms of a member's rows of the factors, and of the bounds."""
+        size = p.numel()
+        if size not in job.forms:
+            n = sum(q.numel() for q in job.group["params"] if begun(job.state.get(q)))
+            job.forms[size] = rows_of(job.recipe, n, size, p.is_complex())
+        return job.forms[size]
+
+    def wrong(self, job: Job) -> Iterator[tuple[str, str]]:
+        """What is wrong with the state of parameters, if anything."""
+        members = [(name, p) for name, p in job.named if begun(job.state.get(p))]
+        for name, p in members:
+            yield name, wrong_counter(job.schedule, job.state[p])
+        if not _started(job):
+            return
+        there = {id(p) for _, p in members}
+        yield from ((name, LATE) for name, p in job.named if p.grad is not None and id(p) not in there)
+        for name, p in members:
+            yield name, wrong_tensors(p, job.state[p], self.forms(job, p), p.device)
+
+
+def _started(job: Job) -> bool:
+    """Has the preconditioner begun? State that was made without a step is no beginning."""
+    entries = (job.state.get(p) for p in job.group["params"])
+    return any(int(entry["step"]) for entry in entries if begun(entry))
+
+
+def _present(job: Job) -> list[Tensor]:
+    """All that the preconditioner began with, or begins with now."""
+    return [p for p in job.group["params"] if begun(job.state.get(p))] if _started(job) else job.params
+
+
+def _members(job: Job) -> list[Tensor]:
+    """The same in the order of their names."""
+    present = {id(p) for p in _present(job)}
+    return [p for _, p in sorted(job.named, key=lambda named: _by_part(named[0])) if id(p) in present]
+
+
+def _start(job: Job, members: list[Tensor]) -> None:
+    """The first state of all parameters, to each its rows."""
+    sizes = [p.numel() for p in members]
+    like = _joined([p.detach() for p in members])
+    key = torch.full((1,), pipeline.first_key(job.schedule), dtype=torch.int32, device=like.device)
+    state = pipeline.init(job.recipe, like, job.method.initial_scale() or 1.0, noise.Counter(key))
+    rows = zip(*(q.split(sizes) for q in state.factors.Q), strict=True)
+    for p, own in zip(members, rows, strict=True):
+        factors = Factors(tuple(x.clone() for x in own), tuple(x.clone() for x in state.factors.L))
+        momentum = pipeline.init_momentum(job.recipe, p.detach())
+        job.state[p].update({**new_counters(job.schedule), **to_entry(State(momentum, factors))})
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """All tensors as one vector, in the widest of their dtypes."""
+    return torch.cat([x.reshape(-1) for x in tensors])
+
+
+def _by_part(name: str) -> list[tuple[int, int, str]]:
+    """A key that orders dotted names as nested containers are ordered, numbers by their size."""
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.removeprefix("parameter ").split(".")
+    ]
