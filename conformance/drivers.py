@@ -17,9 +17,10 @@ import numpy as np
 
 from conformance.frameworks import FRAMEWORKS, Framework
 from conformance.problems import Problem
-from conformance.reference import Reference, gathered, spread
+from conformance.reference import Reference
 from psgd.arrays import Factors
 from psgd.hyperparameters import Method
+from psgd.joint import join_states, split_state
 from psgd.methods import METHODS
 from psgd.pipeline import host_plan
 from psgd.recipe import Recipe, State
@@ -374,7 +375,7 @@ class JaxJit(Driver):
             p = dict.fromkeys(self.tree, ()) if own.P is None else own.P
             return own, {n: State(momentum[n], Factors(own.Q[n], own.L[n], p[n])) for n in self.tree}
         names = sorted(self.tree)
-        rows = spread(State(None, Factors(own.Q, own.L)), [tuple(self.tree[n].shape) for n in names])
+        rows = split_state(State(None, Factors(own.Q, own.L)), [tuple(self.tree[n].shape) for n in names])
         return own, {n: State(momentum[n], state.factors) for n, state in zip(names, rows, strict=True)}
 
     def _own(self) -> Any:
@@ -409,7 +410,7 @@ class JaxJit(Driver):
         )
         kinds: Any = [kind for kind in Factors._fields if getattr(own, kind) is not None]
         if self.method.recipe().joint:
-            whole = gathered([filled[name] for name in sorted(filled)]).factors
+            whole = join_states([filled[name] for name in sorted(filled)]).factors
             factors = {kind: getattr(whole, kind) for kind in kinds}
         else:
             factors = {kind: {name: getattr(s.factors, kind) for name, s in filled.items()} for kind in kinds}

@@ -8,9 +8,9 @@ from typing import Any
 
 from psgd import noise, pipeline
 from psgd._xp import namespace, number
-from psgd.arrays import Factors
 from psgd.hyperparameters import Method
-from psgd.nonfinite import all_finite
+from psgd.joint import join, join_states, split, split_state
+from psgd.nonfinite import all_finite, counted
 from psgd.recipe import State, leaves, rebuilt
 from psgd.scaling import max_norm_factor
 
@@ -25,16 +25,17 @@ def start(
 
     pairs: (v, H v) of each, from which methods that fit to them take the scale.
     """
-    recipe, schedule, given = method.recipe(), method.schedule(), method.initial_scale()
+    recipe, schedule, fixed = method.recipe(), method.schedule(), method.initial_scale()
     xp = namespace(gradients[0])
     draws = noise.Counter(xp.full((1,), pipeline.first_key(schedule), dtype=xp.int32))
-    scales: Sequence[Any] = [given] * len(gradients)
+    scales: Sequence[Any] = [fixed] * len(gradients)
     known: Any = True
-    if given is None:
-        seen = gradients if pairs is None else [h for _, h in pairs]
-        vs = None if pairs is None else [pipeline.working(recipe, v) for v, _ in pairs]
-        sizes = [recipe.initial_scale.size(pipeline.working(recipe, x)) for x in seen]
-        scales, known = recipe.initial_scale(sizes, schedule.damping, vs)
+    if fixed is None:
+        targets = gradients if pairs is None else [h for _, h in pairs]
+        sizes = [pipeline.size_of(recipe, x) for x in targets]
+        scales, known = pipeline.initial_scales(
+            recipe, schedule, sizes, None if pairs is None else [v for v, _ in pairs]
+        )
     return [pipeline.init(recipe, g, scale, draws) for g, scale in zip(gradients, scales, strict=True)], bool(known)
 
 
@@ -55,37 +56,6 @@ def stacked(states: Sequence[State]) -> State:
 def layer(state: State, k: int) -> State:
     """The state of layer k of `stacked` ones."""
     return rebuilt(state, [x[k, ...] for x in leaves(state)])
-
-
-def joined(arrays: Sequence[Array]) -> Array:
-    """All arrays as one vector."""
-    xp = namespace(arrays[0])
-    return xp.concat([xp.reshape(x, (-1,)) for x in arrays])
-
-
-def parted(vector: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
-    """The inverse of `joined`; of a matrix, its rows."""
-    ends = [prod(shape) for shape in shapes]
-    starts = [sum(ends[:k]) for k in range(len(ends))]
-    parts = [vector[a : a + n, ...] for a, n in zip(starts, ends, strict=True)]
-    xp = namespace(vector)
-    return [xp.reshape(x, shape) if vector.ndim == 1 else x for x, shape in zip(parts, shapes, strict=True)]
-
-
-def gathered(states: Sequence[State]) -> State:
-    """The state of one preconditioner for several parameters, from the rows that belong to each."""
-    momenta = [s.momentum for s in states if s.momentum is not None]
-    xp = namespace(states[0].factors.Q[0])
-    q = tuple(xp.concat(list(rows)) for rows in zip(*(s.factors.Q for s in states), strict=True))
-    return State(joined(momenta) if momenta else None, Factors(q, states[0].factors.L))
-
-
-def spread(state: State, shapes: Sequence[tuple[int, ...]]) -> list[State]:
-    """The inverse of `gathered`."""
-    flat = [(prod(shape),) for shape in shapes]
-    rows = list(zip(*(parted(q, flat) for q in state.factors.Q), strict=True))
-    momenta = [None] * len(shapes) if state.momentum is None else parted(state.momentum, shapes)
-    return [State(m, Factors(own, state.factors.L)) for m, own in zip(momenta, rows, strict=True)]
 
 
 def vectors(method: Method, step: int, params: Mapping[str, Array]) -> dict[str, Array]:
@@ -124,11 +94,11 @@ class Reference:
         recipe = self.method.recipe()
         if recipe.joint:
             names = sorted(gradients)
-            g = joined([gradients[name] for name in names])
-            pair = None if pairs is None else tuple(joined([pairs[name][k] for name in names]) for k in (0, 1))
+            g = join([gradients[name] for name in names])
+            pair = None if pairs is None else tuple(join([pairs[name][k] for name in names]) for k in (0, 1))
             (state,), self.known = start(self.method, [g], None if pair is None else [pair])
             shapes = [tuple(gradients[name].shape) for name in names]
-            self.states = dict(zip(names, spread(state, shapes), strict=True))
+            self.states = dict(zip(names, split_state(state, shapes), strict=True))
             return
         parts = {name: self._parts(name, g) for name, g in gradients.items()}
         given = None
@@ -145,10 +115,10 @@ class Reference:
         A step whose gradients or pairs are not finite is counted, and not taken.
         """
         seen = [*gradients.values(), *(x for pair in (pairs or {}).values() for x in pair)]
-        if not bool(all_finite([x for x in seen if prod(x.shape)])):
-            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        skipped = not bool(all_finite([x for x in seen if prod(x.shape)]))
+        self.skipped, self.skipped_in_a_row = counted(self.skipped, self.skipped_in_a_row, int(skipped))
+        if skipped:
             return
-        self.skipped_in_a_row = 0
         recipe = self.method.recipe()
         if not self.known and (pairs is not None or not recipe.newton or not self.states):
             old = self.states
@@ -179,11 +149,11 @@ class Reference:
     def _step_whole(self, recipe: Any, plan: Any, gradients: Mapping[str, Array], pairs: Any) -> dict[str, Array]:
         names = sorted(gradients)
         shapes = [tuple(gradients[name].shape) for name in names]
-        pair = None if pairs is None else tuple(joined([pairs[name][k] for name in names]) for k in (0, 1))
-        g, state = joined([gradients[name] for name in names]), gathered([self.states[name] for name in names])
+        pair = None if pairs is None else tuple(join([pairs[name][k] for name in names]) for k in (0, 1))
+        g, state = join([gradients[name] for name in names]), join_states([self.states[name] for name in names])
         u, new = pipeline.step(recipe, plan, g, state, pair=pair)
-        self.states = dict(zip(names, spread(new, shapes), strict=True))
-        return dict(zip(names, parted(u, shapes), strict=True))
+        self.states = dict(zip(names, split_state(new, shapes), strict=True))
+        return dict(zip(names, split(u, shapes), strict=True))
 
     def _step_each(self, recipe: Any, plan: Any, gradients: Mapping[str, Array], pairs: Any) -> dict[str, Array]:
         directions = {}

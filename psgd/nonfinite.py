@@ -1,4 +1,4 @@
-"""What is done about gradients that are not finite: the policies, what is said, and the one look."""
+"""What is done about gradients that are not finite: the policies, how skipped steps are counted, what is said."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from psgd._xp import namespace
 from psgd.arrays import Array
+from psgd.schedule import Number
 
 POLICIES = ("skip", "raise", "propagate")  # of a step whose gradients hold a NaN or an infinity
 MAX_SKIPS = 10
@@ -17,6 +18,20 @@ def not_finite(owner: str, name: str) -> str:
         f"{owner}: the gradient of {name} holds a NaN or an infinity; see how the loss came to it, or give "
         'nonfinite="skip" to leave such steps out'
     )
+
+
+def too_many(count: int, name: str = "") -> str:
+    """What is said where too many steps in a row were skipped, the last for the gradient of `name`."""
+    which = f", this one of {name}" if name else ""
+    return (
+        f"{count} steps in a row had a gradient that is not finite{which}; lower the learning rate, or go back to a "
+        "checkpoint"
+    )
+
+
+def counted(total: Number, in_a_row: Number, skipped: Number) -> tuple[Number, Number]:
+    """The steps that were skipped, in all and in a row, after one more step. skipped: 1 where it was, else 0."""
+    return total + skipped, (in_a_row + 1) * skipped
 
 
 def all_finite(arrays: Sequence[Array]) -> Array:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -69,9 +69,9 @@ def plan(
 def host_plan(schedule: Schedule, step: int, toss: Toss | None = None, since: int | None = None) -> Plan:
     """The plan in Python's own numbers: no array, no device, nothing to wait for."""
     p = plan(schedule, step, np, toss, since, noise.host_key(schedule.seed, step))
-    memory = p.momentum.each(float)
+    averaging = p.momentum.each(float)
     decisions = bool(p.fit), bool(p.balance), bool(p.side)
-    return Plan(*decisions, memory, float(p.rate), p.beta_lipschitz, p.damping, p.key)
+    return Plan(*decisions, averaging, float(p.rate), p.beta_lipschitz, p.damping, p.key)
 
 
 class Unasked:
@@ -143,6 +143,23 @@ def with_p(recipe: Recipe, factors: Factors) -> Factors:
     return recipe.preconditioner.with_p(factors)
 
 
+def size_of(recipe: Recipe, x: Array) -> Array:
+    """What a tensor adds to the first scale of all that start together: its size, 0-d."""
+    return recipe.initial_scale.size(working(recipe, x))
+
+
+def initial_scales(
+    recipe: Recipe, schedule: Schedule, sizes: Sequence[Array], probes: Sequence[Array] | None = None
+) -> tuple[list[Array], Array]:
+    """The first scale of Q of each tensor that starts, and whether any of them says something, 0-d.
+
+    sizes: at least one, as `size_of` gives them, of gradients or of H v; of any shape where several tensors are in one.
+    probes: v of each, where they are of H v.
+    """
+    vs = None if probes is None else [working(recipe, v) for v in probes]
+    return recipe.initial_scale(sizes, schedule.damping, vs)
+
+
 def rescaled(recipe: Recipe, state: State, scale: Number) -> State:
     """State with Q times `scale` overall."""
     return state._replace(factors=recipe.preconditioner.rescaled(state.factors, scale))
@@ -170,26 +187,39 @@ def step(
     """
     if not prod(g.shape):
         return working(recipe, g), state
-    momentum, seen, smooth = observed(recipe, plan, g, state.momentum)
-    old, units = state.factors, in_units(smooth, scale_of(recipe, plan))
-    same = units if seen is smooth else None
+    seen = observe(recipe, plan, g, state.momentum)
+    units = in_units(seen.average, scale_of(recipe, plan))
+    new = choose(
+        plan.fit,
+        lambda factors: fit(recipe, plan, seen.target, factors, draws, pair, units if seen.is_one else None),
+        lambda factors: factors,
+        state.factors,
+    )
+    u = direct(recipe, plan, new if recipe.fit_first else state.factors, seen.average, units)
+    return u, State(seen.momentum, new)
 
-    def fit(factors: Factors) -> Factors:
-        return fitted(recipe, plan, seen, factors, draws, pair, same)
 
-    new = choose(plan.fit, fit, lambda factors: factors, old)
-    return directed(recipe, plan, new if recipe.fit_first else old, smooth, units), State(momentum, new)
-
-
-def observed(recipe: Recipe, plan: Plan, g: Array, m: Array | None) -> tuple[Array | None, Array, Array]:
-    """The new momentum; what is fitted to; what is preconditioned. The momentum comes and goes in its own dtype.
-
-    Averages are still to be scaled, see `scale_of`.
+class Observation(NamedTuple):
+    """What a step sees of a tensor. momentum: the new buffer, in its own dtype, or None. target: what the factors are
+    fitted to. average: what is preconditioned. Averages are still to be scaled, see `scale_of`.
     """
+
+    momentum: Array | None
+    target: Array
+    average: Array
+
+    @property
+    def is_one(self) -> bool:
+        """Is the same fitted to that is preconditioned?"""
+        return self.target is self.average
+
+
+def observe(recipe: Recipe, plan: Plan, g: Array, m: Array | None) -> Observation:
+    """The first stage: a gradient enters the average. The momentum comes and goes in its own dtype."""
     g = working(recipe, g)
-    new, smooth = averaged(plan.momentum, g, None if m is None else cast(m, g.dtype))
+    new, averaged = average(plan.momentum, g, None if m is None else cast(m, g.dtype))
     new = new if m is None else cast(new, m.dtype)
-    return new, smooth if recipe.whiten == "momentum" else g, smooth
+    return Observation(new, averaged if recipe.whiten == "momentum" else g, averaged)
 
 
 def scale_of(recipe: Recipe, plan: Plan) -> Number:
@@ -198,49 +228,62 @@ def scale_of(recipe: Recipe, plan: Plan) -> Number:
     return 1.0 if scale is None else scale
 
 
-def to_fit(recipe: Recipe, plan: Plan, seen: Array) -> Array:
-    """What a fit sees of what was `observed`: a momentum at its scale, a gradient as it is."""
-    return seen * number(scale_of(recipe, plan), seen) if recipe.whiten == "momentum" else seen
+def target_at_scale(recipe: Recipe, plan: Plan, target: Array) -> Array:
+    """What a fit sees of the target of an `Observation`: a momentum at its scale, a gradient as it is."""
+    return target * number(scale_of(recipe, plan), target) if recipe.whiten == "momentum" else target
 
 
-def fitted(
+def fit(
     recipe: Recipe,
     plan: Plan,
-    seen: Array,
+    target: Array,
     factors: Factors,
     draws: Draws | None = None,
-    given: tuple[Array, Array] | None = None,
+    pair: tuple[Array, Array] | None = None,
     units: tuple[Array, Array, Array] | None = None,
 ) -> Factors:
-    """Factors after a fit to what was seen of a parameter, or to a given pair (v, H v), in their own dtypes.
+    """The second stage: factors after a fit to the target, or to a pair (v, H v) instead, in their own dtypes.
 
-    units: what was seen `in_units`, where that is known.
+    units: the target `in_units`, where that is known.
     """
     kind, dtypes = recipe.preconditioner, [q.dtype for q in factors.Q]
-    if given is not None:
-        units = in_units(working(recipe, given[1]))
-    elif units is None:
-        units = in_units(seen, scale_of(recipe, plan) if recipe.whiten == "momentum" else 1.0)
-    seen, unit, size = laid_out(recipe, units[0]), *units[1:]
     draws = noise.Counter(plan.key) if draws is None else draws
-    factors = in_dtypes(factors, [seen.dtype] * len(dtypes))
+    if pair is not None:
+        units = in_units(working(recipe, pair[1]))
+    elif units is None:
+        units = in_units(target, scale_of(recipe, plan) if recipe.whiten == "momentum" else 1.0)
+    size = units[2]
+    factors = in_dtypes(factors, [units[0].dtype] * len(dtypes))
     if not recipe.balance_last:
         factors = kind.balanced(factors, plan.balance)
-    probed = given is None and kind.probed(factors)
-    silent = recipe.damping is criterion.undamped and not probed
-    e = seen if silent else draws.signs("damping", seen.shape, seen)
-    if given is None:
-        pair = criterion.whitening(probed, seen, e, plan.damping, recipe.damping, unit)
-    else:
-        v = laid_out(recipe, working(recipe, given[0]))
-        pair = criterion.newton(v, seen, e, plan.damping, recipe.damping, unit)
+    v = None if pair is None else pair[0]
+    damped = damped_pair(recipe, plan, units, draws, v, probed=v is None and kind.probed(factors))
     # Where there was nothing to see, a residual is of the probe alone, and Q would grow without end.
-    learns = cast(is_something(size), accumulation_dtype(seen))
+    learns = cast(is_something(size), accumulation_dtype(units[0]))
     with products(recipe.fit_precision):
-        factors = kind.fit(factors, pair, learns * number(plan.rate, learns), plan.beta_lipschitz, draws, plan.side)
+        rate = learns * number(plan.rate, learns)
+        factors = kind.fit(factors, damped, rate, plan.beta_lipschitz, draws, plan.side)
     if recipe.balance_last:
         factors = kind.balanced(factors, plan.balance)
     return in_dtypes(factors, dtypes)
+
+
+def damped_pair(
+    recipe: Recipe,
+    plan: Plan,
+    units: tuple[Array, Array, Array],
+    draws: Draws,
+    v: Array | None,
+    *,
+    probed: bool,
+) -> criterion.Pair:
+    """The pair (v, h) of a target `in_units`, or of the H v of a given v: damped, and as the preconditioner sees it."""
+    h, unit = laid_out(recipe, units[0]), units[1]
+    silent = recipe.damping is criterion.undamped and not probed
+    e = h if silent else draws.signs("damping", h.shape, h)
+    if v is None:
+        return criterion.whitening(probed, h, e, plan.damping, recipe.damping, unit)
+    return criterion.newton(laid_out(recipe, working(recipe, v)), h, e, plan.damping, recipe.damping, unit)
 
 
 def in_dtypes(factors: Factors, dtypes: Sequence[Any]) -> Factors:
@@ -249,38 +292,38 @@ def in_dtypes(factors: Factors, dtypes: Sequence[Any]) -> Factors:
     return factors._replace(Q=q, P=p)
 
 
-def preconditioned(recipe: Recipe, factors: Factors, g: Array) -> Array:
+def precondition(recipe: Recipe, factors: Factors, g: Array) -> Array:
     """P g, laid out as the preconditioner sees it."""
     work = in_dtypes(factors, [g.dtype] * len(factors.Q))
     with products(recipe.apply_precision):
         return recipe.preconditioner.precondition(work, laid_out(recipe, g))
 
 
-def directed(
+def direct(
     recipe: Recipe,
     plan: Plan,
     factors: Factors,
-    smooth: Array,
+    average: Array,
     units: tuple[Array, Array, Array] | None = None,
 ) -> Array:
-    """The direction u of a parameter, from its factors and its averaged gradient.
+    """The third stage: the direction u of a parameter, from its factors and its averaged gradient.
 
     units: the average `in_units`, where that is known.
     """
-    g, unit, _ = in_units(smooth, scale_of(recipe, plan)) if units is None else units
-    u = recipe.clip(preconditioned(recipe, factors, g), recipe.gain, unit)
-    return laid_back(recipe, u, tuple(smooth.shape))
+    g, unit, _ = in_units(average, scale_of(recipe, plan)) if units is None else units
+    u = recipe.clip(precondition(recipe, factors, g), recipe.gain, unit)
+    return laid_back(recipe, u, tuple(average.shape))
 
 
-def averaged(memory: Averaging, g: Array, m: Array | None) -> tuple[Array | None, Array]:
+def average(averaging: Averaging, g: Array, m: Array | None) -> tuple[Array | None, Array]:
     """The momentum buffer after g, over the old one, and what the step uses of it, but for the scale."""
     if m is None:
         return None, g
-    past = number(memory.past, g)
+    past = number(averaging.past, g)
     m = plus(times(m, past), 1 - past, g, donate=True)
-    if memory.blend is None:
+    if averaging.blend is None:
         return m, m
-    keep, fresh = (number(x, g) for x in memory.blend)
+    keep, fresh = (number(x, g) for x in averaging.blend)
     return m, plus(keep * m, fresh, g, donate=True)
 
 

@@ -22,7 +22,7 @@ from psgd.hyperparameters import Method
 from psgd.kron import DenseRule, Kronecker
 from psgd.methods import METHODS
 from psgd.noise import Counter
-from psgd.pipeline import averaged, displacement, host_plan, plan, step
+from psgd.pipeline import average, displacement, host_plan, plan, step
 from psgd.recipe import Plan, Recipe, Schedule
 from psgd.scaling import Clip, InitialScale, max_norm_factor
 from psgd.schedule import Averaging, StepInfo, capped_average, coin, corrected, from_first, nesterov, never, periodic
@@ -69,14 +69,14 @@ def test_momentum_rules(framework: Framework, rule, beta: float):
     for t, value in enumerate(gradients, start=1):
         g = framework.array(np.asarray(value), "float64")
         memory = rule(np, t, beta).each(float)
-        m, smooth = averaged(memory, g, m)
+        m, smooth = average(memory, g, m)
         used.append(float(smooth) * (memory.scale or 1.0))
     assert used == pytest.approx(by_definition(rule, gradients, beta), rel=1e-13)
 
 
 def test_without_a_buffer_the_gradient_is_used():
     g = normals(3)
-    m, smooth = averaged(Averaging(0.9), g, None)
+    m, smooth = average(Averaging(0.9), g, None)
     assert m is None and smooth is g
 
 

@@ -15,7 +15,7 @@ from psgd.arrays import Factors
 from psgd.calls import is_count
 from psgd.hyperparameters import plain
 from psgd.naming import shown
-from psgd.recipe import Plan, Recipe, State
+from psgd.recipe import Plan, Recipe, Schedule, State
 from psgd_jax_backend._sharding import Spread
 from psgd_jax_backend._state import Leaf, Tree
 
@@ -127,7 +127,7 @@ class Stepper(NamedTuple):
 
     def started(
         self,
-        damping: Any,
+        schedule: Schedule,
         gradients: list[Leaf],
         scanned: list[bool],
         pair: tuple[list[Leaf], list[Leaf]] | None,
@@ -135,14 +135,13 @@ class Stepper(NamedTuple):
     ) -> tuple[list[State], Leaf]:
         """The states with factors of their automatic scale, which is that of gradients, or of the pair if it is
         fitted; and whether there was anything to take it from."""
-        start, working = self.recipe.initial_scale, partial(pipeline.working, self.recipe)
+        scales_of = partial(pipeline.initial_scales, self.recipe, schedule)
         there = [i for i, g in enumerate(gradients) if g.size]
         if not there:
             return states, jnp.ones((), bool)
-        scales, known = start(self._sizes(gradients, scanned), damping)
+        scales, known = scales_of(self._sizes(gradients, scanned))
         if pair is not None:
-            vs = [working(pair[0][i]) for i in there]
-            of_pair, pair_known = start(self._sizes(pair[1], scanned), damping, vs)
+            of_pair, pair_known = scales_of(self._sizes(pair[1], scanned), [pair[0][i] for i in there])
             scales = [jnp.where(self.plan.fit, x, y) for x, y in zip(of_pair, scales, strict=True)]
             known = jnp.where(self.plan.fit, pair_known, known)
         rescaled, started = partial(pipeline.rescaled, self.recipe), list(states)
@@ -156,9 +155,7 @@ class Stepper(NamedTuple):
     def _sizes(self, leaves: list[Leaf], scanned: list[bool]) -> list[Leaf]:
         """Sizes of the leaves that have elements, of each layer where they are stacks of them."""
 
-        def size(x: Leaf) -> Leaf:
-            return self.recipe.initial_scale.size(pipeline.working(self.recipe, x))
-
+        size = partial(pipeline.size_of, self.recipe)
         sizes: dict[int, Leaf] = {}
         for indices in self.layering.buckets(leaves, scanned):
             own = [leaves[i] for i in indices if leaves[i].size]
@@ -213,16 +210,16 @@ class Stepper(NamedTuple):
             return self._parts(self.spread.together(stack, n), n)
 
         # Leaf by leaf: operations that are equal are compiled once, but each slice of a stack is another.
-        observed = [pipeline.observed(recipe, plan, g, s.momentum) for g, s in zip(gradients, states, strict=True)]
+        observed = [pipeline.observe(recipe, plan, g, s.momentum) for g, s in zip(gradients, states, strict=True)]
         momenta, seen, smooth = map(list, zip(*observed, strict=True))
         average = stacked(smooth)
 
         def directed(factors: Factors) -> list[Leaf]:
-            return unstacked(self._each(partial(pipeline.directed, recipe, plan), factors, average))
+            return unstacked(self._each(partial(pipeline.direct, recipe, plan), factors, average))
 
         def fitted(leaves: list[Factors]) -> tuple[list[Factors], list[Leaf]]:
             def one(x: Leaf, own: Factors, pair: Any) -> Factors:
-                return pipeline.fitted(recipe, plan, x, own, given=pair)
+                return pipeline.fit(recipe, plan, x, own, pair=pair)
 
             old = stacked(leaves)
             new = self._each(one, average if seen[0] is smooth[0] else stacked(seen), old, stacked(pairs))

@@ -33,6 +33,7 @@ from psgd_jax_backend import (
     scale_by_xmat,
     xmat,
 )
+from psgd_jax_backend import named as named_module
 from psgd_jax_backend.transform_test import close, equal, gradients, normal
 
 Tree = Any
@@ -128,7 +129,7 @@ def test_each_argument_has_its_published_place(
         state = psgd_jax_backend.PSGDState(jnp.int32(0), None, None, None, None, None)
         return optax.GradientTransformationExtraArgs(lambda p: state, lambda g, s, p=None, **extra: (g, s))
 
-    monkeypatch.setattr(faces, "scale_by_psgd", recorded)
+    monkeypatch.setattr(named_module, "scale_by_psgd", recorded)
     params, given = small(), published(jax.random.PRNGKey(3))
     part = {k: v for k, v in given.items() if k not in ("learning_rate", "weight_decay", "weight_decay_mask", "mask")}
     for make, own in ((whole, given), (scaling, part)):

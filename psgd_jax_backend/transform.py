@@ -229,7 +229,7 @@ class Scaling(NamedTuple):
         finite = go
         if self.method.initial_scale() is None:
             first = state.count == 0 if since is None or pair is None else (since == count) & plan.fit
-            started = partial(stepper.started, schedule.damping, gradients, flags, pair)
+            started = partial(stepper.started, schedule, gradients, flags, pair)
             states, known = choose(
                 first if go is None else first & go, started, lambda states: (states, jnp.ones((), bool)), states
             )

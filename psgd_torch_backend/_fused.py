@@ -31,13 +31,13 @@ ANY_LENGTH = {"dynamic_sources": ",".join(f"L['{name}']" for name in "pgmehsu")}
 def before(recipe: Recipe, plan: Plan, decay: Tensor, p: Tensor, g: Tensor, m: Any, e: Any, h: Any, s: Tensor) -> None:
     """The momentum after g, into m; what is fitted to, damped by e, into h; what is preconditioned, into s."""
     g = g if recipe.decoupled else g + decay * p
-    momentum, seen, smooth = pipeline.observed(recipe, plan, g, m)
+    seen = pipeline.observe(recipe, plan, g, m)
     if h is not None:
-        seen = pipeline.to_fit(recipe, plan, seen)
-        h.copy_(seen if e is None else recipe.damping(seen, e, number(plan.damping, seen)))
-    s.copy_(smooth)
+        target = pipeline.target_at_scale(recipe, plan, seen.target)
+        h.copy_(target if e is None else recipe.damping(target, e, number(plan.damping, target)))
+    s.copy_(seen.average)
     if m is not None:
-        m.copy_(momentum)
+        m.copy_(seen.momentum)
 
 
 def after(recipe: Recipe, plan: Plan, lr: Tensor, decay: Any, p: Tensor, u: Tensor, unit: Tensor) -> None:
@@ -107,9 +107,9 @@ class FusedStep:
             mine = rebuilt(kept, rest).factors
             new = mine
             if plan.fit:
-                new = pipeline.fitted(recipe if pair else bare, plain, seen, mine, draws, own)
+                new = pipeline.fit(recipe if pair else bare, plain, seen, mine, draws, own)
             g, unit, _ = in_units(s)
-            u = pipeline.preconditioned(bare, new if recipe.fit_first else mine, g)
+            u = pipeline.precondition(bare, new if recipe.fit_first else mine, g)
             return pipeline.laid_back(bare, u, tuple(s.shape)), unit, *leaves(State(None, new))
 
         kept = State(None, old)

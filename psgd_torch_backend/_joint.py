@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from psgd import noise, pipeline
-from psgd.arrays import Factors
-from psgd.recipe import State
+from psgd.joint import join, join_states, split, split_state
+from psgd.recipe import leaves, rebuilt
 from psgd_torch_backend._checks import OURS, Forms, forms_of, rows_of, wrong_counter, wrong_tensors
 from psgd_torch_backend._noise import CachedDraws
-from psgd_torch_backend._state import begun, gathered, new_counters, scatter, to_entry, unscaled
+from psgd_torch_backend._state import begun, new_counters, to_entry, to_state, unscaled, write
 from psgd_torch_backend._step import (
     Job,
     PendingUpdate,
@@ -51,18 +51,17 @@ class Joint:
         for p in members:
             complete_entry(job, p)
         entries = [job.state[p] for p in members]
-        plan, state = job.plan(), gathered(entries)
-        g = _joined([torch.zeros_like(p) if p.grad is None else p.grad for p in members])
+        plan, state = job.plan(), join_states(list(map(to_state, entries)))
+        g = join([torch.zeros_like(p) if p.grad is None else p.grad for p in members])
         g = -g if group["maximize"] else g
         pair = None
         if pairs is not None and pairs.fit:
             nothing = {id(p): (torch.zeros_like(p), torch.zeros_like(p)) for p in members}  # of a frozen parameter
             vs, hs = zip(*((nothing | pairs.by_parameter)[id(p)] for p in members), strict=True)
-            pair = _joined(list(vs)), _joined(list(hs))
+            pair = join(list(vs)), join(list(hs))
         if job.method.initial_scale() is None and unscaled(entries[0], pairs):
-            seen = pipeline.working(recipe, g if pair is None else pair[1])
-            probes = None if pair is None else [pipeline.working(recipe, pair[0])]
-            (scale,), known = recipe.initial_scale([recipe.initial_scale.size(seen)], job.schedule.damping, probes)
+            size = pipeline.size_of(recipe, g if pair is None else pair[1])
+            (scale,), known = pipeline.initial_scales(recipe, job.schedule, [size], None if pair is None else [pair[0]])
             known = is_true(known)
             if not known and (pairs is None or not job.schedule.counts):
                 without_signal(job, {id(p) for p in members})
@@ -74,12 +73,13 @@ class Joint:
             on, *numbers = as_tensors(on, *numbers)
         step = self.steps.of(recipe, False, (n,) if group["compile"] else None)
         u, new = step(on, *numbers, g, g, state, None if group["compile"] else CachedDraws(on.key), pair)
-        scatter(entries, new)
+        for entry, rows in zip(entries, split_state(new, [p.shape for p in members]), strict=True):
+            write(to_state(entry), rows)
         for entry in entries:
             entry["step"] = entry["step"] + 1
             if "since" in entry:
                 entry["since"].fill_(0 if plan.fit else int(entry["since"]) + 1)
-        parts = [x.reshape(p.shape) for x, p in zip(u.split([p.numel() for p in members]), members, strict=True)]
+        parts = split(u, [p.shape for p in members])
         moved = [(p.detach(), x) for p, x in zip(members, parts, strict=True) if p.grad is not None]
         return [
             PendingUpdate(
@@ -150,20 +150,13 @@ def _members(job: Job) -> list[Tensor]:
 
 def _start(job: Job, members: list[Tensor]) -> None:
     """The first state of all parameters, to each its rows."""
-    sizes = [p.numel() for p in members]
-    like = _joined([p.detach() for p in members])
+    like = join([p.detach() for p in members])
     key = torch.full((1,), pipeline.first_key(job.schedule), dtype=torch.int32, device=like.device)
     state = pipeline.init(job.recipe, like, job.method.initial_scale() or 1.0, noise.Counter(key))
-    rows = zip(*(q.split(sizes) for q in state.factors.Q), strict=True)
-    for p, own in zip(members, rows, strict=True):
-        factors = Factors(tuple(x.clone() for x in own), tuple(x.clone() for x in state.factors.L))
+    for p, rows in zip(members, split_state(state._replace(momentum=None), [p.shape for p in members]), strict=True):
+        rows = rebuilt(rows, [x.clone() for x in leaves(rows)])
         momentum = pipeline.init_momentum(job.recipe, p.detach())
-        job.state[p].update({**new_counters(job.schedule), **to_entry(State(momentum, factors))})
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    """All tensors as one vector, in the widest of their dtypes."""
-    return torch.cat([x.reshape(-1) for x in tensors])
+        job.state[p].update({**new_counters(job.schedule), **to_entry(rows._replace(momentum=momentum))})
 
 
 def _by_part(name: str) -> list[tuple[int, int, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -215,18 +215,16 @@ def _scale(job: Job) -> set[int]:
     """
     recipe, layered = job.recipe, job.layered
 
-    def size(g: Tensor) -> Tensor:
-        return recipe.initial_scale.size(pipeline.working(recipe, g))
-
+    size = partial(pipeline.size_of, recipe)
     due = [p for p in job.params if p.numel() and unscaled(job.state[p], job.pairs)]
     pairs = job.pairs if job.pairs is not None and job.pairs.fit else None
     seen = [gradient_of(p) if pairs is None else pairs.by_parameter[id(p)][1] for p in due]
     if not due:
         return set()
     sizes = [(torch.vmap(size) if id(p) in layered else size)(x) for p, x in zip(due, seen, strict=True)]
-    vs = None if pairs is None else [pipeline.working(recipe, pairs.by_parameter[id(p)][0]) for p in due]
-    scales, seen = recipe.initial_scale(sizes, job.schedule.damping, vs)
-    if not is_true(seen):
+    probes = None if pairs is None else [pairs.by_parameter[id(p)][0] for p in due]
+    scales, known = pipeline.initial_scales(recipe, job.schedule, sizes, probes)
+    if not is_true(known):
         return set(map(id, due))
     for p, scale in zip(due, scales, strict=True):
         state = to_state(job.state[p])

@@ -94,23 +94,3 @@ def parted(p: torch.Tensor, scanned: bool) -> tuple[tuple[int, ...], tuple[int, 
     """How many layers a parameter stacks, and the shape of one."""
     split = 1 if scanned else 0
     return tuple(p.shape[:split]), tuple(p.shape[split:])
-
-
-def gathered(entries: Sequence[Entry]) -> State:
-    """The state of one preconditioner for several parameters, from the rows that each of them keeps."""
-    states = [to_state(entry) for entry in entries]
-    momenta = [s.momentum.reshape(-1) for s in states if s.momentum is not None]
-    momentum = torch.cat(momenta) if momenta else None
-    q = tuple(torch.cat(rows) for rows in zip(*(s.factors.Q for s in states), strict=True))
-    return State(momentum, Factors(q, states[0].factors.L))
-
-
-def scatter(entries: Sequence[Entry], new: State) -> None:
-    """The inverse of `gathered`: overwrite the rows of each parameter."""
-    states = [to_state(entry) for entry in entries]
-    sizes = [len(s.factors.Q[0]) for s in states]
-    columns = [q.split(sizes) for q in new.factors.Q]
-    momenta = None if new.momentum is None else new.momentum.split(sizes)
-    for k, old in enumerate(states):
-        momentum = None if momenta is None else momenta[k]
-        write(old, State(momentum, Factors(tuple(column[k] for column in columns), new.factors.L)))

@@ -24,7 +24,7 @@ from psgd.methods import METHODS
 from psgd.schedule import precond_update_prob_schedule
 from psgd_torch_backend import PSGD, Affine, Kron, KronWhiten, Procrustes
 from psgd_torch_backend._groups import SKIPS
-from psgd_torch_backend._noise import BLOCK
+from psgd_torch_backend._noise import BLOCK, CachedDraws
 from psgd_torch_backend._per_tensor import ROOM, PerTensor
 
 CLASSES = {name: getattr(psgd_torch_backend, made.title) for name, made in METHODS.items()}
@@ -756,7 +756,9 @@ def test_large_stacks_are_cut_by_themselves(monkeypatch: pytest.MonkeyPatch, roo
     """Seven matrices of 8 x 8 and their factors, 194 numbers of state each, with the bounds of the factors."""
     seen = []
 
-    def spied(self: PerTensor, job: Any, plan: Any, draws: Any, many: bool, state: Any, targets: Any, *rest: Any) -> Any:
+    def spied(
+        self: PerTensor, job: Any, plan: Any, draws: Any, many: bool, state: Any, targets: Any, *rest: Any
+    ) -> Any:
         seen.append(len(targets))
         return batch(self, job, plan, draws, many, state, targets, *rest)
 

@@ -577,7 +577,7 @@ def _step_scanned(
     """A step of stacked layers as psgd_jax takes it: the mean in the damping and the RMS clip are the whole stack's."""
     xp, whole = namespace(g), stacked(states)
     g = pipeline.working(recipe, g)
-    seen = pipeline.to_fit(recipe, plan, pipeline.observed(recipe, plan, g, whole.momentum)[1])
+    seen = pipeline.target_at_scale(recipe, plan, pipeline.observe(recipe, plan, g, whole.momentum).target)
     mean = xp.mean(xp.abs(seen))
     e = draws.normal("damping", seen.shape, seen) if plan.fit else seen
     own = replace(recipe, damping=lambda x, e, amount, unit: x + amount * (mean / unit) * e, clip=Clip())

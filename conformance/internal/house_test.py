@@ -43,7 +43,19 @@ FORBIDDEN = {"conformance": {"benchmarks"}, "benchmarks": set()}
 # A module of the core imports those before it.
 ORDER = [
     *("arrays", "_xp", "shapes", "noise", "schedule", "thin", "spectral", "rotate", "structured", "axes"),
-    *("geometry", "criterion", "preconditioner", "kron", "lra", "xmat", "scaling", "recipe", "nonfinite", "pipeline"),
+    *(
+        "geometry",
+        "criterion",
+        "preconditioner",
+        "kron",
+        "lra",
+        "xmat",
+        "scaling",
+        "recipe",
+        "joint",
+        "nonfinite",
+        "pipeline",
+    ),
     *("naming", "calls", "hyperparameters", "methods", "documentation", "cost", "summary", "__init__"),
 ]
 # Where the names of methods and geometries belong: their own pages, and the replay of recorded runs, which maps the

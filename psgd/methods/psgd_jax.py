@@ -223,7 +223,7 @@ class LraJax(PsgdJax):
     positional = order_of_psgd_jax("uvd_rank_of_approximation")
 
     uvd_rank_of_approximation: int = setting(
-        10, "rank; 0 is a diagonal preconditioner; of n parameters in all at most n - 1", RANKS, "whole"
+        10, "rank; 0 is a diagonal preconditioner; of n parameters in all at most n - 1", RANKS, "integer"
     )
 
     def recipe(self) -> Recipe:
