@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,17 @@ from psgd.arrays import Factors
 from psgd.hyperparameters import Method
 from psgd.naming import shown
 from psgd.recipe import Recipe, State
-from psgd_jax_backend._state import Leaf, PSGDState
+from psgd_jax_backend._state import Leaf, PSGDState, Tree
 
 INIT = "give the state that `init` of the same settings made for these parameters"
+
+
+class GivenPair(NamedTuple):
+    """(v, H v), leaf by leaf, and whether to fit to them."""
+
+    vector: list[Leaf]
+    Hvp: list[Leaf]
+    update: Any
 
 
 def check_leaf(method: Method, path: Any, leaf: Any, scanned: bool) -> None:
@@ -39,6 +47,31 @@ def check_parameters(method: Method, paths: Any, like: list[Any]) -> None:
                 f"{method.name}: expected a parameter of shape {jnp.shape(g)} at {jax.tree_util.keystr(path)}, as its "
                 f"gradient has, found {getattr(p, 'shape', p)}; give update the trees that init was given"
             )
+
+
+def check_pair(
+    method: Method, paths: Any, treedef: Any, hvp: Tree, vector: Tree, update_preconditioner: Any
+) -> GivenPair | None:
+    """The Hessian-vector products that `update` was given, or None; refused where they do not go together."""
+    arguments = {"Hvp": hvp, "vector": vector, "update_preconditioner": update_preconditioner}
+    missing = [name for name, value in arguments.items() if value is None]
+    if len(missing) == len(arguments):
+        if method.recipe().newton:
+            raise ValueError(
+                f"{method.name} fits Hessian-vector products; give update Hvp=, vector= and update_preconditioner=, "
+                "as hessian_helper returns them"
+            )
+        return None
+    if missing:
+        raise ValueError(f"{method.name}: {missing[0]} is missing; Hvp, vector and update_preconditioner go together")
+    vs, hs = (list(map(jnp.asarray, treedef.flatten_up_to(tree))) for tree in (vector, hvp))
+    for (path, g), v, h in zip(paths, vs, hs, strict=True):
+        if not jnp.shape(g) == v.shape == h.shape:
+            raise ValueError(
+                f"{method.name}: vector and Hvp of {jax.tree_util.keystr(path)} have shapes {v.shape} and {h.shape}, "
+                f"its gradient {jnp.shape(g)}; give what hessian_helper returns for the same parameters"
+            )
+    return GivenPair(vs, hs, update_preconditioner)
 
 
 # ---- state --------------------------------------------------------------------------------

@@ -94,6 +94,15 @@ def choose(flag: Any, then: Callable[[Any], Any], otherwise: Callable[[Any], Any
     return pipeline.branch(bool(flag), then, otherwise, operand)
 
 
+class Tensors(NamedTuple):
+    """What is stepped: gradients, their states, which of them stack layers, and (v, H v) where these are fitted to."""
+
+    gradients: list[Leaf]
+    states: list[State]
+    scanned: list[bool]
+    pair: tuple[list[Leaf], list[Leaf]] | None
+
+
 class Stepper(NamedTuple):
     """`pipeline.step` of all leaves, with what is the same for all of them."""
 
@@ -103,14 +112,9 @@ class Stepper(NamedTuple):
     spread: Spread
     places: list[Any]
 
-    def step(
-        self,
-        gradients: list[Leaf],
-        states: list[State],
-        scanned: list[bool],
-        pair: tuple[list[Leaf], list[Leaf]] | None,
-    ) -> tuple[list[Leaf], list[State]]:
+    def step(self, tensors: Tensors) -> tuple[list[Leaf], list[State]]:
         """One step of all leaves; those of one shape and dtype in one call."""
+        gradients, states, scanned, pair = tensors
         pairs: list[Any] = [None] * len(gradients) if pair is None else list(zip(*pair, strict=True))
         done: list[Any] = [None] * len(gradients)
         for indices in self.layering.buckets(gradients, scanned):
@@ -125,27 +129,21 @@ class Stepper(NamedTuple):
                 done[i] = result
         return [u for u, _ in done], [s for _, s in done]
 
-    def started(
-        self,
-        schedule: Schedule,
-        gradients: list[Leaf],
-        scanned: list[bool],
-        pair: tuple[list[Leaf], list[Leaf]] | None,
-        states: list[State],
-    ) -> tuple[list[State], Leaf]:
+    def started(self, schedule: Schedule, tensors: Tensors) -> tuple[list[State], Leaf]:
         """The states with factors of their automatic scale, which is that of gradients, or of the pair if it is
         fitted; and whether there was anything to take it from."""
+        gradients, states, scanned, pair = tensors
         scales_of = partial(pipeline.initial_scales, self.recipe, schedule)
-        there = [i for i, g in enumerate(gradients) if g.size]
-        if not there:
+        filled = [i for i, g in enumerate(gradients) if g.size]
+        if not filled:
             return states, jnp.ones((), bool)
         scales, known = scales_of(self._sizes(gradients, scanned))
         if pair is not None:
-            of_pair, pair_known = scales_of(self._sizes(pair[1], scanned), [pair[0][i] for i in there])
+            of_pair, pair_known = scales_of(self._sizes(pair[1], scanned), [pair[0][i] for i in filled])
             scales = [jnp.where(self.plan.fit, x, y) for x, y in zip(of_pair, scales, strict=True)]
             known = jnp.where(self.plan.fit, pair_known, known)
         rescaled, started = partial(pipeline.rescaled, self.recipe), list(states)
-        for i, scale in zip(there, scales, strict=True):
+        for i, scale in zip(filled, scales, strict=True):
             if scanned[i]:
                 started[i] = jax.vmap(rescaled)(states[i], jnp.broadcast_to(scale, gradients[i].shape[:1]))
             else:

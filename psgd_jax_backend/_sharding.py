@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from itertools import count
 from math import prod
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+# Of a parameter's layout along Auto axes nothing is known while its step is traced; that an array shall lie as it does
+# can be said by `shard_alike` alone, which JAX has nowhere else. All that is experimental here is in this file.
 from jax.experimental.shard_alike import shard_alike
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -23,9 +25,6 @@ Tree = Any
 
 # Arrays of fewer numbers are kept whole on every device: what they would save is less than what they would cost.
 WORTH_SPREADING = 4096
-# JAX lowers equal operations of a program once, so that all arrays of one shape would be laid out alike. A number,
-# which nothing reads, keeps the pairs apart.
-PAIRS = count()
 
 
 class Spread(NamedTuple):
@@ -90,7 +89,9 @@ class Spread(NamedTuple):
             work = jax.sharding.auto_axes(work, axes=tuple(explicit), out_sharding=types)
         with self._context():
             out = work(*args)
-            return out if len(explicit) == len(kinds) else jax.tree.map(self._settled, like, out, is_leaf=_is_spec)
+            if len(explicit) == len(kinds):
+                return out
+            return jax.tree_util.tree_map_with_path(self._settled, like, out, is_leaf=_is_spec)
 
     def _context(self) -> Any:
         """The mesh in force."""
@@ -107,15 +108,19 @@ class Spread(NamedTuple):
         return NamedSharding(mesh, PartitionSpec()) if own.mesh.empty else own
 
     @staticmethod
-    def _settled(like: Any, x: jax.Array) -> jax.Array:
-        """An array laid out by a specification, or as another, wherever that may lie."""
+    def _settled(path: Any, like: Any, x: jax.Array) -> jax.Array:
+        """An array laid out by a specification, or as another, wherever that may lie.
+
+        JAX lowers equal operations of a program once, so that all arrays of one shape would be laid out alike. Their
+        path in the tree, which nothing reads, keeps them apart.
+        """
         if _is_spec(like):
             return jax.lax.with_sharding_constraint(x, like)
         if not x.ndim:
             return x
         if not isinstance(like, jax.core.Tracer):  # outside of jit, arrays know where they lie
             return jax.lax.with_sharding_constraint(x, like.sharding) if isinstance(like.sharding, NamedSharding) else x
-        with set_xla_metadata(pair=str(next(PAIRS))):
+        with set_xla_metadata(path=jax.tree_util.keystr(path)):
             return shard_alike(x, like)[0]
 
     # ---- stacks --------------------------------------------------------------------------

@@ -55,7 +55,7 @@ from psgd.methods import METHODS
 from psgd.methods.quad_torch import QuadTorch
 from psgd.scaling import InitialScale, max_norm_factor
 from psgd_jax_backend import _per_tensor as jax_per_tensor
-from psgd_jax_backend import transform
+from psgd_jax_backend._checks import check_pair
 from psgd_jax_backend.named import named_function
 from psgd_jax_backend.transform import Scaling
 from psgd_torch_backend import _joint, _state
@@ -246,10 +246,10 @@ FAULTS: tuple[Fault, ...] = (
         "self.plan._replace(key=self.plan.key - 1), g",
         LOCKED,
     ),
-    Fault("jax: step not counted", Scaling._step, "safe_increment(state.count)", "safe_increment(0)", LOCKED),
+    Fault("jax: step not counted", Scaling._plan, "safe_increment(state.count)", "safe_increment(0)", LOCKED),
     Fault("jax: result of another leaf", jax_per_tensor.Stepper._parts, "places[:n]", "places[:n][::-1]", LOCKED),
-    Fault("jax: probe and product swapped", transform._pair, "in (vector, hvp)", "in (hvp, vector)", LOCKED),
-    Fault("jax: never counts on", Scaling._step, "optax.safe_increment(state.since)", "state.since", LOCKED),
+    Fault("jax: probe and product swapped", check_pair, "in (vector, hvp)", "in (hvp, vector)", LOCKED),
+    Fault("jax: never counts on", Scaling._plan, "optax.safe_increment(state.since)", "state.since", LOCKED),
     Fault("jax: a stack ascends", jax_per_tensor.Stepper._layers, "apart(g), State", "apart(-g), State", LOCKED),
     Fault(
         "jax: a scale for each",
@@ -258,7 +258,7 @@ FAULTS: tuple[Fault, ...] = (
         "scales, known = scales_of(self._sizes(gradients, scanned)[:1] * len(there)",
         LOCKED,
     ),
-    Fault("jax: scaled at every step", Scaling._step, "first & go", "go", LOCKED),
+    Fault("jax: scaled at every step", Scaling._start, "due & go", "go", LOCKED),
     Fault("jax: ascends", named_function, "scale_by_learning_rate(learning_rate)", "scale(learning_rate)", LOCKED),
 )
 
