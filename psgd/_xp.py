@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
-from psgd.arrays import Array
+from psgd.arrays import Array, Dtype, Number
 
 HALF = ("bfloat16", "float16")
 PRECISIONS = (None, "bfloat16", "tensorfloat32", "float32")
@@ -33,12 +33,12 @@ def namespace(x: Array) -> ModuleType:
     return known if known is not None else importlib.import_module("array_api_compat.torch")
 
 
-def is_array(x: Any) -> bool:
+def is_array(x: object) -> TypeGuard[Array]:
     """Is `x` an array of any library, or a number of NumPy?"""
     return not isinstance(x, type) and all(hasattr(x, name) for name in ("shape", "dtype", "item"))
 
 
-def is_of_numpy(x: Any) -> bool:
+def is_of_numpy(x: object) -> bool:
     """Is `x` an array of NumPy?"""
     return isinstance(x, (np.ndarray, np.generic))
 
@@ -53,18 +53,18 @@ def has_nan(x: Array) -> bool:
     return bool(np.isnan(on_host(x)).any())
 
 
-def is_of_jax(x: Any) -> bool:
+def is_of_jax(x: object) -> TypeGuard[Array]:
     """Is `x` an array of JAX, concrete or traced?"""
     jax = sys.modules.get("jax")
     return jax is not None and isinstance(x, jax.Array)
 
 
-def is_traced(x: Any) -> bool:
+def is_traced(x: object) -> TypeGuard[Array]:
     """Is `x` an array of JAX whose numbers are not known yet?"""
     return is_of_jax(x) and isinstance(x, sys.modules["jax"].core.Tracer)
 
 
-def dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: Dtype) -> str:
     """`torch.bfloat16`, `jnp.bfloat16`, `np.dtype("float32")`, "float32": all by their plain name."""
     name = getattr(dtype, "__name__", None) or str(dtype)
     return str(name).rsplit(".", maxsplit=1)[-1]
@@ -98,7 +98,7 @@ def largest(x: Array) -> Array:
     return xp.maximum(xp.max(x), -xp.min(x))  # eager PyTorch would write |x| down
 
 
-def in_units(x: Array, scale: Any = 1.0) -> tuple[Array, Array, Array]:
+def in_units(x: Array, scale: Number = 1.0) -> tuple[Array, Array, Array]:
     """y = scale x / c, which products with large factors leave among the floats; c = max(|scale x|, 1); max|scale x|.
 
     At the end of the floats y is above 1: the inverse of a larger c is subnormal, which some devices take for zero.
@@ -109,7 +109,7 @@ def in_units(x: Array, scale: Any = 1.0) -> tuple[Array, Array, Array]:
     return x * (scale / c), c, size
 
 
-def shrinkage(x: Array, unit: Any, y: Array | None = None) -> tuple[Array, Array]:
+def shrinkage(x: Array, unit: Number, y: Array | None = None) -> tuple[Array, Array]:
     """What to multiply x and y by, 0-d: by `unit` and by 1, or both by less where squares of entries would not be
     finite.
 
@@ -134,7 +134,7 @@ def is_something(size: Array) -> Array:
     return size > min(tiny(size), 2.0**-126) ** 0.75
 
 
-def plus(y: Array, a: Any, x: Array, *, donate: bool = False) -> Array:
+def plus(y: Array, a: Number, x: Array, *, donate: bool = False) -> Array:
     """y + a x, in one pass over memory where the framework has one; `a`: a number, or an array to broadcast.
 
     donate: y is the caller's own and not needed any more, so that PyTorch may write over it.
@@ -148,7 +148,7 @@ def plus(y: Array, a: Any, x: Array, *, donate: bool = False) -> Array:
     return y.addcmul(cast(a, y.dtype), x)  # torch.vmap has no rule for addcmul_
 
 
-def times(x: Array, a: Any) -> Array:
+def times(x: Array, a: Number) -> Array:
     """a x, where x is the caller's own and not needed any more, so that PyTorch may write over it; `a` as in `plus`."""
     if not namespace(x).__name__.endswith("torch"):
         return x * a
@@ -205,17 +205,17 @@ def diagonal(a: Array) -> Array:
     return real(namespace(a).reshape(a, (n * n,))[:: n + 1])
 
 
-def cast(x: Array, dtype: Any) -> Array:
+def cast(x: Array, dtype: Dtype) -> Array:
     """`x` in a dtype: itself where it has it."""
     return x if x.dtype == dtype else namespace(x).astype(x, dtype)
 
 
-def number(value: Any, like: Array) -> Any:
+def number(value: Number, like: Array) -> Any:
     """A number of the plan beside an array: cast to the array's real dtype unless it is Python's own."""
     return value if isinstance(value, (int, float)) else cast(value, real_dtype(like))
 
 
-def make(like: Array, function: str, *args: Any, dtype: Any = None) -> Array:
+def make(like: Array, function: str, *args: object, dtype: Dtype | None = None) -> Array:
     """`ones`, `zeros` or `arange` of the namespace of `like`, in its dtype unless told, on its device."""
     xp = namespace(like)
     place = {"device": like.device} if xp.__name__.endswith("torch") else {}

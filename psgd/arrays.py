@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-Array = Any
+Array = Any  # of whatever library follows the standard; no protocol of it says all that an array can do
+Dtype = Any  # of such a library
+Number = int | float | Array
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Inexact

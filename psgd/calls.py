@@ -13,12 +13,12 @@ from psgd.nonfinite import POLICIES
 Helper = TypeVar("Helper", bound=Callable[..., Any])
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: object) -> bool:
     """Is a value a whole number above 0, of Python?"""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def checked_policy(owner: str, nonfinite: Any, max_skips: Any) -> None:
+def checked_policy(owner: str, nonfinite: object, max_skips: object) -> None:
     """Refuse what is no policy, or no number of steps."""
     if not isinstance(nonfinite, str) or nonfinite not in POLICIES:
         raise ValueError(f"{owner}: nonfinite={shown(nonfinite)} must be one of {', '.join(map(repr, POLICIES))}")
@@ -65,7 +65,7 @@ def step_may_come_second(helper: Helper) -> Helper:
 
 
 def by_name(
-    owner: str, positions: Sequence[str], args: Sequence[Any], given: dict[str, Any], why: str = ""
+    owner: str, positions: Sequence[str], args: Sequence[object], given: dict[str, Any], why: str = ""
 ) -> dict[str, Any]:
     """Arguments by name, those too that were given by position. why: there are no more positions, for an error."""
     if len(args) > len(positions):

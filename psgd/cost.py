@@ -105,7 +105,7 @@ class ShapeTracer:
         raise TypeError("a step branches on the value of an array; only decisions of the plan may")
 
 
-def _operator(a: ShapeTracer, b: Any) -> ShapeTracer:
+def _operator(a: ShapeTracer, b: object) -> ShapeTracer:
     return a.xp.elementwise(a, b)
 
 
@@ -141,7 +141,7 @@ class ShapeNamespace:
         raise AttributeError(f"outlines of arrays have no {name!r}")
 
     # ---- what is counted -----------------------------------------------------------------
-    def elementwise(self, *xs: Any, **limits: Any) -> ShapeTracer:
+    def elementwise(self, *xs: object, **limits: object) -> ShapeTracer:
         """Any function of elements, broadcast."""
         arrays = [x for x in xs if isinstance(x, ShapeTracer)]
         shape = _broadcast(*(x.shape for x in arrays))
@@ -177,7 +177,7 @@ class ShapeNamespace:
         self.flops += weight * n
 
     # ---- what is not ---------------------------------------------------------------------
-    def result_type(self, *xs: Any) -> str:
+    def result_type(self, *xs: ShapeTracer | str) -> str:
         """The dtype in which arrays, or dtypes, meet."""
         names = [x.dtype if isinstance(x, ShapeTracer) else x for x in xs]
         return max(names, key=list(BYTES).index)
@@ -220,10 +220,10 @@ class ShapeNamespace:
     def flip(self, x: ShapeTracer, *, axis: int) -> ShapeTracer:
         return x
 
-    def asarray(self, x: Any) -> ShapeTracer:
+    def asarray(self, x: object) -> ShapeTracer:
         return x if isinstance(x, ShapeTracer) else ShapeTracer((), "float32", self)
 
-    def ones(self, shape: Any, *, dtype: str) -> ShapeTracer:
+    def ones(self, shape: int | Shape, *, dtype: str) -> ShapeTracer:
         return ShapeTracer((shape,) if isinstance(shape, int) else shape, dtype, self)
 
     zeros = ones
@@ -233,7 +233,7 @@ class ShapeNamespace:
 class NoDraws:
     """Draws of nothing: outlines of noise, at no cost."""
 
-    def normal(self, role: str, shape: Sequence[int], like: ShapeTracer, skip: Any = None) -> ShapeTracer:
+    def normal(self, role: str, shape: Sequence[int], like: ShapeTracer, skip: object = None) -> ShapeTracer:
         return ShapeTracer(shape, like.dtype, like.xp)
 
     signs = normal

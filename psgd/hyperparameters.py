@@ -13,7 +13,7 @@ from dataclasses import Field, dataclass, field, fields
 from decimal import Decimal
 from math import inf, nan, prod
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 from psgd._xp import PRECISIONS, dtype_name, is_array, is_of_jax, is_traced
 from psgd.naming import did_you_mean, shown, unknown
@@ -68,7 +68,7 @@ def outside(value: float, within: str) -> bool:
     return not (above and below)
 
 
-def plain(value: Any, *, static: bool = False) -> Any:
+def plain(value: object, *, static: bool = False) -> Any:
     """The number that a value is, or that an array of one element holds, as Python's own; any other value as it is.
 
     An array of JAX stays one, 0-d: at the next call, traced, its number may not be known. static: it has to be.
@@ -91,7 +91,7 @@ def plain(value: Any, *, static: bool = False) -> Any:
     return value if isinstance(value, int) and abs(value) < 2**53 else number
 
 
-def complaint(f: Field[Any], value: Any) -> str | None:
+def complaint(f: Field[Any], value: object) -> str | None:
     """What is wrong with a value of a hyperparameter, with the remedy; None where nothing is."""
     kind, within, names = f.metadata["kind"], f.metadata["within"], f.metadata["names"]
     if f.metadata["scheduled"] and isinstance(value, Annealed):
@@ -130,11 +130,11 @@ def complaint(f: Field[Any], value: Any) -> str | None:
     return f"must lie in {within}" if within and outside(value, within) else None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def normalised(f: Field[Any], value: Any) -> Any:
+def normalised(f: Field[Any], value: object) -> Any:
     """A value as it is kept: a dtype by its name, a pair as a tuple, a whole number as an integer, ..."""
     kind = f.metadata["kind"]
     if kind == "dtype":
@@ -154,7 +154,7 @@ def normalised(f: Field[Any], value: Any) -> Any:
     return value
 
 
-def checked(owner: str, f: Field[Any], value: Any, name: str = "") -> Any:
+def checked(owner: str, f: Field[Any], value: object, name: str = "") -> Any:
     """A value of a hyperparameter as it is kept; an error that says what is wrong with it. name: it was given as."""
     kept = normalised(f, value)
     wrong = complaint(f, kept)
@@ -241,7 +241,7 @@ def method(name: str, title: str, source: str) -> Callable[[type[Method]], type[
     return register
 
 
-def is_positive(value: Any) -> bool:
+def is_positive(value: object) -> bool:
     """Is a number positive, or unknown yet?"""
     return not isinstance(value, Real) or float(value) > 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import Any
 
 CUTOFF = 0.75  # of difflib's ratio: one letter of four may be off
 # What one thing is called in the published packages, in PyTorch and in optax: each line is one thing.
@@ -28,7 +27,7 @@ WITHOUT = (("merge_dims", "whether axes are merged is part of a method here, and
 LONGEST = 80  # characters of a value in an error
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as an error shows it: on one line, and where that is long its beginning and its end."""
     try:
         text = " ".join(repr(value).split())

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from psgd._xp import is_complex, make, namespace, real_dtype
-from psgd.arrays import Array
+from psgd.arrays import Array, Dtype, Number
 
 GOLDEN = 0x9E3779B9 - (1 << 32)  # 2^32 / golden ratio: consecutive counters land far apart
 M1, M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # the "lowbias32" multipliers of C. Wellons' hash prospector
@@ -47,7 +47,7 @@ def shifted(x: Array, k: int) -> Array:
     return (x >> k) & ((1 << (32 - k)) - 1)
 
 
-def mix(x: Any) -> Any:
+def mix(x: Array) -> Array:
     """A bijection of int32 whose every output bit depends on every input bit; x: an array, or a Python integer."""
     x = wrapped((x ^ shifted(x, 16)) * M1)
     x = wrapped((x ^ shifted(x, 15)) * M2)
@@ -59,12 +59,12 @@ def signed(word: int) -> int:
     return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
-def wrapped(x: Any) -> Any:
+def wrapped(x: Array) -> Array:
     """An int32 array as it is, for it has wrapped around; a Python integer as it would have."""
     return signed(x) if isinstance(x, int) else x
 
 
-def key(xp: ModuleType, seed: Any, step: Any) -> Array:
+def key(xp: ModuleType, seed: Number, step: Number) -> Array:
     """The (1,) int32 key of one step, on which all its draws depend. Both: Python integers or 0-d integer arrays."""
     # Shape (1,) and not (): NumPy warns when a scalar wraps and is silent when an array does.
     t = xp.reshape(xp.astype(xp.asarray(step), xp.int32), (1,))
@@ -93,7 +93,7 @@ def words(step_key: Array, role: int, n: int, first: int = 0) -> Array:
     return mix(mix(make(step_key, "arange", first, first + n) * GOLDEN + (step_key ^ role)))
 
 
-def normal(step_key: Array, role: int, n: int, dtype: Any, first: int = 0) -> Array:
+def normal(step_key: Array, role: int, n: int, dtype: Dtype, first: int = 0) -> Array:
     """The n nearly normal numbers of a role, shape (n,), in a real dtype, from the one with index `first`."""
     xp = namespace(step_key)
     w = words(step_key, role, n, first)
@@ -103,7 +103,7 @@ def normal(step_key: Array, role: int, n: int, dtype: Any, first: int = 0) -> Ar
     return xp.astype((xp.astype(total, wide) - BYTE_SUM_MEAN) * (1 / BYTE_SUM_DEVIATION), dtype)
 
 
-def signs(step_key: Array, role: int, n: int, dtype: Any, first: int = 0) -> Array:
+def signs(step_key: Array, role: int, n: int, dtype: Dtype, first: int = 0) -> Array:
     """The n signs of a role, shape (n,), in a real dtype, from the one with index `first`, a multiple of 32."""
     xp, start = namespace(step_key), first // 32
     w = words(step_key, role, -(-n // 32), start)
@@ -111,7 +111,7 @@ def signs(step_key: Array, role: int, n: int, dtype: Any, first: int = 0) -> Arr
     return xp.astype(xp.reshape(bits | 1, (-1,))[:n], dtype)
 
 
-def uniform(step_key: Any, role: str) -> Any:
+def uniform(step_key: Array | int, role: str) -> Any:
     """One number in [0, 1) with 24 bits, a coin: a 0-d float32 array, or a Python number of a key that is one."""
     if isinstance(step_key, int):
         return shifted(mix(mix(step_key ^ role_number(role))), 8) * 2.0**-24
@@ -126,7 +126,7 @@ class Counter:
     def __init__(self, step_key: Array) -> None:
         self.step_key = step_key
 
-    def numbers(self, draw: Numbers, role: str, n: int, dtype: Any) -> Array:
+    def numbers(self, draw: Numbers, role: str, n: int, dtype: Dtype) -> Array:
         """The n real numbers of a role, `normal` or `signs`."""
         return draw(self.step_key, role_number(role), n, dtype)
 

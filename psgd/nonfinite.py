@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from psgd._xp import namespace
-from psgd.arrays import Array
-from psgd.schedule import Number
+from psgd.arrays import Array, Number
 
 POLICIES = ("skip", "raise", "propagate")  # of a step whose gradients hold a NaN or an infinity
 MAX_SKIPS = 10

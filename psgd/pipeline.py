@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -30,12 +30,14 @@ from psgd._xp import (
     products,
     times,
 )
-from psgd.arrays import Array, Factors
+from psgd.arrays import Array, Dtype, Factors, Number
 from psgd.noise import Draws
 from psgd.recipe import Plan, Recipe, Schedule, State
-from psgd.schedule import Averaging, Number, StepInfo, Toss
+from psgd.schedule import Averaging, StepInfo, Toss
 from psgd.shapes import Shape, in_order
 
+Operand = TypeVar("Operand")
+Result = TypeVar("Result")
 Choose = Callable[..., Any]  # (flag, then, otherwise, operand) -> then(operand) or otherwise(operand)
 
 
@@ -45,7 +47,7 @@ def plan(
     xp: ModuleType,
     toss: Toss | None = None,
     since: Number | None = None,
-    key: Any = None,
+    key: Array | int | None = None,
 ) -> Plan:
     """The plan of a step (from 1), from the namespace of `step`. `toss` replays recorded coins.
 
@@ -89,7 +91,9 @@ def first_key(schedule: Schedule) -> int:
     return noise.host_key(schedule.seed, 0)
 
 
-def branch(flag: Any, then: Callable[[Any], Any], otherwise: Callable[[Any], Any], operand: Any) -> Any:
+def branch(
+    flag: bool | Array, then: Callable[[Operand], Result], otherwise: Callable[[Operand], Result], operand: Operand
+) -> Result:
     """`Choose` for decisions that are Python booleans."""
     return then(operand) if flag else otherwise(operand)
 
@@ -286,7 +290,7 @@ def damped_pair(
     return criterion.newton(laid_out(recipe, working(recipe, v)), h, e, plan.damping, recipe.damping, unit)
 
 
-def in_dtypes(factors: Factors, dtypes: Sequence[Any]) -> Factors:
+def in_dtypes(factors: Factors, dtypes: Sequence[Dtype]) -> Factors:
     """Factors in dtypes, one for each axis; L keeps its own."""
     q, p = (tuple(map(cast, xs, dtypes)) for xs in (factors.Q, factors.P))
     return factors._replace(Q=q, P=p)

@@ -13,10 +13,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from psgd import criterion
-from psgd.arrays import Array, Factors
+from psgd.arrays import Array, Factors, Number
 from psgd.preconditioner import Preconditioner
 from psgd.scaling import Clip, InitialScale
-from psgd.schedule import Averaging, Number, When, always, never
+from psgd.schedule import Averaging, When, always, never
 from psgd.shapes import Shape, as_is, in_order
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 from operator import and_
-from typing import Any
 
 from psgd._xp import accumulation_dtype, adjoint, cast, diagonal, matmul, namespace, number, plus, real_dtype, tiny
 from psgd.arrays import Factor, Matrix, Scalar
@@ -34,10 +33,10 @@ def balanced(qs: Sequence[Factor], when: bool | Scalar = True) -> tuple[Factor, 
     return tuple(q * cast(xp.exp(mean - r), real_dtype(q)) for q, r in zip(qs, logs, strict=True))
 
 
-def _unit_skew(q: Matrix, norm: SkewNorm, **sweep: Any) -> Matrix:
+def _unit_skew(q: Matrix, norm: SkewNorm, sweep: int = 0, skip: Scalar | None = None) -> Matrix:
     """R = (q^H - q) / ||q^H - q||, the direction of steepest ascent of Re tr(exp(aR) q) over rotations."""
     r = adjoint(q) - q
-    return r / (cast(norm(r, **sweep), real_dtype(q)) + tiny(q))
+    return r / (cast(norm(r, sweep=sweep, skip=skip), real_dtype(q)) + tiny(q))
 
 
 def _trace(a: Matrix) -> Scalar:
@@ -64,7 +63,9 @@ def procrustes2(q: Matrix, norm: SkewNorm, largest: float = 1 / 8) -> Matrix:
     return plus(q, a, plus(rq, a / 2, rrq))
 
 
-def procrustes3(q: Matrix, norm: SkewNorm, largest: float = 1 / 3, **sweep: Any) -> Matrix:
+def procrustes3(
+    q: Matrix, norm: SkewNorm, largest: float = 1 / 3, sweep: int = 0, skip: Scalar | None = None
+) -> Matrix:
     r"""The same line search to third order, for a q that may be far from Hermitian.
 
         q <- q + a (R q + (a/2) (R^2 q + (a/4) R^3 q)),   a = min(larger root of t1 + a t2 + (3/8) a^2 t3 = 0, 1/3)
@@ -73,7 +74,7 @@ def procrustes3(q: Matrix, norm: SkewNorm, largest: float = 1 / 3, **sweep: Any)
     root is taken in the form without cancellation. Source: psgd_torch `procrustes_step3`.
     """
     xp = namespace(q)
-    r = _unit_skew(q, norm, **sweep)
+    r = _unit_skew(q, norm, sweep, skip)
     rq = matmul(r, q)
     rrq = matmul(r, rq)
     rrrq = matmul(r, rrq)

@@ -8,8 +8,7 @@ from math import inf, prod, sqrt
 from typing import Any
 
 from psgd._xp import accumulation_dtype, cast, is_complex, is_something, largest, make, namespace, number, times, tiny
-from psgd.arrays import Array
-from psgd.schedule import Number
+from psgd.arrays import Array, Number
 
 
 def power_mean(x: Array, power: int) -> Array:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from psgd._xp import namespace
+from psgd.arrays import Number
 
-Number = Any  # a Python number or a 0-d array
 Toss = Callable[[str], Number]  # role -> a uniform number in [0, 1)
 
 
@@ -24,13 +24,13 @@ class StepInfo(NamedTuple):
 
     step: Number
     toss: Toss
-    since: Number | None = None
+    since: Number = None  # None where nobody counts
 
 
 When = Callable[[StepInfo], Any]  # -> a boolean
 
 
-def at(value: Any, step: Number) -> Number:
+def at(value: Number | Callable[[Number], Number], step: Number) -> Number:
     """A number, or what a schedule gives at a step."""
     return value(step) if callable(value) else value
 
@@ -86,7 +86,7 @@ def periodic(period: int) -> When:
     return lambda info: info.step % period == 0
 
 
-def coin(role: str, probability: Any) -> When:
+def coin(role: str, probability: Number | Callable[[Number], Number]) -> When:
     """With a probability (a number or a schedule), by one toss a step, tossed also where the outcome is sure."""
 
     def when(info: StepInfo) -> Any:
@@ -116,7 +116,7 @@ def early(steps: int, otherwise: When) -> When:
     return when
 
 
-def evenly(probability: Any) -> When:
+def evenly(probability: Number | Callable[[Number], Number]) -> When:
     """As often as a probability (a number or a schedule) says, at even distances: once 1 / probability steps are over.
 
     0.3 is every fourth step. The slack of 1e-6 is for 1 / probability to come to the same whole number in float32 and
