@@ -18,7 +18,7 @@ def as_vector(leaves: Sequence[Leaf]) -> Leaf:
     return join(leaves) if leaves else jnp.zeros((0,))
 
 
-def as_one(recipe: Recipe, tensors: Tensors, momenta: Sequence[Any]) -> Tensors:
+def as_one(recipe: Recipe, tensors: Tensors, momenta: Sequence[Leaf]) -> Tensors:
     """All tensors as one, with the state that is one already."""
     (state,), pair = tensors.states, tensors.pair
     state = state._replace(momentum=as_vector(momenta) if recipe.momentum else None)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from psgd.hyperparameters import Method
 from psgd.nonfinite import MAX_SKIPS, counted, not_finite, too_many
-from psgd_jax_backend._state import Leaf, PSGDState, Tree, states
+from psgd_jax_backend._state import Leaf, Path, PSGDState, Tree, states
 
 
 class Guard(NamedTuple):
@@ -23,7 +23,7 @@ class Guard(NamedTuple):
         """Before the first step."""
         return jnp.zeros(2, jnp.int32) if self.nonfinite == "skip" else None
 
-    def finite(self, method: Method, paths: Sequence[Any], arrays: Sequence[Leaf]) -> Leaf | None:
+    def finite(self, method: Method, paths: Sequence[Path], arrays: Sequence[Leaf]) -> Leaf | None:
         """Is every entry finite, or None where nobody looks? Says so where the policy is to raise."""
         there = [x for x in arrays if x.size]
         if self.nonfinite == "propagate" or not there:
@@ -35,7 +35,7 @@ class Guard(NamedTuple):
             jax.tree_util.keystr(path) or "the parameter" for path, x in zip(paths, arrays, strict=False) if x.size
         ]
 
-        def tell(flags: Any) -> None:
+        def tell(flags: Leaf) -> None:
             bad = next((name for name, ok in zip(names, flags, strict=False) if not ok), "a Hessian-vector product")
             if not flags.all():
                 raise FloatingPointError(not_finite(method.name, bad))

@@ -13,7 +13,12 @@ from psgd.joint import split_state
 from psgd.recipe import Recipe, State
 
 Leaf = jax.Array
-Tree = Any
+Tree = Any  # of arrays, in any containers
+TreeDef = Any  # a `jax.tree_util.PyTreeDef`, which checkers do not know
+Path = tuple[Any, ...]  # of a leaf in its tree
+Paths = list[tuple[Path, Any]]  # of all leaves, with them
+Flag = Leaf | bool  # a decision, which may be traced
+Pair = tuple[Leaf, Leaf]  # (v, H v)
 
 
 class PSGDState(NamedTuple):
@@ -86,7 +91,9 @@ def state_arrays(state: Tree, params: Tree) -> dict[str, Leaf]:
 
 
 # ---- trees and leaves -------------------------------------------------------------------
-def to_trees(counters: PSGDState, momenta: list[Any], states: list[State], treedef: Any, recipe: Recipe) -> PSGDState:
+def to_trees(
+    counters: PSGDState, momenta: Sequence[Leaf | None], states: list[State], treedef: TreeDef, recipe: Recipe
+) -> PSGDState:
     """The state of all leaves, with the counters of another."""
     momentum = treedef.unflatten(momenta) if recipe.momentum else None
     kept = Factors._fields if recipe.keeps_p else ("Q", "L")
@@ -97,12 +104,12 @@ def to_trees(counters: PSGDState, momenta: list[Any], states: list[State], treed
     return counters._replace(momentum=momentum, **columns)
 
 
-def _opened(treedef: Any) -> Any:
+def _opened(treedef: TreeDef) -> Any:
     """The tree with a leaf in place of each box: a node around one leaf, such as flax's, that says something of the
     parameter alone and may not hold several factors.
     """
 
-    def is_box(x: Any) -> bool:
+    def is_box(x: Tree) -> bool:
         children = jax.tree_util.treedef_children(jax.tree.structure(x))
         container = isinstance(x, (Mapping, Sequence))
         return not container and len(children) == 1 and jax.tree_util.treedef_is_leaf(children[0])
@@ -110,7 +117,7 @@ def _opened(treedef: Any) -> Any:
     return jax.tree.structure(jax.tree.map(lambda _: 0, treedef.unflatten([0] * treedef.num_leaves), is_leaf=is_box))
 
 
-def to_states(state: PSGDState, treedef: Any, joint: bool) -> tuple[list[Any], list[State]]:
+def to_states(state: PSGDState, treedef: TreeDef, joint: bool) -> tuple[list[Any], list[State]]:
     """Momentum of each leaf; the states, of each leaf or of all as one vector (without momentum)."""
     n = treedef.num_leaves
     momenta = [None] * n if state.momentum is None else treedef.flatten_up_to(state.momentum)
@@ -122,7 +129,7 @@ def to_states(state: PSGDState, treedef: Any, joint: bool) -> tuple[list[Any], l
     return momenta, [State(m, f) for m, f in zip(owners, factors, strict=True)]
 
 
-def checked_states(method: Method, state: PSGDState, treedef: Any, recipe: Recipe) -> tuple[list[Any], list[State]]:
+def checked_states(method: Method, state: PSGDState, treedef: TreeDef, recipe: Recipe) -> tuple[list[Any], list[State]]:
     """`to_states` of a state that may be of other trees than the gradients."""
     try:
         return to_states(state, treedef, recipe.joint)

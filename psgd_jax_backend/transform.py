@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from psgd import noise, pipeline
 from psgd._xp import real_dtype
+from psgd.arrays import Number
 from psgd.calls import checked_policy
 from psgd.documentation import entries, filled
 from psgd.hyperparameters import Method
@@ -33,7 +35,7 @@ from psgd_jax_backend._checks import (
 from psgd_jax_backend._nonfinite import Guard
 from psgd_jax_backend._per_tensor import Layering, Stepper, Tensors, choose, numbers
 from psgd_jax_backend._sharding import Spread
-from psgd_jax_backend._state import Leaf, PSGDState, Tree, checked_states, to_states, to_trees
+from psgd_jax_backend._state import Flag, Leaf, Paths, PSGDState, Tree, TreeDef, checked_states, to_states, to_trees
 from psgd_jax_backend._summary import SKIPS_BYTES, tell_listeners
 
 
@@ -123,7 +125,7 @@ class Scaling(NamedTuple):
 
         return spread.run(first, places, *args)
 
-    def _first_state(self, treedef: Any, flags: list[bool], arrays: list[Leaf], numbers: Numbers) -> PSGDState:
+    def _first_state(self, treedef: TreeDef, flags: list[bool], arrays: list[Leaf], numbers: Numbers) -> PSGDState:
         """The state of parameters before their first step."""
         with_numbers = self.with_numbers(numbers)
         recipe, scale = with_numbers.recipe, with_numbers.method.initial_scale()
@@ -143,7 +145,7 @@ class Scaling(NamedTuple):
         return to_trees(counters, momenta, states, treedef, recipe)
 
     def _places(
-        self, spread: Spread, treedef: Any, flags: list[bool], arrays: list[Leaf], shapes: PSGDState
+        self, spread: Spread, treedef: TreeDef, flags: list[bool], arrays: list[Leaf], shapes: PSGDState
     ) -> PSGDState:
         """Where each array of a state lies: as its parameter, or as a specification says."""
         _, states = to_states(shapes, treedef, self.recipe.joint)
@@ -163,7 +165,7 @@ class Scaling(NamedTuple):
         *,
         Hvp: Tree = None,
         vector: Tree = None,
-        update_preconditioner: Any = None,
+        update_preconditioner: Flag | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, PSGDState]:
         """The directions of a step, and the state after it."""
@@ -190,7 +192,14 @@ class Scaling(NamedTuple):
         return treedef.unflatten(directions), new
 
     def _check(
-        self, treedef: Any, flags: list[bool], paths: Any, state: PSGDState, like: list[Any], *, has_params: bool
+        self,
+        treedef: TreeDef,
+        flags: list[bool],
+        paths: Paths,
+        state: PSGDState,
+        like: Sequence[Tree],
+        *,
+        has_params: bool,
     ) -> None:
         """Refuse what does not go together, before anything is traced. like: the parameters, or else the gradients."""
         method, recipe, gradients = self.method, self.recipe, [jnp.asarray(g) for _, g in paths]
@@ -207,7 +216,7 @@ class Scaling(NamedTuple):
         """Hyperparameters that are arrays: arguments of the work, as all else that lies on a mesh."""
         return {f.name: x for f in fields(self.method) if isinstance(x := getattr(self.method, f.name), jax.Array)}
 
-    def with_numbers(self, numbers: dict[str, Any]) -> Scaling:
+    def with_numbers(self, numbers: Numbers) -> Scaling:
         """The same with other arrays as hyperparameters."""
         if not numbers:
             return self
@@ -217,7 +226,7 @@ class Scaling(NamedTuple):
     def _step(
         self,
         spread: Spread,
-        treedef: Any,
+        treedef: TreeDef,
         flags: list[bool],
         go: Leaf | None,
         gradients: list[Leaf],
@@ -294,7 +303,7 @@ def _only_if(go: Leaf | None, arrays: list[Leaf]) -> list[Leaf]:
     return arrays if go is None else [jnp.where(go, x, 0) for x in arrays]
 
 
-def _if_gone(go: Leaf | None, new: Leaf, old: Any) -> Leaf:
+def _if_gone(go: Leaf | None, new: Leaf, old: Tree) -> Leaf:
     """What is new, or what was where a step is skipped."""
     return new if go is None else jnp.where(go, new, old)
 
@@ -303,7 +312,7 @@ def _flattened(tree: Tree) -> tuple[list[Any], Any]:
     return jax.tree.leaves(tree), jax.tree.structure(tree)
 
 
-def _within_max_norm(recipe: Recipe, limit: Any, directions: list[Leaf]) -> list[Leaf]:
+def _within_max_norm(recipe: Recipe, limit: Number, directions: list[Leaf]) -> list[Leaf]:
     """Directions no longer than a limit, all of them together, where the recipe says so."""
     there = [u for u in directions if u.size]
     if not recipe.has_max_norm or not there:
