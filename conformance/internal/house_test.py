@@ -20,7 +20,7 @@ import torch
 import psgd_jax_backend
 import psgd_torch_backend
 from conformance.internal import measures
-from conformance.internal.measures import PACKAGES, ROOT, is_test
+from conformance.internal.measures import PACKAGES, ROOT, is_test_file
 from psgd import METHODS
 from psgd.geometry import GEOMETRIES
 from psgd.hyperparameters import Method, method, setting
@@ -189,6 +189,20 @@ def test_the_core_is_built_in_order():
             assert parts[1] in ORDER[:rank], f"{where(path, node)} imports {name}"
 
 
+def test_no_test_imports_another():
+    """What several need is in `_testing.py` or a fixture of `conftest.py`, which nothing but tests import."""
+    known = {"conformance/cli_test.py"}  # to be mended; none is to be added
+    seen = set()
+    for path in sources(*PACKAGES, "docs", "examples", tests=True):
+        for name, node in imports(parsed(path)):
+            parts = name.split(".")
+            if any(part.endswith("_test") or part == "conftest" for part in parts):
+                assert name_of(path) in known, f"{where(path, node)} imports {name}"
+                seen.add(name_of(path))
+            assert "_testing" not in parts or is_test_file(path), f"{where(path, node)} imports {name}"
+    assert seen == known
+
+
 # ---- what the code may say --------------------------------------------------------------------
 def test_names_of_methods_and_geometries_stay_on_their_pages():
     """So that adding one is adding one record: nothing else can depend on which there are."""
@@ -221,7 +235,11 @@ def test_frameworks_are_used_by_their_public_names():
         tree = parsed(path)
         chains = [(dotted(node), node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
         for parts, node in [*chains, *((name.split("."), node) for name, node in imports(tree))]:
-            if parts and parts[0] in roots and not (is_test(path) and (parts[:2] in excepted or parts[:3] in excepted)):
+            if (
+                parts
+                and parts[0] in roots
+                and not (is_test_file(path) and (parts[:2] in excepted or parts[:3] in excepted))
+            ):
                 assert not any(private.match(part) for part in parts), f"{where(path, node)}: {'.'.join(parts)}"
 
 

@@ -24,7 +24,7 @@ from conformance.terminal import Sheet, console, exits, refuse, writable, write_
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("psgd", "psgd_torch_backend", "psgd_jax_backend", "conformance", "benchmarks")
-TESTS = ("_test.py", "conftest.py", "_testing.py")  # ends of the names of files that the wheel leaves out
+TESTS = re.compile(r".*_test\.py|conftest\.py|_testing\.py")  # files that the wheel leaves out
 
 # Limits of a file of the product.
 FUNCTION_LINES = 40
@@ -38,15 +38,15 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 # ---- files ------------------------------------------------------------------------------------
-def is_test(path: Path) -> bool:
+def is_test_file(path: Path) -> bool:
     """Is a file a test, or a helper of tests?"""
-    return path.name.endswith(TESTS)
+    return TESTS.fullmatch(path.name) is not None
 
 
 def sources(root: Path, *packages: str, tests: bool = False) -> list[Path]:
     """The Python files of packages of a checkout, without tests unless told."""
     found = [path for package in packages for path in sorted((root / package).rglob("*.py"))]
-    return [path for path in found if tests or not is_test(path)]
+    return [path for path in found if tests or not is_test_file(path)]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The counts of the code count what they say; and this tree is within the limits, but for exceptions that only shrink."""
+"""The counts of the code count what they say; this tree is within the limits, but for exceptions that only shrink."""
 
 from __future__ import annotations
 
