@@ -13,7 +13,7 @@ PEERS_QUAD := quad-torch==0.4.5
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-.PHONY: help venv demo test lint format golden stubs soak fuzz mesh wheel peers
+.PHONY: help venv demo test lint format golden stubs soak fuzz mesh measures wheel peers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +56,9 @@ fuzz: $(STAMP) ## walk every method on hostile gradients in both frameworks
 
 mesh: $(STAMP) ## walk every method on meshes of eight devices and count what is exchanged
 	$(BIN)/python -m conformance.internal.mesh
+
+measures: $(STAMP) ## count long functions and files, duplicates, arguments of type Any, private imports
+	$(BIN)/python -m conformance.internal.measures
 
 wheel: $(STAMP) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

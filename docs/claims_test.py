@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from docs_test import CHANGELOG, DOCUMENTS, ROOT, TABLES, TELLERS, blocks, names, prose, with_tables
+from _testing import CHANGELOG, DOCUMENTS, ROOT, TABLES, TELLERS, blocks, names, prose, with_tables
 
 import psgd_jax_backend
 import psgd_torch_backend

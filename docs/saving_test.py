@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from docs_test import ROOT, blocks
+from _testing import ROOT, blocks
 
 PAGE = ROOT / "docs" / "saving.md"
 KILLS = 6

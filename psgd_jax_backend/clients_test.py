@@ -25,7 +25,7 @@ from sklearn.datasets import load_digits
 
 import psgd_jax_backend
 from psgd_jax_backend import PSGDState, hessian_helper, xmat
-from psgd_jax_backend.transform_test import RECIPES, SOME, compiled, equal, gradients, small, types
+from psgd_jax_backend._testing import RECIPES, SOME, compiled, equal, gradients, small, types
 
 Tree = Any
 ROOT = Path(__file__).resolve().parents[1]

@@ -33,7 +33,7 @@ from psgd_jax_backend import (
     summary,
 )
 from psgd_jax_backend._state import states
-from psgd_jax_backend.transform_test import (
+from psgd_jax_backend._testing import (
     ALIASES,
     RECIPES,
     SOME,

@@ -34,7 +34,7 @@ from psgd_jax_backend import (
     xmat,
 )
 from psgd_jax_backend import named as named_module
-from psgd_jax_backend.transform_test import close, equal, gradients, normal
+from psgd_jax_backend._testing import close, equal, gradients, normal
 
 Tree = Any
 MASK = {"w": True, "s": False}

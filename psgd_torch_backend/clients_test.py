@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.data import DataLoader
 
 from psgd_torch_backend import PSGD, Kron, KronNewton, KronWhiten, LRAWhiten, Procrustes
-from psgd_torch_backend.optimizer_test import (
+from psgd_torch_backend._testing import (
     CLASSES,
     Bars,
     assert_untouched,

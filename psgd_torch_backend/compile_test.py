@@ -13,8 +13,8 @@ import torch
 
 from psgd_torch_backend import Affine, Kron, KronNewton, KronWhiten, Procrustes
 from psgd_torch_backend._fused import LARGE, suited
+from psgd_torch_backend._testing import close, equal, flat, give_gradients, parameters, run, step
 from psgd_torch_backend.optimizer import PSGD
-from psgd_torch_backend.optimizer_test import close, equal, flat, give_gradients, parameters, run, step
 
 pytestmark = pytest.mark.contract("torch: compiler")
 

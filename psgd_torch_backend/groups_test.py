@@ -16,14 +16,9 @@ from torch import nn
 from psgd.methods import METHODS
 from psgd_torch_backend import PSGD, Affine, Kron, KronWhiten, LowRankApproximation, LRAWhiten, Procrustes, XMat
 from psgd_torch_backend._groups import ADAPTER_DEFAULTS, SKIPS, SWITCHES, of_torchs_optimizers, renamed
-from psgd_torch_backend.optimizer_test import CLASSES, assert_untouched, equal, of_rank, parameters, run
+from psgd_torch_backend._testing import CLASSES, assert_untouched, equal, of_rank, parameters, run
 
 RENAMED = {name: made for name, made in CLASSES.items() if renamed(made.method)}
-
-
-@pytest.fixture(params=CLASSES.values(), ids=CLASSES)
-def optimizer_class(request: pytest.FixtureRequest) -> type[PSGD]:
-    return request.param
 
 
 @pytest.fixture(params=RENAMED.values(), ids=RENAMED)

@@ -25,7 +25,7 @@ from psgd_torch_backend import (
     hessian,
     hessian_helper,
 )
-from psgd_torch_backend.optimizer_test import assert_untouched, equal, give_gradients, normal, parameters, run
+from psgd_torch_backend._testing import assert_untouched, equal, give_gradients, normal, parameters, run
 
 PRODUCTS = {"exact": hessian.exact, "differences": hessian.by_differences}
 NEWTON = {made.__name__: made for made in (KronNewton, LRANewton, DenseNewton)}

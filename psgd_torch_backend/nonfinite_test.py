@@ -13,13 +13,12 @@ from torch import nn
 
 from psgd_torch_backend import PSGD, Kron, KronNewton, KronWhiten, Procrustes
 from psgd_torch_backend._step import finite
-from psgd_torch_backend.optimizer_test import (  # noqa: F401
+from psgd_torch_backend._testing import (
     assert_untouched,
     equal,
     give_gradients,
     newton,
     of_rank,
-    optimizer_class,
     parameters,
     run,
 )
@@ -40,7 +39,7 @@ def spoilt(optimizer: PSGD, params: Sequence[nn.Parameter], t: int, value: float
 
 
 @pytest.mark.parametrize("value", BAD)
-def test_a_skipped_step_is_as_if_it_had_not_been(optimizer_class: type[PSGD], value: float):  # noqa: F811
+def test_a_skipped_step_is_as_if_it_had_not_been(optimizer_class: type[PSGD], value: float):
     """At first, later, and twice in a row: but for the count the run is the one without."""
     runs = []
     for bad in ((0, 2, 3), ()):
@@ -106,7 +105,7 @@ def test_the_count_is_saved():
     assert again.summary() == optimizer.summary()
 
 
-def test_raise_names_the_parameter_and_changes_nothing(optimizer_class: type[PSGD]):  # noqa: F811
+def test_raise_names_the_parameter_and_changes_nothing(optimizer_class: type[PSGD]):
     params = parameters((4, 3), (5,))
     named = list(zip(("first", "second"), params, strict=True))
     optimizer = optimizer_class(named, nonfinite="raise", **of_rank(optimizer_class, 2))

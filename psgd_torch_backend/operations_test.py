@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from math import inf, nan
 from typing import Any
@@ -16,131 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from psgd.hyperparameters import group_key
-from psgd_torch_backend import PSGD
 from psgd_torch_backend._groups import ADAPTER_DEFAULTS, renamed
-from psgd_torch_backend.optimizer_test import CLASSES, newton, normal, of_rank, parameters
+from psgd_torch_backend._testing import CLASSES, NO_ARGUMENT, NO_RATE, OWN, Trial, parameters
 
-SHAPES = {"a": (4, 3), "b": (4, 3), "c": (5,), "d": ()}
 OPERATIONS = 90  # of each method
-OWN = ArithmeticError  # what functions of ours raise, which no optimizer does
-
-
-def seen(x: Any) -> Any:
-    """A thing as plain data that is equal where the thing is the same, bit by bit."""
-    if isinstance(x, dict):
-        return {id(k) if isinstance(k, Tensor) else k: seen(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [seen(v) for v in x]
-    if isinstance(x, nn.Parameter):
-        return id(x)
-    if isinstance(x, Tensor) and x.layout == torch.strided:
-        return x.dtype, tuple(x.shape), x.detach().contiguous().view(-1).view(torch.uint8).tolist()
-    return repr(x) if isinstance(x, (float, Tensor)) else x
-
-
-class Trial:
-    """An optimizer of four named parameters in two groups, and what happens to it."""
-
-    def __init__(self, made: type[PSGD], seed: int) -> None:
-        self.made, self.random, self.refusals = made, random.Random(seed), 0
-        named = list(zip(SHAPES, parameters(*SHAPES.values()), strict=True))
-        groups = [{"params": named[:2]}, {"params": named[2:], "momentum": 0.5}]
-        self.optimizer = made(groups, lr=1e-3, **of_rank(made, 1))
-        self.time = 0
-        for _ in range(2):
-            self.step()
-
-    @property
-    def params(self) -> list[nn.Parameter]:
-        held = [group["params"] for group in self.optimizer.param_groups]
-        return [p for params in held if isinstance(params, list) for p in params if isinstance(p, nn.Parameter)]
-
-    def pick(self, *values: Any) -> Any:
-        return self.random.choice(values)
-
-    def group(self) -> dict[str, Any]:
-        return self.pick(*self.optimizer.param_groups)
-
-    def param(self) -> nn.Parameter:
-        return self.pick(*self.params)
-
-    def gradients(self) -> None:
-        self.time += 1
-        for p in self.params:
-            p.grad = normal(*p.shape, seed=self.time, dtype=p.dtype)
-
-    def go(self) -> None:
-        """A step on the gradients there are."""
-        if newton(self.made):
-            vectors = [torch.ones_like(p) for p in self.params]
-            self.optimizer.step(Hvp=[0.3 * v for v in vectors], vector=vectors, update_preconditioner=True)
-        else:
-            self.optimizer.step()
-
-    def step(self) -> None:
-        self.gradients()
-        self.go()
-
-    def everything(self) -> Any:
-        values = [seen(p.detach()) for p in self.params]
-        return values, seen(dict(self.optimizer.state)), seen(self.optimizer.param_groups)
-
-    def attempt(self, call: Callable[[], Any], *, bad: bool | None = None) -> None:
-        """A call that is bad, good, or either: it changes nothing where it is refused, in one sentence."""
-        before = self.everything()
-        try:
-            call()
-        except (ValueError, TypeError, RuntimeError, FloatingPointError, OWN) as error:
-            assert bad is not False, error
-            said = str(error)
-            assert type(error) is OWN or (said and "\n" not in said and len(said) < 1200), said
-            ours = (self.made.__name__, self.made.method.name, "some parameters", "loaded state dict")
-            assert type(error) is OWN or said.startswith(ours), said
-            assert self.everything() == before, said
-            self.refusals += 1
-        else:
-            assert bad is not True
-        assert all(p.isfinite().all() for p in self.params if p.is_floating_point())
-
-    @contextmanager
-    def edited(self, held: Any, key: Any, value: Any) -> Iterator[None]:
-        """An entry is another for a while, and there are gradients; None of it stays."""
-        self.gradients()
-        missing = key not in held if isinstance(held, dict) else False
-        old = None if missing else held[key]
-        held[key] = value
-        try:
-            yield
-        finally:
-            if missing:
-                del held[key]
-            else:
-                held[key] = old
-
-    @contextmanager
-    def without(self, held: dict[Any, Any], key: Any) -> Iterator[None]:
-        self.gradients()
-        before = dict(held)
-        del held[key]
-        try:
-            yield
-        finally:
-            held.clear()
-            held.update(before)
 
 
 # ---- the kinds --------------------------------------------------------------------------------
-NO_RATE = (nan, inf, -1.0, "0.1", None, [0.1], 1j, True, torch.tensor([0.0, 1.0]), torch.tensor(nan), torch.ones(1, 2))
 NO_NUMBER = (nan, -1.0, -inf, "much", [], {}, 1j, torch.ones(2), object())
-NO_ARGUMENT = {
-    "maximize": (None, 1, "yes"),
-    "stack": (0, None),
-    "compile": ("yes", None, []),
-    "scanned_layers": (5, ("nobody",), ["nobody"], (1,)),
-    "stack_batch_size": (0, 2.0, True, "all"),
-    "nonfinite": ("no", None, []),
-    "max_skips": (0, None, 2.5),
-}
 
 
 def bad_rate(t: Trial) -> None:

@@ -16,153 +16,36 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import psgd_torch_backend
 from psgd import noise
 from psgd._xp import namespace
 from psgd.hyperparameters import group_key
-from psgd.methods import METHODS
 from psgd.schedule import precond_update_prob_schedule
 from psgd_torch_backend import PSGD, Affine, Kron, KronWhiten, Procrustes
 from psgd_torch_backend._groups import SKIPS
 from psgd_torch_backend._noise import BLOCK, CachedDraws
 from psgd_torch_backend._per_tensor import ROOM, PerTensor
-
-CLASSES = {name: getattr(psgd_torch_backend, made.title) for name, made in METHODS.items()}
-RECIPES = {name: made().recipe() for name, made in METHODS.items()}
-WHOLE = {name: made for name, made in CLASSES.items() if RECIPES[name].joint}
-OF_TENSORS = {name: made for name, made in CLASSES.items() if not RECIPES[name].joint}
-
-
-@pytest.fixture(params=CLASSES.values(), ids=CLASSES)
-def optimizer_class(request: pytest.FixtureRequest) -> type[PSGD]:
-    return request.param
-
-
-@pytest.fixture(params=WHOLE.values(), ids=WHOLE)
-def whole_class(request: pytest.FixtureRequest) -> type[PSGD]:
-    """A method with one preconditioner for all parameters."""
-    return request.param
-
-
-@pytest.fixture(params=OF_TENSORS.values(), ids=OF_TENSORS)
-def tensor_class(request: pytest.FixtureRequest) -> type[PSGD]:
-    """A method with a preconditioner for each parameter."""
-    return request.param
-
-
-def newton(optimizer_class: type[PSGD]) -> bool:
-    return RECIPES[optimizer_class.method.name].newton
-
-
-def of_rank(optimizer_class: type[PSGD], rank: int) -> dict[str, int]:
-    """The option of the low-rank methods that makes them fit to few numbers."""
-    return {f.name: rank for f in fields(optimizer_class.method) if f.name.endswith("rank_of_approximation")}
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    return [nn.Parameter(normal(*shape, seed=i, dtype=dtype)) for i, shape in enumerate(shapes)]
-
-
-SHAPES = ((4, 3), (4, 3), (5,), (), (4, 3))
-
-
-def give_gradients(params: list[nn.Parameter], step: int) -> None:
-    """Gradients that depend on the step and the parameter's values alone."""
-    for p in params:
-        p.grad = 0.3 * p.detach() + normal(*p.shape, seed=100 + step, dtype=p.dtype)
-
-
-def descend(optimizer: PSGD, loss: Callable[[], Tensor]) -> None:
-    """One step, in the way of the method: with a closure that returns the loss, or after its backward()."""
-    if newton(type(optimizer)):
-        optimizer.step(loss)
-        return
-    optimizer.zero_grad()
-    loss().backward()
-    optimizer.step()
-
-
-def run(optimizer: PSGD, params: list[nn.Parameter], steps: range) -> list[nn.Parameter]:
-    """Steps with the gradients of `give_gradients`, by a loss that has them where the method wants one."""
-    for t in steps:
-        noises = [normal(*p.shape, seed=100 + t, dtype=p.dtype) for p in params]
-        if newton(type(optimizer)):
-            optimizer.step(
-                lambda noises=noises: sum(
-                    0.15 * (p.abs() ** 2).sum() + (p * g.conj()).real.sum() for p, g in zip(params, noises, strict=True)
-                )
-            )
-        else:
-            give_gradients(params, t)
-            optimizer.step()
-    return params
-
-
-def step(optimizer: PSGD) -> None:
-    """One step with the gradients there are; where the method wants them, with products of a Hessian of 0.3."""
-    if not newton(type(optimizer)):
-        optimizer.step()
-        return
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    # An even function of the gradients, of each entry.
-    vectors = [torch.cos(torch.zeros_like(p) if p.grad is None else p.grad).contiguous() for p in params]
-    optimizer.step(Hvp=[0.3 * v for v in vectors], vector=vectors, update_preconditioner=True)
-
-
-def equal(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
-
-
-def close(ours: list[nn.Parameter], theirs: list[nn.Parameter], ulps: float = 16) -> None:
-    for p, q in zip(ours, theirs, strict=True):
-        p, q = p.detach(), q.detach()
-        if not p.is_floating_point():
-            assert torch.equal(p, q)
-            continue
-        assert (p - q).abs().max() <= ulps * torch.finfo(p.dtype).eps * q.abs().max()
-
-
-def flat(entry: dict, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a nested state by their paths."""
-    out: dict[str, Tensor] = {}
-    for key, value in entry.items():
-        out |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
-    return out
+from psgd_torch_backend._testing import (
+    CLASSES,
+    RECIPES,
+    SHAPES,
+    Bars,
+    assert_untouched,
+    close,
+    descend,
+    equal,
+    flat,
+    flat_all,
+    give_gradients,
+    newton,
+    normal,
+    of_rank,
+    parameters,
+    run,
+    step,
+)
 
 
 # ---- use ------------------------------------------------------------------------------------
-class Bars(nn.Module):
-    """Is the bright bar of a noisy picture upright?"""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4 * 16, 2)
-        with torch.no_grad():
-            for i, p in enumerate(self.parameters()):
-                p.copy_(normal(*p.shape, seed=i) / 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(self.conv(x)).flatten(1))
-
-    @staticmethod
-    def batch(seed: int, n: int = 64) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        x = 0.5 * torch.randn(n, 1, 6, 6, generator=generator)
-        upright, place = torch.randint(2, (n,), generator=generator), torch.randint(6, (n,), generator=generator)
-        for i in range(n):
-            x[i, 0].select(int(upright[i]), int(place[i])).add_(1)
-        return x, upright
-
-    def loss(self, seed: int) -> Tensor:
-        x, y = self.batch(seed)
-        return nn.functional.cross_entropy(self(x), y)
-
-
 def test_code_for_quad_torch_runs_and_trains():
     model = Bars()
     optimizer = Procrustes(
@@ -447,19 +330,6 @@ def test_a_closure_that_fails_changes_nothing():
 
 
 # ---- misuse ---------------------------------------------------------------------------------
-def assert_untouched(optimizer: PSGD, params: list[nn.Parameter], before: tuple) -> None:
-    then, saved = before
-    assert equal(params, then)
-    now = optimizer.state_dict()
-    assert now["param_groups"] == saved["param_groups"] and list(now["state"]) == list(saved["state"])
-    ours, theirs = flat_all(now), flat_all(saved)
-    assert list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
-
-
-def flat_all(state_dict: dict) -> dict[str, Tensor]:
-    return flat({str(k): v for k, v in state_dict["state"].items()})
-
-
 BAD_PARAMETERS = [
     (lambda: nn.Parameter(torch.eye(2).to_sparse()), "sparse parameters"),
     (lambda: nn.Parameter(torch.ones(2, dtype=torch.complex64)), "complex parameters.*torch.complex64"),

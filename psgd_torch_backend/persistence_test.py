@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from psgd.hyperparameters import group_key
 from psgd_torch_backend import PSGD
-from psgd_torch_backend.optimizer_test import (
+from psgd_torch_backend._testing import (
     CLASSES,
     OF_TENSORS,
     RECIPES,
@@ -47,7 +47,7 @@ from psgd_torch_backend.optimizer_test import (
     parameters,
     run,
 )
-from psgd_torch_backend.optimizer_test import step as step_of
+from psgd_torch_backend._testing import step as step_of
 
 SHAPES = {"w": (4, 3), "v": (4, 3), "bias": (5,), "scale": ()}  # two that step together
 # Of torch's checkpoints, where there is no process group.

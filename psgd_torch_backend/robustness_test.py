@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from psgd.geometry import GEOMETRIES
 from psgd_torch_backend import KWNS4, PSGD, KronWhiten, Procrustes
-from psgd_torch_backend.optimizer_test import (
+from psgd_torch_backend._testing import (
     CLASSES,
     OF_TENSORS,
     SHAPES,
@@ -41,11 +41,6 @@ from psgd_torch_backend.optimizer_test import (
     run,
     step,
 )
-
-
-@pytest.fixture(params=CLASSES.values(), ids=CLASSES)
-def optimizer_class(request: pytest.FixtureRequest) -> type[PSGD]:
-    return request.param
 
 
 def of_kind(optimizer_class: type[PSGD], *kinds: str) -> list[str]:

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from psgd_torch_backend.operations_test import NO_ARGUMENT, NO_RATE, Trial
-from psgd_torch_backend.optimizer_test import CLASSES, WHOLE
+from psgd_torch_backend._testing import CLASSES, NO_ARGUMENT, NO_RATE, WHOLE, Trial
 
 SPOILT = 200  # of all methods
 NO_COUNT = (inf, nan, 2**70, 0.5, -1, None, "3", True, [1], torch.ones(2), torch.tensor(inf), torch.tensor(1j))

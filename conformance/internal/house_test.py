@@ -19,6 +19,8 @@ import torch
 
 import psgd_jax_backend
 import psgd_torch_backend
+from conformance.internal import measures
+from conformance.internal.measures import PACKAGES, ROOT, is_test_file
 from psgd import METHODS
 from psgd.geometry import GEOMETRIES
 from psgd.hyperparameters import Method, method, setting
@@ -28,8 +30,6 @@ from psgd.schedule import from_first
 from psgd_jax_backend.named import named_function
 from psgd_torch_backend.optimizer import named_class
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("psgd", "psgd_torch_backend", "psgd_jax_backend", "conformance", "benchmarks")
 STANDARD = set(sys.stdlib_module_names)
 
 # What each package may import beside the standard library and itself.
@@ -81,8 +81,7 @@ PRINTING = re.compile(r"conformance/(cli\w*|__main__)\.py")
 
 
 def sources(*packages: str, tests: bool = False) -> list[Path]:
-    found = [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
-    return [path for path in found if tests or not path.name.endswith(("_test.py", "conftest.py"))]
+    return measures.sources(ROOT, *packages, tests=tests)
 
 
 def parsed(path: Path) -> ast.Module:
@@ -190,6 +189,20 @@ def test_the_core_is_built_in_order():
             assert parts[1] in ORDER[:rank], f"{where(path, node)} imports {name}"
 
 
+def test_no_test_imports_another():
+    """What several need is in `_testing.py` or a fixture of `conftest.py`, which nothing but tests import."""
+    known = {"conformance/cli_test.py"}  # to be mended; none is to be added
+    seen = set()
+    for path in sources(*PACKAGES, "docs", "examples", tests=True):
+        for name, node in imports(parsed(path)):
+            parts = name.split(".")
+            if any(part.endswith("_test") or part == "conftest" for part in parts):
+                assert name_of(path) in known, f"{where(path, node)} imports {name}"
+                seen.add(name_of(path))
+            assert "_testing" not in parts or is_test_file(path), f"{where(path, node)} imports {name}"
+    assert seen == known
+
+
 # ---- what the code may say --------------------------------------------------------------------
 def test_names_of_methods_and_geometries_stay_on_their_pages():
     """So that adding one is adding one record: nothing else can depend on which there are."""
@@ -219,10 +232,14 @@ def test_frameworks_are_used_by_their_public_names():
     excepted = (["torch", "_dynamo"], ["torch", "utils", "_python_dispatch"], ["torch", "utils", "_pytree"])
     roots, private = {"torch", "jax", "jnp", "optax", "numpy", "np", "array_api_compat"}, re.compile(r"_(?!_)")
     for path in sources(*PACKAGES, tests=True):
-        tree, is_test = parsed(path), path.name.endswith("_test.py")
+        tree = parsed(path)
         chains = [(dotted(node), node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
         for parts, node in [*chains, *((name.split("."), node) for name, node in imports(tree))]:
-            if parts and parts[0] in roots and not (is_test and (parts[:2] in excepted or parts[:3] in excepted)):
+            if (
+                parts
+                and parts[0] in roots
+                and not (is_test_file(path) and (parts[:2] in excepted or parts[:3] in excepted))
+            ):
                 assert not any(private.match(part) for part in parts), f"{where(path, node)}: {'.'.join(parts)}"
 
 
