@@ -352,7 +352,10 @@ def test_what_a_new_method_makes_stale_is_what_contributing_tells(monkeypatch):
         monkeypatch.setattr(psgd_jax_backend, name, make(toy, "psgd_jax_backend"), raising=False)
     made = {f"docs/{name}" for name in TABLES if with_tables(name) != (ROOT / "docs" / name).read_text()}
     made |= {path for path, stub in STUBS.items() if stub() != (ROOT / path).read_text()}
-    by_hand = {"psgd/methods/quad_torch.py", *names(path for path in TELLERS if str(path.relative_to(ROOT)) not in made)}
+    by_hand = {
+        "psgd/methods/quad_torch.py",
+        *names(path for path in TELLERS if str(path.relative_to(ROOT)) not in made),
+    }
     told = section("contributing.md", "Add a method")
     found = {span for span in re.findall(r"`([^`\n]+)`", told) if (ROOT / span).is_file()}
     assert found == made | by_hand
