@@ -19,10 +19,15 @@ BENCHMARKS = {
     "scale": "benchmarks.cost.scale",
     "train": "benchmarks.training.train",
 }
+WHAT = "the benchmarks are"  # only in a checkout
 
 
 class Benchmarks(TyperGroup):
     """The group: it loads the module of a command when that is asked for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        from_checkout("benchmarks", "bench", WHAT)
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(BENCHMARKS)
@@ -30,7 +35,7 @@ class Benchmarks(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         known("benchmark", cmd_name, BENCHMARKS)
         with packages():
-            function = from_checkout(BENCHMARKS[cmd_name], "bench", "the benchmarks are").command
+            function = from_checkout(BENCHMARKS[cmd_name], "bench", WHAT).command
 
         @wraps(function)
         def command(**arguments: Any) -> None:
