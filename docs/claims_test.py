@@ -447,6 +447,7 @@ def numbers():
     from benchmarks import peers, sets
     from benchmarks.cost import scale, ways
     from benchmarks.training import experiments, gpt, train, transfer
+    from benchmarks.training.search import EdgeSearch, rate
     from psgd import rotate
     from psgd_jax_backend import _per_tensor as jax_per_tensor
     from psgd_jax_backend import _sharding
@@ -455,7 +456,7 @@ def numbers():
         return f"{sum(p.numel() for p in model.parameters()):,}"
 
     ways, task, size = ways.Setup(), train.tasks()["lm"], gpt.Size()
-    images, search, races = train.tasks()["digits"], train.Search(), train.Races()
+    images, search, races = train.tasks()["digits"], EdgeSearch(), train.Races()
     small, chosen = sets.SETS["gpt-4x256"], train.CHOSEN
     schedule = default("kron", "preconditioner_update_probability")
     last = next(t for t in range(1, 10_000) if schedule(t) == schedule.min_prob)
@@ -465,7 +466,7 @@ def numbers():
     (fit, applied), kept = counted_in_strips(), counted_with_p()
     sweeps, tolerance = rotate.polished.__defaults__
     share = scale.share_of_training("kron")["share"]
-    rates = ", ".join(f"{transfer.rate(k):.2g}" for k in search.begun[:-1])
+    rates = ", ".join(f"{rate(k):.2g}" for k in search.begun[:-1])
     valley, walk = experiments.settings("EQ", 0), experiments.Setup()
 
     return [
@@ -486,7 +487,7 @@ def numbers():
         ("from-adamw-in-pytorch.md", f"{WORDS[MAX_SKIPS]} in a row (`max_skips`) raise an error"),
         ("from-adamw-in-pytorch.md", f"in the end at every {period}th step"),
         ("from-adamw-in-pytorch.md", f"{transfer.Setup().steps} steps without warm-up"),
-        ("from-adamw-in-pytorch.md", f"a convolutional net of {count(transfer.net())} numbers"),
+        ("from-adamw-in-pytorch.md", f"a convolutional net of {count(transfer.wide_net())} numbers"),
         ("from-adamw-in-pytorch.md", f"a transformer of one layer and {count(transfer.Transformer())} numbers"),
         ("from-adamw-in-pytorch.md", f"at rank {default('low_rank_approximation', 'uvd_rank_of_approximation')}"),
         ("from-adamw-in-optax.md", f"raises after {WORDS[MAX_SKIPS]} in a row"),
@@ -510,10 +511,10 @@ def numbers():
         # training
         ("training.md", f"a GPT of {WORDS[size.layers]} layers, width {size.width} and {count(gpt.GPT(size))} numbers"),
         ("training.md", f"{task.steps} batches of {size.batch} windows of {size.context} characters"),
-        ("training.md", f"a convolutional net of {count(train.net())} numbers"),
+        ("training.md", f"a convolutional net of {count(train.small_net())} numbers"),
         ("training.md", f"means of {WORDS[images.seeds]} seeds"),
         ("training.md", f"A step takes {train.PRODUCT:.4f} of each weight"),
-        ("training.md", f"Everyone tries {rates} and {transfer.rate(search.begun[-1]):.2g} over a quarter"),
+        ("training.md", f"Everyone tries {rates} and {rate(search.begun[-1]):.2g} over a quarter"),
         ("training.md", f"{WORDS[search.more]} at most. The best {WORDS[search.finals]} are run in full"),
         ("training.md", f"All train {races.steps} steps in turn"),
         ("training.md", f"over {WORDS[races.count]} such races"),

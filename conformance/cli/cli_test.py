@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import tables
 from benchmarks.cost import step
-from benchmarks.training import train
+from benchmarks.training import train_figures
 from conformance import cli, packages, terminal
 from conformance.internal import contracts, soak
 from conformance.internal.testing import psgd
@@ -120,7 +120,7 @@ def test_tables_of_benchmarks_fit(monkeypatch):
     assert max(map(len, text.splitlines())) <= 80 and who in text and "0.88" in text and "left out to fit" in text
     run = {"name": max(METHODS, key=len), "losses": [1.69], "k": 5, "tried": [5], "lr": 3.2e-3}
     run |= {"share": float("nan"), "slower": 1.2}
-    told = train.cells([run], [{"optimizer": "x", "why": "it keeps more than there is of memory"}])
+    told = train_figures.cells([run], [{"optimizer": "x", "why": "it keeps more than there is of memory"}])
     text = shown(tables.sheet("Training", told), None, monkeypatch)
     assert max(map(len, text.splitlines())) <= 80 and run["name"] in text and "1.690" in text and "memory" in text
 
