@@ -445,7 +445,7 @@ def counted_with_p():
 def numbers():
     """(page, what it says), with the numbers from the code."""
     from benchmarks import peers, sets
-    from benchmarks.cost import scale, ways
+    from benchmarks.cost import scale, variants
     from benchmarks.training import experiments, gpt, train, transfer
     from benchmarks.training.search import EdgeSearch, rate
     from psgd import rotate
@@ -455,7 +455,7 @@ def numbers():
     def count(model):
         return f"{sum(p.numel() for p in model.parameters()):,}"
 
-    ways, task, size = ways.Setup(), train.tasks()["lm"], gpt.Size()
+    stepped, task, size = variants.Setup(), train.tasks()["lm"], gpt.Size()
     images, search, races = train.tasks()["digits"], EdgeSearch(), train.Races()
     small, chosen = sets.SETS["gpt-4x256"], train.CHOSEN
     schedule = default("kron", "preconditioner_update_probability")
@@ -467,7 +467,7 @@ def numbers():
     sweeps, tolerance = rotate.polished.__defaults__
     share = scale.share_of_training("kron")["share"]
     rates = ", ".join(f"{rate(k):.2g}" for k in search.begun[:-1])
-    valley, walk = experiments.settings("EQ", 0), experiments.Setup()
+    valley, trial = experiments.settings("EQ", 0), experiments.Setup()
 
     return [
         # the mathematics
@@ -526,14 +526,14 @@ def numbers():
         # benchmarks
         ("benchmarks.md", f"{small.numbers / 1e6:.1f} million numbers in {len(small.shapes)} tensors"),
         ("benchmarks.md", f"factors of axes above {peers.LONGEST} diagonal"),
-        ("benchmarks.md", f"Forty layers of {ways.layers.size} x {ways.layers.size}"),
-        ("benchmarks.md", f"{ways.rounds} rounds of {ways.steps} steps each"),
+        ("benchmarks.md", f"Forty layers of {stepped.layers.size} x {stepped.layers.size}"),
+        ("benchmarks.md", f"{stepped.rounds} rounds of {stepped.steps} steps each"),
         ("benchmarks.md", f"`kron` fits at every step at first and at every {period}th in the end"),
-        ("benchmarks.md", f"Rosenbrock's function in {walk.dimensions} dimensions"),
+        ("benchmarks.md", f"Rosenbrock's function in {trial.dimensions} dimensions"),
         ("benchmarks.md", "lr_preconditioner {lr_preconditioner}, momentum {momentum}".format(**valley)),
-        ("benchmarks.md", f"in {walk.walk:,} steps of float64; medians of {WORDS[walk.seeds]} seeds"),
-        ("benchmarks.md", f"Fitting a {walk.size} x {walk.size} Hessian"),
-        ("benchmarks.md", f"drawn to step {walk.shown:,}"),
+        ("benchmarks.md", f"in {trial.valley_steps:,} steps of float64; medians of {WORDS[trial.seeds]} seeds"),
+        ("benchmarks.md", f"Fitting a {trial.size} x {trial.size} Hessian"),
+        ("benchmarks.md", f"drawn to step {trial.shown:,}"),
         *(("benchmarks.md", f"`{name}`") for name in sets.SETS),
         # performance
         ("performance.md", f"of the move of `quad` 7/8 from {2 * mirrored} rows on, 13/16 from {4 * mirrored}"),
