@@ -501,13 +501,13 @@ def numbers():
         ("sharding.md", f"on {WORDS[mesh.DEVICES]} devices that one processor plays"),
         ("sharding.md", f"within {mesh.BOUND:.0e} of one device"),
         # soak
-        ("soak.md", f"{WORDS[soak.LOOKS]} times on the way and at the end of it"),
+        ("soak.md", f"{WORDS[soak.CHECKPOINTS]} times on the way and at the end of it"),
         ("soak.md", f"learning rate is {soak.RATE} throughout"),
         ("soak.md", f"low ranks are {soak.RANK}"),
         ("soak.md", f"at most {soak.FASTEST} times as large"),
         ("soak.md", f"below {WORDS[round(soak.LARGEST_LOSS / soak.RATE)]} times the learning rate"),
         ("soak.md", "once a thousand steps are over" if soak.SETTLED == 1000 else "not so"),
-        *(("soak.md", f"| {walk.name} | {walk.steps:,} |") for walk in soak.WALKS),
+        *(("soak.md", f"| {run.name} | {run.steps:,} |") for run in soak.RUNS),
         # training
         ("training.md", f"a GPT of {WORDS[size.layers]} layers, width {size.width} and {count(gpt.GPT(size))} numbers"),
         ("training.md", f"{task.steps} batches of {size.batch} windows of {size.context} characters"),
