@@ -21,7 +21,7 @@ import psgd_torch_backend
 from benchmarks.cost import floor
 from conformance import cli, compare
 from conformance.drivers import DRIVERS
-from conformance.internal import faults, mesh, soak
+from conformance.internal import faults, mesh_measures, mesh_runs, soak
 from conformance.internal.contracts import CONTRACTS
 from conformance.internal.stubs import STUBS
 from conformance.problems import PROBLEMS
@@ -329,7 +329,7 @@ def test_counts_are_those_of_the_registries(path):
 
 
 def test_every_method_has_its_row_where_all_were_measured():
-    """Walks on meshes, long runs and hostile gradients: each method by its name, and nobody else."""
+    """Runs on meshes, long runs and hostile gradients: each method by its name, and nobody else."""
     long, _, hostile = (ROOT / "docs" / "soak.md").read_text().partition("\n## Hostile gradients")
     meshes, *_ = (ROOT / "docs" / "sharding.md").read_text().partition("<!-- counts -->")
     for text, column in ((meshes, 0), (long, 1), (hostile, 2)):
@@ -495,11 +495,14 @@ def numbers():
         ("conformance.md", "from four *twins*" if compare.envelope.__defaults__ == (4,) else "not so"),
         # sharding
         ("sharding.md", f"other factors of {_sharding.WORTH_SPREADING} numbers and more"),
-        ("sharding.md", f"weighs the state of {mesh.DEEP} layers"),
-        ("sharding.md", f"compiling an update of {mesh.SHALLOW} and of {mesh.DEEP} layers"),
-        ("sharding.md", f"State of {mesh.DEEP} layers of {mesh.WIDTH} x {mesh.WIDTH} in one leaf"),
-        ("sharding.md", f"on {WORDS[mesh.DEVICES]} devices that one processor plays"),
-        ("sharding.md", f"within {mesh.BOUND:.0e} of one device"),
+        ("sharding.md", f"weighs the state of {mesh_measures.DEEP} layers"),
+        ("sharding.md", f"compiling an update of {mesh_measures.SHALLOW} and of {mesh_measures.DEEP} layers"),
+        (
+            "sharding.md",
+            f"State of {mesh_measures.DEEP} layers of {mesh_measures.WIDTH} x {mesh_measures.WIDTH} in one leaf",
+        ),
+        ("sharding.md", f"on {WORDS[mesh_runs.DEVICES]} devices that one processor plays"),
+        ("sharding.md", f"within {mesh_runs.BOUND:.0e} of one device"),
         # soak
         ("soak.md", f"{WORDS[soak.CHECKPOINTS]} times on the way and at the end of it"),
         ("soak.md", f"learning rate is {soak.RATE} throughout"),
