@@ -31,6 +31,7 @@ from conformance.terminal import (
 
 if TYPE_CHECKING:
     from conformance.internal import golden as recorded
+    from conformance.internal.golden_cases import Case
 
     Results = dict[str, list[recorded.Result]]
 
@@ -40,7 +41,7 @@ def recordings() -> Any:
     return from_checkout("conformance.internal.golden", "golden", "recorded runs are")
 
 
-def replayed(case: recorded.Case, folder: Path, framework: Framework, tick: Tick) -> recorded.Result:
+def replayed(case: Case, folder: Path, framework: Framework, tick: Tick) -> recorded.Result:
     """A case's result; an exception is a failure, whose message stands for where it failed."""
     try:
         return recordings().replay(case, folder, framework)
@@ -51,7 +52,7 @@ def replayed(case: recorded.Case, folder: Path, framework: Framework, tick: Tick
         tick(1)
 
 
-def replay_all(cases: Sequence[recorded.Case], folder: Path, drivers: Sequence[str]) -> Results:
+def replay_all(cases: Sequence[Case], folder: Path, drivers: Sequence[str]) -> Results:
     """Results of every driver, in the order of the cases."""
     frameworks = {name: loaded(FRAMEWORKS[name]) for name in drivers}
     results: Results = {}
@@ -62,11 +63,11 @@ def replay_all(cases: Sequence[recorded.Case], folder: Path, drivers: Sequence[s
     return results
 
 
-def read_cases(folder: Path, families: Sequence[str]) -> list[recorded.Case]:
+def read_cases(folder: Path, families: Sequence[str]) -> list[Case]:
     """The cases of a folder, of some families or of all, family after family."""
     try:
         with files():
-            cases: list[recorded.Case] = recordings().cases(folder)
+            cases: list[Case] = recordings().cases(folder)
     except ValueError as error:
         refuse(str(error))
     order = list(dict.fromkeys(case["family"] for case in cases))
@@ -94,7 +95,7 @@ def counted(names: Mapping[str, int]) -> str:
     return ", ".join(f"{name} ({n})" for name, n in names.items())
 
 
-def unsupported(cases: Sequence[recorded.Case]) -> dict[str, dict[str, int]]:
+def unsupported(cases: Sequence[Case]) -> dict[str, dict[str, int]]:
     """How many cases wait for what: families by name, and functions of families that are there in part."""
     supported, replays = recordings().supported, recordings().FAMILIES
     waiting = [case for case in cases if not supported(case)]
