@@ -6,13 +6,13 @@ from typing import Any, ParamSpec, Protocol
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from psgd.schedule import precond_update_prob_schedule as precond_update_prob_schedule
+from psgd_jax_backend._nonfinite import check_skips as check_skips
 from psgd_jax_backend._sharding import state_sharding as state_sharding
 from psgd_jax_backend._state import PSGDState as PSGDState
 from psgd_jax_backend._state import state_arrays as state_arrays
-from psgd_jax_backend._nonfinite import check_skips as check_skips
+from psgd_jax_backend._summary import summary as summary
 from psgd_jax_backend.hessian import hessian_helper as hessian_helper
 from psgd_jax_backend.transform import scale_by_psgd as scale_by_psgd
-from psgd_jax_backend._summary import summary as summary
 
 _P = ParamSpec("_P")
 

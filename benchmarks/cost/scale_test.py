@@ -29,11 +29,11 @@ def measured():
 
 @pytest.fixture
 def result(measured, monkeypatch):
-    monkeypatch.setattr(scale, "point", lambda field, method, ways: {**measured, "ways": list(ways)})
+    monkeypatch.setattr(scale, "point", lambda field, method, variants: {**measured, "variants": list(variants)})
     return scale.measure(METHOD, Console(quiet=True), quick=True)
 
 
-def test_every_way_and_the_bare_products_are_timed(measured):
+def test_every_variant_and_the_bare_products_are_timed(measured):
     assert list(measured["ms"]) == ["torch, eager", "jax", "products"] and not measured["why"]
     assert all(ms > 0 for ms in measured["ms"].values()) and measured["launches"] > 100 > measured["products"]
 
@@ -41,7 +41,7 @@ def test_every_way_and_the_bare_products_are_timed(measured):
 def test_there_is_a_panel_of_layers_and_one_of_widths(result):
     panels = scale.by_panel(result)
     assert {name: [p["at"] for p in points] for name, points in panels.items()} == {"layers": [1, 2], "width": [4, 8]}
-    assert all(p["ways"] == ["torch, eager", "jax"] for p in result["rows"])
+    assert all(p["variants"] == ["torch, eager", "jax"] for p in result["rows"])
     assert [p["set"] for p in panels["width"]] == ["1 of 4 x 4", "1 of 8 x 8"]
 
 
@@ -56,7 +56,7 @@ def test_the_command_prints_writes_and_draws(result, flags, tmp_path, monkeypatc
     assert matplotlib.image.imread(png).std() > 0.01
 
 
-def test_a_way_that_does_not_run_has_its_reason_in_its_cell(result):
+def test_a_variant_that_does_not_run_has_its_reason_in_its_cell(result):
     result["rows"][1] = {**result["rows"][1], "ms": {"jax": 1.0}, "why": {"torch, eager": "no | torch"}}
     head, _, second, *_ = scale.cells(result)
     assert dict(zip(head, second, strict=True))["torch, eager"] == "no / torch"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.training import experiments
+from benchmarks.training import experiments, experiments_figures
 from benchmarks.training.experiments import QUICK, Setup
 from psgd.methods import METHODS
 
@@ -151,7 +151,7 @@ def test_the_valley_is_walked_to_its_end():
 
 @pytest.mark.parametrize("geometry", ["EQ", "Q0.5EQ1.5"])
 def test_both_frameworks_walk_one_trajectory(geometry):
-    setup = Setup(dimensions=20, walk=60, seeds=2)
+    setup = Setup(dimensions=20, valley_steps=60, seeds=2)
     ours = walks(geometry, setup)
     for seed, curve in enumerate(ours):
         assert experiments.agreement(experiments.torch_walk(geometry, seed, setup), curve) == 60
@@ -174,11 +174,11 @@ def test_agreement_ends_at_the_first_difference():
 def test_a_step_is_told_where_most_seeds_get_there():
     row = {"geometry": "any", "framework": "jax", "finals": [1e-20, 2e-20, 3e-9], "agreed": [50, 60, 80]}
 
-    def told(reached):
-        return experiments.valley_cells({"rosenbrock": [row | {"reached": reached}]})[1]
+    def cells(reached):
+        return experiments_figures.valley_cells({"rosenbrock": [row | {"reached": reached}]})[1]
 
-    assert told([900, None, 700]) == ("any", "jax", "2.0e-20", "1e-20 to 3e-09", "900", "60", "50")
-    assert told([900, None, None])[4] == "never"
+    assert cells([900, None, 700]) == ("any", "jax", "2.0e-20", "1e-20 to 3e-09", "900", "60", "50")
+    assert cells([900, None, None])[4] == "never"
 
 
 # ---- the program -------------------------------------------------------------------------
@@ -198,10 +198,10 @@ def test_every_figure_is_there(result):
     assert [(r["geometry"], r["framework"]) for r in result["rosenbrock"]] == ways
     assert all(len(r["finals"]) == len(r["reached"]) == len(r["agreed"]) == 2 for r in result["rosenbrock"])
     ways += [("BFGS", "torch"), ("BFGS", "jax")]
-    for rows in experiments.by_panel(result).values():
+    for rows in experiments_figures.by_panel(result).values():
         assert [(r["method"], r["framework"]) for r in rows] == ways
         assert all(len(r["marks"]) == len(r["errors"]) > 3 for r in rows)
-    assert len(experiments.by_panel(result)) == 3
+    assert len(experiments_figures.by_panel(result)) == 3
     assert {"processor", "torch", "jax"} <= result["machine"].keys()
 
 
@@ -223,8 +223,8 @@ def test_tables_are_printed(result, flags, monkeypatch, capsys):
 
 
 def test_a_table_has_the_steps_that_were_done():
-    told = {"told": [100, 1_000, 10_000], "method": "any", "framework": "torch"}
-    head, row = experiments.fits_cells([told | {"marks": [7, 100, 1_000], "errors": [3.0, 1.0, 0.123]}])
+    row_of = {"reported": [100, 1_000, 10_000], "method": "any", "framework": "torch"}
+    head, row = experiments_figures.fits_cells([row_of | {"marks": [7, 100, 1_000], "errors": [3.0, 1.0, 0.123]}])
     assert list(head) == ["method", "framework", "step 100", "step 1,000", "step 10,000"]
     assert list(row) == ["any", "torch", "1", "0.12", "–"]
 
@@ -232,5 +232,5 @@ def test_a_table_has_the_steps_that_were_done():
 def test_progress_is_told_on_its_own_console(monkeypatch, capsys):
     monkeypatch.setattr(experiments, "GEOMETRIES", {"EQ": experiments.GEOMETRIES["EQ"]})
     quiet = Console(quiet=True)
-    assert len(experiments.valley(replace(QUICK, walk=2, seeds=1), quiet)) == 2
+    assert len(experiments.valley(replace(QUICK, valley_steps=2, seeds=1), quiet)) == 2
     assert capsys.readouterr().out == ""

@@ -32,6 +32,7 @@ from conformance.compare import compare
 from conformance.drivers import jax_alias, jax_derivatives, jax_optimizer, torch_class
 from conformance.frameworks import FRAMEWORKS
 from conformance.internal import golden
+from conformance.internal.golden_cases import Case
 from conformance.problems import PROBLEMS, Problem
 from psgd import (
     axes,
@@ -284,7 +285,7 @@ def _noise_differs() -> str | None:
 
 
 @cache
-def _cases() -> tuple[golden.Case, ...]:
+def _cases() -> tuple[Case, ...]:
     """Recorded runs, the shortest first."""
     return tuple(sorted(golden.cases(FOLDER), key=lambda case: (FOLDER / case["file"]).stat().st_size))
 

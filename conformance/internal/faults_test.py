@@ -39,9 +39,10 @@ def test_catchers_of_the_core_run_no_adapter():
     """So that a fault in an adapter leaves them what they saw."""
     program = """if True:
         import sys
-        from conformance import golden
+        from pathlib import Path
+        from conformance.internal import golden
         from conformance.frameworks import FRAMEWORKS
-        folder = golden.Path(sys.argv[1])
+        folder = Path(sys.argv[1])
         assert all(golden.replay(case, folder, FRAMEWORKS["numpy"]).passed for case in golden.cases(folder))
         assert not {"psgd_torch_backend", "psgd_jax_backend"} & sys.modules.keys()
     """

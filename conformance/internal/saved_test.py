@@ -1,7 +1,7 @@
 """State that an earlier version saved loads, under the same keys, and goes on as it did then.
 
-`testdata/before.*` were written by version 0.1.0 before its modules were given new names: of each method the state after
-three steps, and the parameters before and after a fourth.
+The files in `testdata` were written by version 0.1.0 before its modules were given new names: of each method the state
+after three steps, and the parameters before and after a fourth.
 """
 
 from __future__ import annotations
