@@ -756,9 +756,7 @@ def test_large_stacks_are_cut_by_themselves(monkeypatch: pytest.MonkeyPatch, roo
     """Seven matrices of 8 x 8 and their factors, 194 numbers of state each, with the bounds of the factors."""
     seen = []
 
-    def spied(
-        self: PerTensor, job: Any, plan: Any, draws: Any, many: bool, state: Any, targets: Any, *rest: Any
-    ) -> Any:
+    def spied(self: PerTensor, job: Any, plan: Any, draws: Any, many: bool, state: Any, targets: Any, *rest: Any) -> Any:
         seen.append(len(targets))
         return batch(self, job, plan, draws, many, state, targets, *rest)
 
