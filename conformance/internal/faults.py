@@ -29,7 +29,8 @@ from rich.progress import track
 from rich.table import Table
 
 from conformance.compare import compare
-from conformance.drivers import jax_alias, jax_derivatives, jax_optimizer, torch_class
+from conformance.drivers.in_jax import jax_alias, jax_derivatives, jax_optimizer
+from conformance.drivers.in_torch import torch_class
 from conformance.frameworks import FRAMEWORKS
 from conformance.internal import golden
 from conformance.internal.golden_cases import Case
