@@ -19,6 +19,7 @@ from _testing import CHANGELOG, DOCUMENTS, ROOT, TABLES, TELLERS, blocks, names,
 import psgd_jax_backend
 import psgd_torch_backend
 from benchmarks.cost import floor
+from benchmarks.training import trainers
 from conformance import cli, compare
 from conformance.drivers import DRIVERS
 from conformance.internal import faults, mesh_measures, mesh_runs, soak
@@ -457,7 +458,7 @@ def numbers():
 
     stepped, task, size = variants.Setup(), train.tasks()["lm"], gpt.Size()
     images, search, races = train.tasks()["digits"], EdgeSearch(), train.Races()
-    small, chosen = sets.SETS["gpt-4x256"], train.CHOSEN
+    small, chosen = sets.SETS["gpt-4x256"], trainers.CHOSEN
     schedule = default("kron", "preconditioner_update_probability")
     last = next(t for t in range(1, 10_000) if schedule(t) == schedule.min_prob)
     flat, period = schedule.flat_start, int(np.ceil(1 / schedule.min_prob))

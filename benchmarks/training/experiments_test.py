@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.training import experiments, experiments_figures
+from benchmarks.training import experiments, experiments_figures, valley
 from benchmarks.training.experiments import QUICK, Setup
 from psgd.methods import METHODS
 
@@ -127,25 +127,25 @@ def test_bfgs_meets_the_secant_equation_and_stays_positive():
 
 # ---- Rosenbrock's valley -----------------------------------------------------------------
 def test_the_method_of_the_valley_is_found_by_its_recipe():
-    assert experiments.of_all_parameters() is METHODS["dense_newton"]
+    assert valley.of_all_parameters() is METHODS["dense_newton"]
 
 
 def test_the_function_is_rosenbrocks():
-    assert experiments.rosenbrock(np.zeros(100)) == 50
-    assert experiments.rosenbrock(np.ones(100)) == 0
-    assert experiments.rosenbrock(np.asarray([2.0, 1.0])) == 901
+    assert valley.rosenbrock(np.zeros(100)) == 50
+    assert valley.rosenbrock(np.ones(100)) == 0
+    assert valley.rosenbrock(np.asarray([2.0, 1.0])) == 901
 
 
 def walks(geometry, setup):
     """The losses of every seed in JAX."""
     with jax.enable_x64(True):
-        return list(map(experiments.jax_walk(geometry, setup), range(setup.seeds)))
+        return list(map(valley.jax_walk(geometry, setup), range(setup.seeds)))
 
 
 def test_the_valley_is_walked_to_its_end():
     losses = walks("QEP", Setup())
     assert np.median([curve[-1] for curve in losses]) < 1e-14
-    assert all(1_000 < experiments.first(curve < 1e-10) < 2_000 for curve in losses)  # recorded: 1431
+    assert all(1_000 < valley.first(curve < 1e-10) < 2_000 for curve in losses)  # recorded: 1431
     assert len({curve[-1] for curve in losses}) == 5
 
 
@@ -154,21 +154,21 @@ def test_both_frameworks_walk_one_trajectory(geometry):
     setup = Setup(dimensions=20, valley_steps=60, seeds=2)
     ours = walks(geometry, setup)
     for seed, curve in enumerate(ours):
-        assert experiments.agreement(experiments.torch_walk(geometry, seed, setup), curve) == 60
-    assert experiments.agreement(*ours) < 60
+        assert valley.agreement(valley.torch_walk(geometry, seed, setup), curve) == 60
+    assert valley.agreement(*ours) < 60
 
 
 def test_steps_are_counted_from_one():
-    assert experiments.first(np.asarray([False, False, True, True])) == 3
-    assert experiments.first(np.zeros(3, bool)) is None
+    assert valley.first(np.asarray([False, False, True, True])) == 3
+    assert valley.first(np.zeros(3, bool)) is None
 
 
 def test_agreement_ends_at_the_first_difference():
     a = np.asarray([1.0, 2.0, 3.0, 4.0])
-    assert experiments.agreement(a, a) == 4
-    assert experiments.agreement(a * (1 + 1e-9), a) == 4
-    assert experiments.agreement(np.asarray([1.0, 2.0, 3.1, 4.0]), a) == 2
-    assert experiments.agreement(np.asarray([1.0, np.nan, 3.0, 4.0]), a) == 1
+    assert valley.agreement(a, a) == 4
+    assert valley.agreement(a * (1 + 1e-9), a) == 4
+    assert valley.agreement(np.asarray([1.0, 2.0, 3.1, 4.0]), a) == 2
+    assert valley.agreement(np.asarray([1.0, np.nan, 3.0, 4.0]), a) == 1
 
 
 def test_a_step_is_told_where_most_seeds_get_there():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import typer
 
-from benchmarks.training import gpt, runs, search, train, train_figures
+from benchmarks.training import gpt, runs, search, train, train_figures, trainers
 from benchmarks.training.records import Records
 from benchmarks.training.runs import ADAMW, Trainer
 from benchmarks.training.search import EdgeSearch
@@ -117,10 +117,10 @@ def test_every_method_takes_part_beside_three_others():
 
 def test_muon_has_the_matrices_between_and_adamw_the_rest():
     model = FULL["lm"].model()
-    own = {id(p) for p in train.hidden(model)}
+    own = {id(p) for p in trainers.hidden(model)}
     names = [name for name, p in model.named_parameters() if id(p) in own]
     assert len(names) == 4 * 6 and all(name.startswith("blocks.") for name in names)
-    assert [tuple(p.shape) for p in train.hidden(train.small_net())] == [(12, 32)]
+    assert [tuple(p.shape) for p in trainers.hidden(train.small_net())] == [(12, 32)]
 
 
 def test_only_a_matrix_of_all_parameters_is_too_large_for_the_language_model():
@@ -128,7 +128,7 @@ def test_only_a_matrix_of_all_parameters_is_too_large_for_the_language_model():
         (task.name, method.name): reason
         for task in FULL.values()
         for method in METHODS.values()
-        if (reason := train.too_large(method, task.model()))
+        if (reason := trainers.too_large(method, task.model()))
     }
     assert refused == {("lm", "dense_newton"): "its state of 328,560 parameters would be 432 GB"}
 

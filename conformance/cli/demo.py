@@ -17,6 +17,7 @@ from conformance.cli.options import Seed, Steps
 from conformance.compare import Comparison
 from conformance.compare import compare as compared
 from conformance.frameworks import compiled_once, one_thread
+from conformance.html import percent
 from conformance.terminal import Part, Sheet, console, end, files, known, packages, progress, refuse, verdict, writable
 from psgd.methods import METHODS
 
@@ -36,7 +37,7 @@ def demo_table(comparisons: Sequence[Comparison]) -> Sheet:
             free.method,
             free.problem,
             pages.among({d: x[-1] for d, x in free.losses.items()}, lambda x: f"{x:.4f}"),
-            pages.among(free.accuracy(), pages.percent),
+            pages.among(free.accuracy(), percent),
             pages.differs(free),
             pages.allows(free),
             verdict(free.passed),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from conformance.internal import soak
+from conformance.internal import soak, soak_runs
 from conformance.internal.soak import (
     CHECKPOINTS,
     RUNS,
@@ -215,14 +215,14 @@ def test_the_norm_is_that_of_the_kronecker_product():
 def test_gradient_and_product_are_those_of_the_loss():
     """By PyTorch's derivatives of |A (W - W*) B|^2 / 2."""
     run = RUNS[0]
-    known = {name: torch.from_numpy(x) for name, x in soak.QUADRATIC.items()}
+    known = {name: torch.from_numpy(x) for name, x in soak_runs.QUADRATIC.items()}
     a, b = torch.linalg.cholesky(known["left"]).mT, torch.linalg.cholesky(known["right"])
     w, v = torch.randn(2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def loss(w: torch.Tensor) -> torch.Tensor:
         return ((a @ (w - known["optimum"]) @ b) ** 2).sum() / 2
 
-    g, pair = soak.gradient_and_pair(True, w, torch.zeros_like(w), v, known)
+    g, pair = soak_runs.gradient_and_pair(True, w, torch.zeros_like(w), v, known)
     torch.testing.assert_close(g["w"], torch.func.grad(loss)(w))
     torch.testing.assert_close(pair["w"], (v, torch.func.jvp(torch.func.grad(loss), (w,), (v,))[1]))
     assert run.loss(w.numpy()) == pytest.approx(float(loss(w)))
