@@ -170,7 +170,7 @@ class ShapeNamespace:
         return ShapeTracer((*batch, *(m,) * (not row), *(n,) * (not column)), dtype, self)
 
     def _solve(self, a: ShapeTracer, b: ShapeTracer) -> ShapeTracer:
-        self._count(b.dtype, prod(a.shape) * b.shape[-1])  # as of triangles: the others, of a rank r, are small
+        self._count(b.dtype, prod(a.shape) * b.shape[-1])  # as of a triangle; general ones are of a rank, and small
         return ShapeTracer(b.shape, b.dtype, self)
 
     def _count(self, dtype: str, n: int) -> None:

@@ -22,9 +22,9 @@ from psgd.schedule import Annealed
 
 METHODS: dict[str, type[Method]] = {}
 
-SCALES = "[1e-18, 1e18]"  # squares and inverse squares, of which P is made, are normal numbers of float32
+SCALES = "[1e-18, 1e18]"  # squares and inverse squares are normal numbers of float32
 NOISES = "[0, 1e18]"  # squares are finite in float32
-RATES = "(0, 10]"  # of factors: 1 is a step as long as the factor, and schedules may begin somewhat above
+RATES = "(0, 10]"  # of factors: at 1 a step may be as long as the factor itself; more than ten times that is a mistake
 RANKS = "[0, 1000000]"  # more columns than there is memory for
 REAL = ("float", "bfloat", "int", "uint")  # how the names of the dtypes of real numbers begin
 

@@ -17,7 +17,7 @@ class Preconditioner(ABC):
     Its classes are final, frozen and compare by value: a compiled step is made once for each.
     """
 
-    # Indices in Q of factors that a fit can lead away from zero. Any other factor that is zero stays so, and P with it.
+    # Indices in Q of the factors that may be zero in a sound state. Where any other is zero it stays so, and P with it.
     may_vanish: ClassVar[tuple[int, ...]] = ()
 
     @property

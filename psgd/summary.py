@@ -146,7 +146,7 @@ SPARE = (2, 1, 3, 5)  # columns left out where there is no room, in this order: 
 # A fit so many times as costly as in another geometry gets a note. By count, one rotation makes that of a square matrix
 # 1.6 times as costly, which needs none; that of a long vector some n times.
 MUCH = 4
-NAME = 24  # characters of a name for which a line always has room; a longer one may get a line to itself
+NAME = 24  # characters of a name for which columns are left out; a longer one may get a line to itself
 
 
 def _fitting(cells: Sequence[Sequence[str]], width: int) -> list[int]:

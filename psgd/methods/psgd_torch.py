@@ -70,7 +70,7 @@ class PsgdTorch(Method):
             damping=self.damping,
             fit=coin("fit", self.preconditioner_update_probability),
             balance=self.balance(),
-            side=coin("side", 0.5),  # published, fixed there: U or V, as likely
+            side=coin("side", 0.5),  # fixed in psgd_torch: U or V moves, with equal probability
             seed=self.seed,
         )
 
