@@ -21,9 +21,9 @@ from psgd.structured import (
 )
 from psgd.thin import unfolded
 
-# Neighbouring dense axes whose lengths multiply to at most this are multiplied as one: one wider product takes less time
-# than two narrow ones, and the Kronecker product of their factors, 64 x 64 at most, costs nothing beside it. The 3 x 3
-# and 7 x 7 kernels of convolutions are below it.
+# Neighbouring dense axes whose lengths multiply to at most this are multiplied as one: one wider product takes less
+# time than two narrow ones, and the Kronecker product of their factors, 64 x 64 at most, costs nothing beside it. The
+# 3 x 3 and 7 x 7 kernels of convolutions are below it.
 SHORT = 64
 Act = Callable[..., Tensor]  # (factor, tensor, axis, donate=) -> tensor
 
