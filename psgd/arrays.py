@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-Array = Any  # of whatever library follows the standard; no protocol of it says all that an array can do
+Array = Any  # of any library that follows the standard, for which there is no complete protocol to name here
 Dtype = Any  # of such a library
 Number = int | float | Array
 
@@ -20,13 +20,17 @@ if TYPE_CHECKING:
     Factor = Matrix | Diagonal | Scalar  # of one axis; a 0-d tensor's is 0-d
     Rows = Inexact[Array, "k n"]  # k vectors
     Tensor = Inexact[Array, "..."]  # a gradient, a probe: any number of axes
-else:  # jaxtyping is a tool of ours and not needed to run
+else:  # jaxtyping serves type checkers and tests alone
     Matrix = Diagonal = Scalar = Factor = Rows = Tensor = Array
 
 
 class Factors(NamedTuple):
-    """All that a preconditioner keeps. Q: its factors. L: running bounds on their residuals, 0-d, at least float32.
-    P: the factors of P, in the shapes of Q, where they are kept beside.
+    """All that a preconditioner keeps of one tensor.
+
+    Args:
+        Q: its factors, as each preconditioner says.
+        L: the Lipschitz estimate of each, a running bound on its residual, 0-d, at least float32; () if none is kept.
+        P: the factors of P, in the shapes of Q; () where they are not kept.
     """
 
     Q: tuple[Array, ...]
