@@ -20,6 +20,7 @@ import psgd_jax_backend
 import psgd_torch_backend
 from benchmarks.cost import floor
 from benchmarks.training import trainers
+from benchmarks.training import valley as valley_runs
 from conformance import cli, compare
 from conformance.drivers import DRIVERS
 from conformance.internal import faults, mesh_measures, mesh_runs, soak
@@ -447,7 +448,7 @@ def numbers():
     """(page, what it says), with the numbers from the code."""
     from benchmarks import peers, sets
     from benchmarks.cost import scale, variants
-    from benchmarks.training import experiments, gpt, train, transfer
+    from benchmarks.training import gpt, train, transfer
     from benchmarks.training.search import EdgeSearch, rate
     from psgd import rotate
     from psgd_jax_backend import _per_tensor as jax_per_tensor
@@ -468,7 +469,7 @@ def numbers():
     sweeps, tolerance = rotate.polished.__defaults__
     share = scale.share_of_training("kron")["share"]
     rates = ", ".join(f"{rate(k):.2g}" for k in search.begun[:-1])
-    valley, trial = experiments.settings("EQ", 0), experiments.Setup()
+    valley, trial = valley_runs.settings("EQ", 0), valley_runs.Setup()
 
     return [
         # the mathematics

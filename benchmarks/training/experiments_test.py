@@ -185,9 +185,10 @@ def test_a_step_is_told_where_most_seeds_get_there():
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experiments")
-    few = {name: experiments.GEOMETRIES[name] for name in ("EQ", "QUAD")}
+    few = {name: valley.GEOMETRIES[name] for name in ("EQ", "QUAD")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "GEOMETRIES", few)
+        for module in (experiments, valley):
+            patch.setattr(module, "GEOMETRIES", few)
         experiments.main(["--quick", "--json", str(folder / "all.json"), "--picture", str(folder / "fits.png")])
     assert (folder / "fits.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((folder / "all.json").read_text())
@@ -230,7 +231,7 @@ def test_a_table_has_the_steps_that_were_done():
 
 
 def test_progress_is_told_on_its_own_console(monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "GEOMETRIES", {"EQ": experiments.GEOMETRIES["EQ"]})
+    monkeypatch.setattr(valley, "GEOMETRIES", {"EQ": valley.GEOMETRIES["EQ"]})
     quiet = Console(quiet=True)
-    assert len(experiments.valley(replace(QUICK, valley_steps=2, seeds=1), quiet)) == 2
+    assert len(valley.valley(replace(QUICK, valley_steps=2, seeds=1), quiet)) == 2
     assert capsys.readouterr().out == ""

@@ -257,7 +257,7 @@ def test_what_is_not_installed_says_so(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(name, name=name)
 
-    monkeypatch.setattr(train, "import_module", missing)
+    monkeypatch.setattr(trainers, "import_module", missing)
     with pytest.raises(runs.Unfit, match="heavyball is not installed"):
         begun(TINY["digits"], BY_NAME["SOAP"], 0.01, 2)
 

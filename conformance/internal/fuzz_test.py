@@ -16,7 +16,8 @@ from conformance.drivers import Driver, JaxEager, NumpyOracle, TorchEager
 from conformance.frameworks import double_precision
 from conformance.internal import fuzz
 from conformance.internal.fuzz import BOUND, STREAMS, FuzzCase, cases, drawn, judged
-from conformance.internal.soak import SoakRun, normal, settings
+from conformance.internal.soak import settings
+from conformance.internal.soak_runs import SoakRun, normal
 from psgd.methods import METHODS
 
 # One method for each kind of stream: there are twice as many kinds, so that each meets two of them, in one dtype.

@@ -11,16 +11,8 @@ import pytest
 import torch
 
 from conformance.internal import soak, soak_runs
-from conformance.internal.soak import (
-    CHECKPOINTS,
-    RUNS,
-    JaxRunner,
-    SoakRun,
-    TorchRunner,
-    checkpoint,
-    complaints,
-    results,
-)
+from conformance.internal.soak import CHECKPOINTS, checkpoint, complaints, results
+from conformance.internal.soak_runs import RUNS, JaxRunner, SoakRun, TorchRunner
 from psgd.geometry import GEOMETRIES
 from psgd.methods import METHODS
 
