@@ -192,7 +192,7 @@ class StrictCore(NumpyOracle):
 @cache
 def torch_class(name: str) -> Any:
     """The PyTorch face of a registered method."""
-    return import_module("psgd_torch_backend.optimizer").named_class(METHODS[name], __name__)
+    return import_module("psgd_torch_backend.named").named_class(METHODS[name], __name__)
 
 
 class TorchEager(Driver):

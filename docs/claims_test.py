@@ -33,7 +33,7 @@ from psgd.summary import Parameter, rows
 from psgd_jax_backend.named import named_function, scaling
 from psgd_torch_backend import _fused, _step
 from psgd_torch_backend import _per_tensor as torch_per_tensor
-from psgd_torch_backend.optimizer import named_class
+from psgd_torch_backend.named import named_class
 
 PACKAGES = ("psgd", "psgd_torch_backend", "psgd_jax_backend", "conformance", "benchmarks")
 FOLDERS = (*PACKAGES, "docs", "examples")

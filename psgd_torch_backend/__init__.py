@@ -11,7 +11,8 @@ if _found is not None and Path(_found.origin or "").parent != Path(__file__).par
 from psgd.methods import METHODS
 from psgd.schedule import precond_update_prob_schedule
 from psgd_torch_backend.hessian import hessian_helper
-from psgd_torch_backend.optimizer import PSGD, named_class
+from psgd_torch_backend.named import named_class
+from psgd_torch_backend.optimizer import PSGD
 
 globals().update({method.title: named_class(method, __name__) for method in METHODS.values()})
 

@@ -1,8 +1,7 @@
-"""The one generic PyTorch optimizer. Its named faces, one for each registered method, are made in `__init__`."""
+"""The one generic PyTorch optimizer; `named` makes the class of each registered method."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -19,7 +18,7 @@ from psgd.summary import Parameter, Summary, counters, rows, summary
 from psgd_torch_backend import _checkpoint as loading
 from psgd_torch_backend import _groups as groups
 from psgd_torch_backend import hessian
-from psgd_torch_backend._arguments import ADAPTER_DEFAULTS, ADAPTER_SENTENCES, RAISES, documentation
+from psgd_torch_backend._arguments import ADAPTER_DEFAULTS, ADAPTER_SENTENCES, RAISES
 from psgd_torch_backend._checks import COMPUTED, OURS
 from psgd_torch_backend._joint import Joint
 from psgd_torch_backend._per_tensor import PerTensor
@@ -620,25 +619,3 @@ class PSGD(torch.optim.Optimizer):
 
 
 PSGD.__doc__ = filled(PSGD.__doc__, adapter=entries(ADAPTER_SENTENCES), raises=entries(RAISES))
-
-
-def named_class(method: type[Method], module: str) -> type[PSGD]:
-    """The optimizer class of a method: its name, signature and documentation come from the method's record."""
-    defaults = {key: f.default for key, f in groups.keys(method).items()} | ADAPTER_DEFAULTS
-    if method().recipe().joint:
-        del defaults["scanned_layers"]  # there is one preconditioner for all parameters
-    placed, named = groups.arguments(method)
-    either, only = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    first = [
-        inspect.Parameter(name, either, default=defaults.get(name, inspect.Parameter.empty))
-        for name in ("params", *placed)
-    ]
-    rest = [inspect.Parameter(x, only, default=defaults[x]) for x in (*named, *ADAPTER_DEFAULTS) if x in defaults]
-    signature = inspect.Signature([*first, *rest])
-    body = {
-        "method": method,
-        "__doc__": documentation(method, signature.parameters.values()),
-        "__module__": module,
-        "__signature__": signature,
-    }
-    return type(method.title, (PSGD,), body)

@@ -26,7 +26,7 @@ from psgd.kron import Kronecker
 from psgd.recipe import Recipe, Schedule
 from psgd.schedule import from_first
 from psgd_jax_backend.named import named_function
-from psgd_torch_backend.optimizer import named_class
+from psgd_torch_backend.named import named_class
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("psgd", "psgd_torch_backend", "psgd_jax_backend", "conformance", "benchmarks")
