@@ -227,16 +227,16 @@ FAULTS: tuple[Fault, ...] = (
     Fault("torch: order of the group", _joint._members, "_by_part(named[0])", "0", LOCKED),
     Fault(
         "torch: never counts on",
-        PerTensor.__call__,
-        "fill_(0 if plan.fit else since)",
+        _state.count_step,
+        'fill_(0 if fit else int(entry["since"]) + 1)',
         "fill_(0)",
         LOCKED,
     ),
     Fault(
         "torch: gradient of another layer",
         PerTensor._step,
-        "seen = [gradient_of(p)",
-        "seen = [gradient_of(p).flip(0)",
+        "gradients = [gradient_of(p)",
+        "gradients = [gradient_of(p).flip(0)",
         LOCKED,
     ),
     Fault(
