@@ -207,7 +207,7 @@ class PSGD(torch.optim.Optimizer):
         )
 
     def _jobs(self, pairs: Pairs | None = None) -> list[Job]:
-        """The groups, with all that is set in them looked at."""
+        """A job for each group, with all that is set in the groups checked."""
         jobs = [self._job(group, pairs) for group in self.param_groups]
         if not all(isinstance(group["scanned_layers"], bool) for group in self.param_groups):
             self._check_layer_names()
