@@ -33,9 +33,9 @@ from psgd.methods import METHODS
 from psgd.nonfinite import MAX_SKIPS
 from psgd.summary import Parameter, rows
 from psgd_jax_backend.named import named_function, scaling
-from psgd_torch_backend import _fused, _step
+from psgd_torch_backend import _compile, _fused
 from psgd_torch_backend import _per_tensor as torch_per_tensor
-from psgd_torch_backend.optimizer import named_class
+from psgd_torch_backend.named import named_class
 
 PACKAGES = ("psgd", "psgd_torch_backend", "psgd_jax_backend", "conformance", "benchmarks")
 FOLDERS = (*PACKAGES, "docs", "examples")
@@ -368,7 +368,7 @@ def test_what_a_new_method_makes_stale_is_what_contributing_tells(monkeypatch):
 def compiled_parts(method, shape, monkeypatch, **settings):
     """What a step of one parameter compiles on a CPU with `compile=True`."""
     compiled = []
-    for module in (_step, _fused):
+    for module in (_compile, _fused):
         monkeypatch.setattr(module, "compiled", lambda f: compiled.append(f.__name__) or f)
     p = torch.nn.Parameter(torch.zeros(shape))
     optimizer = getattr(psgd_torch_backend, method.title)([p], compile=True, **settings)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from conformance.drivers.base import Arrays, Driver, Snapshot, flat_state, state_of_snapshot
+from conformance.drivers.base import Arrays, Driver, Snapshot, state_of_snapshot
 from conformance.frameworks import FRAMEWORKS
 from psgd.methods import METHODS
 from psgd.pipeline import host_plan
@@ -19,7 +19,7 @@ from psgd.pipeline import host_plan
 @cache
 def torch_class(name: str) -> Any:
     """The PyTorch class of a registered method."""
-    return import_module("psgd_torch_backend.optimizer").named_class(METHODS[name], __name__)
+    return import_module("psgd_torch_backend.named").named_class(METHODS[name], __name__)
 
 
 class TorchEager(Driver):
@@ -67,19 +67,8 @@ class TorchEager(Driver):
         return {name: self.framework.numpy(p).copy() for name, p in self.tensors.items()}
 
     def state(self) -> Arrays:
-        to_state = import_module("psgd_torch_backend._state").to_state
-        flat: Arrays = {}
-        for name, p in self.tensors.items():
-            entry = self.optimizer.state.get(p)
-            if entry:
-                flat |= flat_state(
-                    name,
-                    to_state(entry),
-                    int(entry["step"]),
-                    entry.get("since"),
-                    lambda x: self.framework.numpy(x).copy(),
-                )
-        return flat
+        arrays = import_module("psgd_torch_backend").state_arrays(self.optimizer)
+        return {name: self.framework.numpy(x).copy() for name, x in arrays.items()}
 
     def skipped(self) -> tuple[int, int]:
         (group,) = self.optimizer.param_groups
