@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from psgd._xp import is_array
+from psgd.arrays import Number
 from psgd.calls import by_name, checked_policy, is_count
 from psgd.hyperparameters import Method, checked, group_key, outside, plain
 from psgd.naming import nearest, shown, unknown
-from psgd.schedule import Annealed, Number
+from psgd.schedule import Annealed
 from psgd_torch_backend._arguments import ADAPTER_DEFAULTS
 
 Group = dict[str, Any]
