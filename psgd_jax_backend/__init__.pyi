@@ -16,12 +16,12 @@ from psgd_jax_backend.transform import scale_by_psgd as scale_by_psgd
 
 _P = ParamSpec("_P")
 
-class _Face(Protocol[_P]):
+class _OptaxFunction(Protocol[_P]):
     static_args: tuple[str, ...]
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> GradientTransformationExtraArgs: ...
 
-def _face(function: Callable[_P, GradientTransformationExtraArgs]) -> _Face[_P]: ...
-@_face
+def _optax_function(function: Callable[_P, GradientTransformationExtraArgs]) -> _OptaxFunction[_P]: ...
+@_optax_function
 def procrustes(
     learning_rate: ScalarOrSchedule = 0.001,
     lr_style: str | None = "adam",
@@ -45,7 +45,7 @@ def procrustes(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_procrustes(
     lr_style: str | None = "adam",
     momentum: float = 0.95,
@@ -66,7 +66,7 @@ def scale_by_procrustes(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def quad(
     learning_rate: ScalarOrSchedule = 0.001,
     lr_style: str | None = "adam",
@@ -90,7 +90,7 @@ def quad(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_quad(
     lr_style: str | None = "adam",
     momentum: float = 0.95,
@@ -111,7 +111,7 @@ def scale_by_quad(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def kron_whiten(
     learning_rate: ScalarOrSchedule = 0.001,
     *,
@@ -139,7 +139,7 @@ def kron_whiten(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_kron_whiten(
     *,
     seed: int = 0,
@@ -164,7 +164,7 @@ def scale_by_kron_whiten(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def kron_newton(
     learning_rate: ScalarOrSchedule = 0.01,
     *,
@@ -191,7 +191,7 @@ def kron_newton(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_kron_newton(
     *,
     seed: int = 0,
@@ -215,7 +215,7 @@ def scale_by_kron_newton(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def lra_whiten(
     learning_rate: ScalarOrSchedule = 0.001,
     *,
@@ -239,7 +239,7 @@ def lra_whiten(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_lra_whiten(
     *,
     seed: int = 0,
@@ -260,7 +260,7 @@ def scale_by_lra_whiten(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def lra_newton(
     learning_rate: ScalarOrSchedule = 0.01,
     *,
@@ -283,7 +283,7 @@ def lra_newton(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_lra_newton(
     *,
     seed: int = 0,
@@ -303,7 +303,7 @@ def scale_by_lra_newton(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def dense_newton(
     learning_rate: ScalarOrSchedule = 0.01,
     *,
@@ -326,7 +326,7 @@ def dense_newton(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_dense_newton(
     *,
     seed: int = 0,
@@ -346,7 +346,7 @@ def scale_by_dense_newton(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def kwns4(
     learning_rate: ScalarOrSchedule = 0.0002,
     *,
@@ -376,7 +376,7 @@ def kwns4(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_kwns4(
     *,
     seed: int = 0,
@@ -403,7 +403,7 @@ def scale_by_kwns4(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def kron(
     learning_rate: ScalarOrSchedule = 0.001,
     b1: float = 0.9,
@@ -431,7 +431,7 @@ def kron(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_kron(
     b1: float = 0.9,
     preconditioner_update_probability: Any = ...,
@@ -456,7 +456,7 @@ def scale_by_kron(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def affine(
     learning_rate: ScalarOrSchedule = 0.01,
     preconditioner_update_probability: Any = 1.0,
@@ -483,7 +483,7 @@ def affine(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_affine(
     preconditioner_update_probability: Any = 1.0,
     b1: float = 0.9,
@@ -507,7 +507,7 @@ def scale_by_affine(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def xmat(
     learning_rate: ScalarOrSchedule = 0.01,
     preconditioner_update_probability: Any = 1.0,
@@ -530,7 +530,7 @@ def xmat(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_xmat(
     preconditioner_update_probability: Any = 1.0,
     b1: float = 0.9,
@@ -550,7 +550,7 @@ def scale_by_xmat(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def low_rank_approximation(
     learning_rate: ScalarOrSchedule = 0.01,
     preconditioner_update_probability: Any = 1.0,
@@ -574,7 +574,7 @@ def low_rank_approximation(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def lra(
     learning_rate: ScalarOrSchedule = 0.01,
     preconditioner_update_probability: Any = 1.0,
@@ -598,7 +598,7 @@ def lra(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_low_rank_approximation(
     preconditioner_update_probability: Any = 1.0,
     b1: float = 0.9,
@@ -619,7 +619,7 @@ def scale_by_low_rank_approximation(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_lra(
     preconditioner_update_probability: Any = 1.0,
     b1: float = 0.9,
