@@ -14,7 +14,7 @@ from psgd.kron import Kronecker
 from psgd.lra import LowRankNormaliser
 from psgd.methods import METHODS
 from psgd.spectral import TraceBound
-from psgd.summary import Parameter, in_flops, rows
+from psgd.summary import Parameter, in_flops, parameter_costs
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -224,12 +224,12 @@ def costs():
     matrix = Parameter("w", (size, size))
 
     def kept(method):
-        (row,) = rows(method, [matrix])
+        (row,) = parameter_costs(method, [matrix])
         return f"{row.state / size**2:,.0f}"
 
     def line(method):
         made = method()
-        (row,) = rows(made, [matrix])
+        (row,) = parameter_costs(made, [matrix])
         later = getattr(made, "momentum", 1) == 0
         state = kept(made) + (f"; with momentum {kept(replace(made, momentum=0.9))}" if later else "")
         return code(method.title), state, in_flops(row.apply), in_flops(row.fit)

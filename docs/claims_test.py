@@ -31,7 +31,7 @@ from psgd import structured
 from psgd.geometry import GEOMETRIES
 from psgd.methods import METHODS
 from psgd.nonfinite import MAX_SKIPS
-from psgd.summary import Parameter, rows
+from psgd.summary import Parameter, parameter_costs
 from psgd_jax_backend.named import named_function, scaling
 from psgd_torch_backend import _compile, _fused
 from psgd_torch_backend import _per_tensor as torch_per_tensor
@@ -557,7 +557,7 @@ def numbers():
 
 def of_a_matrix(method, **settings):
     """What is kept of it, and what a step and a fit take."""
-    (found,) = rows(METHODS[method](**settings), [Parameter("w", (1024, 1024))])
+    (found,) = parameter_costs(METHODS[method](**settings), [Parameter("w", (1024, 1024))])
     return found
 
 

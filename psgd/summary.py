@@ -20,7 +20,7 @@ from psgd.shapes import Shape
 
 
 @dataclass(frozen=True)
-class Row:
+class ParameterCost:
     """What a method keeps of one parameter, and what a step of it costs.
 
     Args:
@@ -62,7 +62,7 @@ class Summary:
     """
 
     methods: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[ParameterCost, ...]
     counters: int = 0
     skipped: int = 0
     notes: tuple[str, ...] = ()
@@ -183,12 +183,14 @@ def _scaled(n: float, units: Sequence[str], step: int) -> str:
     return f"{n:.0f} {units[0]}".strip() if not power else f"{n:.3g} {units[power]}"
 
 
-def row(method: Method, name: str, shape: Sequence[int], dtype: str = "float32", *, scanned: bool = False) -> Row:
+def parameter_cost(
+    method: Method, name: str, shape: Sequence[int], dtype: str = "float32", *, scanned: bool = False
+) -> ParameterCost:
     """The row of one parameter. scanned: its first axis counts layers, each with a preconditioner of its own."""
     layers, one = (shape[0], tuple(shape[1:])) if scanned else (None, tuple(shape))
     factors, state, apply, fit = _costs(method.recipe(), one, dtype)
     n = 1 if layers is None else layers
-    return Row(name, tuple(shape), dtype, factors, layers, n * state, n * apply, n * fit)
+    return ParameterCost(name, tuple(shape), dtype, factors, layers, n * state, n * apply, n * fit)
 
 
 class Parameter(NamedTuple):
@@ -200,7 +202,7 @@ class Parameter(NamedTuple):
     scanned: bool = False
 
 
-def rows(method: Method, parameters: Sequence[Parameter]) -> list[Row]:
+def parameter_costs(method: Method, parameters: Sequence[Parameter]) -> list[ParameterCost]:
     """The rows of the parameters of one optimizer.
 
     The cost of a joint preconditioner is divided among them by their numbers of elements; its Lipschitz estimates are
@@ -208,21 +210,21 @@ def rows(method: Method, parameters: Sequence[Parameter]) -> list[Row]:
     """
     recipe = method.recipe()
     if not recipe.joint:
-        return [row(method, p.name, p.shape, p.dtype, scanned=p.scanned) for p in parameters]
+        return [parameter_cost(method, p.name, p.shape, p.dtype, scanned=p.scanned) for p in parameters]
     n = sum(prod(p.shape) for p in parameters)
     if not n:
-        return [Row(p.name, p.shape, p.dtype, (), None, 0, 0, 0) for p in parameters]
+        return [ParameterCost(p.name, p.shape, p.dtype, (), None, 0, 0, 0) for p in parameters]
     widest = _widest(parameters)
     *_, apply, fit = _costs(recipe, (n,), widest)
     factors = _whole(recipe, parameters)
     per_number = sum(q.nbytes for q in factors.Q) // n
 
-    def one(p: Parameter) -> Row:
+    def one(p: Parameter) -> ParameterCost:
         size = prod(p.shape)
         momentum = pipeline.init_momentum(recipe, ShapeTracer(p.shape, p.dtype, ShapeNamespace()))
         kept = size * per_number + (0 if momentum is None else momentum.nbytes)
         words = tuple(sized((size, *q.shape[1:])) for q in factors.Q)
-        return Row(p.name, p.shape, p.dtype, words, None, kept, apply * size // n, fit * size // n)
+        return ParameterCost(p.name, p.shape, p.dtype, words, None, kept, apply * size // n, fit * size // n)
 
     return [one(p) for p in parameters]
 
@@ -275,9 +277,9 @@ def take_step(recipe: Recipe, shape: Shape, dtype: str, xp: ShapeNamespace, *, f
     pipeline.displacement(g, u, 0.1, 0.1)
 
 
-def summary(pairs: Iterable[tuple[Method, Row]], counters: int = 0, skipped: int = 0) -> Summary:
+def summary(pairs: Iterable[tuple[Method, ParameterCost]], counters: int = 0, skipped: int = 0) -> Summary:
     """The summary of rows, each with its method."""
-    by_method: dict[Method, list[Row]] = {}
+    by_method: dict[Method, list[ParameterCost]] = {}
     for method, row in (pairs := list(pairs)):
         by_method.setdefault(method, []).append(row)
     notes = [note for method, group in by_method.items() for note in rotation_note(method, group)]
@@ -285,7 +287,7 @@ def summary(pairs: Iterable[tuple[Method, Row]], counters: int = 0, skipped: int
     return Summary(tuple(titles), tuple(row for _, row in pairs), counters, skipped, tuple(notes))
 
 
-def rotation_note(method: Method, own: Sequence[Row]) -> list[str]:
+def rotation_note(method: Method, own: Sequence[ParameterCost]) -> list[str]:
     """A sentence on the geometries that do not rotate, where a fit of these rows is much cheaper in them.
 
     So it is of long dense vectors, whose rotations multiply full matrices, and where rotations are repeated. own: the
@@ -298,7 +300,7 @@ def rotation_note(method: Method, own: Sequence[Row]) -> list[str]:
 
     def fit(geometry: str) -> int:
         chosen: dict[str, Any] = {name: geometry}
-        return sum(r.fit for r in rows(replace(method, **chosen), parameters))
+        return sum(r.fit for r in parameter_costs(replace(method, **chosen), parameters))
 
     now = sum(r.fit for r in own)
     fits = {geometry: fit(geometry) for geometry, record in GEOMETRIES.items() if record.turn is None}

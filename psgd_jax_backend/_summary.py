@@ -11,7 +11,7 @@ import optax
 
 from psgd import summary as costs
 from psgd.hyperparameters import Method
-from psgd.summary import Row, Summary
+from psgd.summary import ParameterCost, Summary
 from psgd_jax_backend._state import Tree, states
 
 # Who wants to hear what is initialised with which method, in this context; see `summary`.
@@ -45,7 +45,7 @@ def summary(tx: optax.GradientTransformation, params: Tree, state: Tree = None) 
         >>> from psgd_jax_backend import kron, summary
         >>> print(summary(kron(), {"w": jnp.zeros((64, 10))}))  # doctest: +SKIP
     """
-    lines: list[tuple[Method, Row]] = []
+    lines: list[tuple[Method, ParameterCost]] = []
     counted = 0
 
     def record(method: Method, params: Tree, flags: list[bool], more: int) -> None:
@@ -59,7 +59,7 @@ def summary(tx: optax.GradientTransformation, params: Tree, state: Tree = None) 
             )
             for (path, x), scanned in zip(jax.tree_util.tree_leaves_with_path(params), flags, strict=True)
         ]
-        lines.extend((method, row) for row in costs.rows(method, parameters))
+        lines.extend((method, row) for row in costs.parameter_costs(method, parameters))
         counted += costs.counters(method, parameters, COUNTER_BYTES, each=False) + more
 
     token = LISTENERS.set((*LISTENERS.get(), record))

@@ -1,4 +1,4 @@
-"""The named faces of the transformation: `<name>` and `scale_by_<name>` for each registered method."""
+"""The named functions of the transformation: `<name>` and `scale_by_<name>` for each registered method."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from psgd._xp import dtype_name
 from psgd.documentation import entries, filled
 from psgd.hyperparameters import Method
 from psgd.recipe import Plan
-from psgd.summary import Parameter, Summary, counters, rows, summary
+from psgd.summary import Parameter, Summary, counters, parameter_costs, summary
 from psgd_torch_backend import _checks as checks
 from psgd_torch_backend import _groups as groups
 from psgd_torch_backend import hessian
@@ -280,7 +280,7 @@ class PSGD(torch.optim.Optimizer):
                 for name, p in job.named
                 if not checks.unfit(self.method, name, p)
             ]
-            lines += [(job.method, row) for row in rows(job.method, parameters)]
+            lines += [(job.method, row) for row in parameter_costs(job.method, parameters)]
             counted += counters(job.method, parameters, COUNTER_BYTES, each=True)
         return summary(lines, counted, max((group["skipped"] for group in self.param_groups), default=0))
 

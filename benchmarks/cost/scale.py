@@ -25,7 +25,7 @@ from benchmarks.tables import Cells, JsonFile, Markdown, Quick, frameworks, mach
 from conformance.plots import colour, hue, png, quiet
 from conformance.terminal import writable
 from psgd.methods import METHODS
-from psgd.summary import Parameter, rows
+from psgd.summary import Parameter, parameter_costs
 
 DEPTHS, WIDTH = (2, 4, 8, 16, 32), 128  # layers, of that width
 WIDTHS, DEPTH = (64, 128, 256, 512, 1024), 4  # so many layers each
@@ -86,7 +86,7 @@ def share_of_training(method: str, name: str = "gpt-12x768", tokens: int = TOKEN
     A method that may fit now and then is counted at one fit in a period.
     """
     parameters = [Parameter(str(i), shape) for i, shape in enumerate(SETS[name].shapes)]
-    counted = rows(METHODS[method](), parameters)
+    counted = parameter_costs(METHODS[method](), parameters)
     every = PERIOD if PEERS["torch", method][0].probability else 1
     own = sum(r.apply for r in counted) + sum(r.fit for r in counted) / every
     training = GPTS[name].training_flops(tokens)

@@ -13,7 +13,7 @@ from benchmarks.racing import field_of
 from benchmarks.sets import GPTS, SETS
 from conformance import cli
 from psgd.methods import METHODS
-from psgd.summary import Parameter, rows
+from psgd.summary import Parameter, parameter_costs
 
 pytestmark = pytest.mark.xdist_group("scale")  # what they look at is made once
 
@@ -65,7 +65,7 @@ def test_a_variant_that_does_not_run_has_its_reason_in_its_cell(result):
 @pytest.mark.parametrize(("method", "every"), [("kron", 34), ("quad", 1)])
 def test_the_share_of_training_is_that_of_the_counts(method, every):
     share = scale.share_of_training(method)
-    counted = rows(METHODS[method](), [Parameter("", s) for s in SETS["gpt-12x768"].shapes])
+    counted = parameter_costs(METHODS[method](), [Parameter("", s) for s in SETS["gpt-12x768"].shapes])
     own = sum(r.apply + r.fit / every for r in counted)
     assert share["optimizer"] == pytest.approx(own) and share["fits_every"] == every
     assert share["share"] == pytest.approx(own / GPTS["gpt-12x768"].training_flops(65_536))

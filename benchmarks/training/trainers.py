@@ -16,7 +16,7 @@ from psgd.hyperparameters import Method
 from psgd.kron import Kronecker
 from psgd.methods import METHODS
 from psgd.schedule import Annealed
-from psgd.summary import Parameter, rows
+from psgd.summary import Parameter, parameter_costs
 
 LARGEST = 2e9  # bytes of state that an optimizer may have
 
@@ -46,7 +46,7 @@ def chosen(method: type[Method], steps: int) -> dict[str, Any]:
 def too_large(method: type[Method], model: nn.Module) -> str | None:
     """Why a method is not for a model, by the bytes of its state."""
     shapes = [Parameter(name, tuple(p.shape), "float32", False) for name, p in model.named_parameters()]
-    state = sum(row.state for row in rows(method(), shapes))
+    state = sum(row.state for row in parameter_costs(method(), shapes))
     count = sum(p.numel() for p in model.parameters())
     return None if state <= LARGEST else f"its state of {count:,} parameters would be {state / 1e9:,.0f} GB"
 

@@ -16,7 +16,7 @@ from psgd.cost import BYTES
 from psgd.hyperparameters import Method
 from psgd.methods import METHODS
 from psgd.naming import shown
-from psgd.summary import Parameter, counters, rows, summary
+from psgd.summary import Parameter, counters, parameter_costs, summary
 
 # Bytes of an adapter's counter of steps, whether it keeps one for each parameter, and bytes of its count of skips.
 COUNTERS = {"torch": (8, True, 0), "jax": (4, False, 8)}
@@ -70,7 +70,7 @@ def plan(
         for name, x in parameters.items()
     ]
     counted = counters(configured, known_shapes, size, each=each) + skips
-    total = summary([(configured, r) for r in rows(configured, known_shapes)], counted)
+    total = summary([(configured, r) for r in parameter_costs(configured, known_shapes)], counted)
     out = console()
     out.print(total.text(out.width), markup=False, highlight=False, soft_wrap=True)
     totals = {name: getattr(total, name) for name in ("bytes", "state", "apply", "fit", "counters")}
