@@ -264,18 +264,34 @@ def defaults():
     return table(head, map(line, METHODS.values()))
 
 
+def methods():
+    """What each method is and whose, by the first sentences of their records."""
+
+    def line(name, method):
+        functions = ", ".join(map(code, (name, *filter(None, [method.also]))))
+        return code(method.title), functions, method.summary.rstrip("."), method.source.split()[0]
+
+    return table(("PyTorch", "JAX", "what it does", "from"), [line(*item) for item in METHODS.items()])
+
+
 TABLES = {
+    "README.md": {"methods": methods},
     "mathematics.md": {"geometries": geometries, "verbs": verbs, "dampings": dampings, "grid": grid},
     "from-adamw-in-pytorch.md": {"costs": costs, "defaults": defaults},
     "conformance.md": {"bounds": bounds, "problems": problems, "drivers": drivers},
 }
 
 
+def document(name):
+    """The file of a document, by its name alone."""
+    return ROOT / name if name == "README.md" else ROOT / "docs" / name
+
+
 def with_tables(name):
     """A document with its tables as they should be. They lie between `<!-- table -->` and `<!-- end -->`."""
-    text = (ROOT / "docs" / name).read_text()
+    text = document(name).read_text()
     for mark, make in TABLES[name].items():
         pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, found = pattern.subn(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
-        assert found == 1, f"docs/{name} has {found} places for the table of {mark}"
+        assert found == 1, f"{name} has {found} places for the table of {mark}"
     return text

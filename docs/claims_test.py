@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from _testing import CHANGELOG, DOCUMENTS, ROOT, TABLES, TELLERS, blocks, names, prose, with_tables
+from _testing import CHANGELOG, DOCUMENTS, ROOT, TABLES, TELLERS, blocks, document, names, prose, with_tables
 
 import psgd_jax_backend
 import psgd_torch_backend
@@ -352,7 +352,9 @@ def test_what_a_new_method_makes_stale_is_what_contributing_tells(monkeypatch):
     monkeypatch.setattr(psgd_torch_backend, "Toy", named_class(toy, "psgd_torch_backend"), raising=False)
     for name, make in (("toy", named_function), ("scale_by_toy", scaling)):
         monkeypatch.setattr(psgd_jax_backend, name, make(toy, "psgd_jax_backend"), raising=False)
-    made = {f"docs/{name}" for name in TABLES if with_tables(name) != (ROOT / "docs" / name).read_text()}
+    made = {
+        str(document(name).relative_to(ROOT)) for name in TABLES if with_tables(name) != document(name).read_text()
+    }
     made |= {path for path, stub in STUBS.items() if stub() != (ROOT / path).read_text()}
     by_hand = {
         "psgd/methods/quad_torch.py",

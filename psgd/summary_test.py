@@ -19,7 +19,17 @@ import psgd_torch_backend
 from psgd import structured
 from psgd.geometry import GEOMETRIES
 from psgd.methods import METHODS
-from psgd.summary import Parameter, ParameterCost, Summary, counters, in_bytes, in_flops, summary
+from psgd.summary import (
+    Parameter,
+    ParameterCost,
+    Summary,
+    counters,
+    in_bytes,
+    in_flops,
+    parameter_cost,
+    parameter_costs,
+    summary,
+)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHAPES = {

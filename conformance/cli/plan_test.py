@@ -17,7 +17,7 @@ import psgd_torch_backend
 from conformance.cli import plan
 from conformance.internal.testing import psgd
 from psgd.methods import METHODS
-from psgd_jax_backend import transform
+from psgd_jax_backend import _summary
 from psgd_torch_backend import optimizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -79,7 +79,7 @@ def test_a_model_of_eight_billion_is_what_both_frameworks_say(planned, method):
 
 def test_counters_are_those_of_the_adapters():
     assert plan.COUNTERS["torch"] == (optimizer.COUNTER_BYTES, True, 0)
-    assert plan.COUNTERS["jax"] == (transform.COUNTER_BYTES, False, transform.SKIPS_BYTES)
+    assert plan.COUNTERS["jax"] == (_summary.COUNTER_BYTES, False, _summary.SKIPS_BYTES)
     assert plan.COUNTERS.keys() == {"torch", "jax"}
 
 
