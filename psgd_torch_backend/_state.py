@@ -135,7 +135,7 @@ def state_arrays(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         >>> layer(torch.ones(1, 3)).sum().backward()
         >>> optimizer.step()
         >>> {name: tuple(x.shape) for name, x in state_arrays(optimizer).items() if name.startswith("weight/Q")}
-        {'weight/Q/0': (2, 2), 'weight/Q/1': (3, 3)}
+        {'weight/Q/0': (2, 2), 'weight/Q/1': (3,)}
     """
     owner, arrays = type(optimizer).__name__, dict[str, Tensor]()
     named = all_named(owner, optimizer.param_groups)
