@@ -50,7 +50,7 @@ def prose(path):
 
 MATHEMATICS = ROOT / "docs" / "mathematics.md"
 CHANGELOG = ROOT / "docs" / "CHANGELOG.md"
-TELLERS = [path for path in (README, CHANGELOG, MATHEMATICS) if path in DOCUMENTS]
+TELLERS = [path for path in (README, MATHEMATICS) if path in DOCUMENTS]
 
 
 # ---- tables -----------------------------------------------------------------------------
