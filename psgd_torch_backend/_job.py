@@ -76,9 +76,13 @@ def host_plan(schedule: Schedule, step: int, since: int | None) -> Plan:
 
 
 class PendingUpdate(NamedTuple):
-    """Directions that wait for those of all other parameters, and where they go."""
+    """Directions that wait for those of all other parameters, and where they go, with the rates to go there by.
 
-    group: Group
+    weight_decay: that which is apart from the gradient. max_norm: None where the length of a step is not bounded.
+    """
+
+    lr: Number
+    weight_decay: Number
     max_norm: Number | None
     targets: list[Tensor]
     directions: list[Tensor]
@@ -127,6 +131,13 @@ def without_signal(job: Job, silent: Collection[int]) -> Job:
     return job._replace(params=[p for p in job.params if id(p) not in silent])
 
 
+def pending(job: Job, targets: list[Tensor], directions: list[Tensor]) -> PendingUpdate:
+    """Directions of parameters of a group, to wait."""
+    lr, weight_decay = rates(job.group)
+    max_norm = job.schedule.max_norm if job.recipe.has_max_norm else None
+    return PendingUpdate(lr, decoupled(job.recipe, weight_decay), max_norm, targets, directions)
+
+
 def rates(group: Group) -> list[Number]:
     """Learning rate and weight decay; a tensor that holds one, whatever its shape, as a 0-d one."""
     numbers = group["lr"], group["weight_decay"]
@@ -155,7 +166,7 @@ def apply_pending(updates: Sequence[PendingUpdate]) -> None:
         factor = None if update.max_norm is None else max_norm_factor(update.max_norm, near)
         for p, u in zip(update.targets, update.directions, strict=True):
             u = u if factor is None else u * factor.to(u.device, real_dtype(u))
-            p.add_(pipeline.displacement(p, u, *rates(update.group)))
+            p.add_(pipeline.displacement(p, u, update.lr, update.weight_decay))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from psgd.joint import join, join_states, split, split_state
 from psgd.recipe import Plan, State, leaves, rebuilt
 from psgd_torch_backend._checks import OURS, Forms, forms_of, rows_of, wrong_counter, wrong_tensors
 from psgd_torch_backend._compile import Steps, as_tensors, on_device
-from psgd_torch_backend._job import Job, PendingUpdate, complete_entry, is_true, rates, without_signal
+from psgd_torch_backend._job import Job, PendingUpdate, complete_entry, is_true, pending, rates, without_signal
 from psgd_torch_backend._noise import CachedDraws
 from psgd_torch_backend._state import begun, count_step, new_counters, to_entry, to_state, unscaled, write
 
@@ -52,24 +52,24 @@ class Joint:
                 return []
             plan = plan._replace(fit=plan.fit and known)
             state = pipeline.rescaled(job.recipe, state, scale)
-        u, new = self._step(job, plan, g, state, pair)
+        p = g if job.recipe.decoupled else join([p.detach() for p in members])  # read for its decay alone
+        u, new = self._step(job, plan, p, g, state, pair)
         for entry, rows in zip(entries, split_state(new, shapes), strict=True):
             write(to_state(entry), rows)
             count_step(entry, fit=plan.fit)
         moving = [(p.detach(), part) for p, part in zip(members, split(u, shapes), strict=True) if p.grad is not None]
         targets, directions = map(list, zip(*moving, strict=True))
-        max_norm = job.schedule.max_norm if job.recipe.has_max_norm else None
-        return [PendingUpdate(job.group, max_norm, targets, directions)]
+        return [pending(job, targets, directions)]
 
     def _step(
-        self, job: Job, plan: Plan, g: Tensor, state: State, pair: tuple[Tensor, Tensor] | None
+        self, job: Job, plan: Plan, p: Tensor, g: Tensor, state: State, pair: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, State]:
         """The core's step of the one vector, compiled if the group says so."""
         plan, numbers = on_device(plan, g.device), rates(job.group)
         if not job.group["compile"]:
-            return self.steps.of(job.recipe, False, None)(plan, *numbers, g, g, state, CachedDraws(plan.key), pair)
+            return self.steps.of(job.recipe, False, None)(plan, *numbers, p, g, state, CachedDraws(plan.key), pair)
         step = self.steps.of(job.recipe, False, tuple(g.shape))
-        return step(*as_tensors(plan, *numbers), g, g, state, None, pair)
+        return step(*as_tensors(plan, *numbers), p, g, state, None, pair)
 
     @staticmethod
     def begin(job: Job) -> None:

@@ -21,6 +21,7 @@ from psgd_torch_backend._job import (
     complete_entry,
     gradient_of,
     is_true,
+    pending,
     rates,
     without_signal,
 )
@@ -166,7 +167,7 @@ class PerTensor:
         changes = list(change.unbind()) if many and isinstance(targets, list) else [change]
         targets = targets if isinstance(targets, list) else [targets]
         if recipe.has_max_norm:
-            return [PendingUpdate(group, job.schedule.max_norm, targets, changes)]
+            return [pending(job, targets, changes)]
         for target, part in zip(targets, changes, strict=True):
             target.add_(part)
         return []

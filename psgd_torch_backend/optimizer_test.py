@@ -8,7 +8,7 @@ import inspect
 import io
 import pickle
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from psgd import noise
 from psgd._xp import namespace
 from psgd.hyperparameters import group_key
+from psgd.methods import METHODS
+from psgd.recipe import Recipe
 from psgd.schedule import precond_update_prob_schedule
 from psgd_torch_backend import PSGD, Affine, Kron, KronWhiten, Procrustes
 from psgd_torch_backend._groups import SKIPS
@@ -43,6 +45,7 @@ from psgd_torch_backend._testing import (
     run,
     step,
 )
+from psgd_torch_backend.named import named_class
 
 
 # ---- use ------------------------------------------------------------------------------------
@@ -1127,3 +1130,31 @@ def test_coupled_weight_decay_is_part_of_the_gradient():
             plain.step()
         close(ours, theirs)
         assert not equal(ours, parameters(*SHAPES))
+
+
+COUPLED = {
+    "lra_whiten": {"preconditioner_init_scale": 1.0},
+    "affine": {"update_global_norm_clip": 0.5, "precond_init_scale": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_weight_decay_may_be_part_of_the_gradient_of_any_method(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Of one preconditioner for all parameters, and where directions wait for a bound on the whole step, too."""
+
+    class Coupled(METHODS[name]):  # type: ignore[misc]
+        def recipe(self) -> Recipe:
+            return replace(METHODS[name].recipe(self), decoupled=False)
+
+    options = {"lr": 0.1} | COUPLED[name]
+    ours, theirs = parameters(*SHAPES), parameters(*SHAPES)
+    coupled = named_class(dataclass(frozen=True, kw_only=True)(Coupled), __name__)(ours, weight_decay=0.3, **options)
+    plain = CLASSES[name](theirs, weight_decay=0.0, **options)
+    for t in range(3):
+        give_gradients(ours, t)
+        give_gradients(theirs, t)
+        for p in theirs:
+            p.grad.add_(p.detach(), alpha=0.3)
+        step(coupled)
+        step(plain)
+    close(ours, theirs, ulps=16)
