@@ -36,51 +36,75 @@ def replay_optimizer(
     n = len(player.case["shapes"])
     groups = player.case.get("groups") or [{"params": list(range(n))}]
     options = _options(player, method, groups, renamed)
-    joint = options[0].recipe().joint
+    recipe = options[0].recipe()
     scanned = player.case["hyperparameters"].get("scanned_layers") or [False] * n
-    units = [Unit(list(range(n)))] if joint else [Unit([i], scanned[i]) for i in range(n)]
+    units = [Unit(list(range(n)))] if recipe.joint else [Unit([i], scanned[i]) for i in range(n)]
     params = [player.read(f"param/0/{i}") for i in range(n)]
     since = 0
     for t in player.steps:
-        draws = Recording(player, t)
-        if player.case.get("mode") == "hessian":
-            draws = Recording(player, -1)  # what was drawn at this step made v, which was recorded
+        # In this mode what was drawn at a step made v, which was recorded.
+        draws = Recording(player, -1 if player.case.get("mode") == "hessian" else t)
         tensors = [player.read(f"grad/{t}/{i}") for i in range(n)]
-        if not options[0].recipe().decoupled:
+        if not recipe.decoupled:
             tensors = [g + options[i].weight_decay * params[i] for i, g in enumerate(tensors)]
         since += 1
         plans = _plans(player, options, groups, t, draws, since, common, by_group)
         since = 0 if plans[0].fit else since
-        pairs = _pairs(player, t, draws) if plans[0].fit else None
-        if pairs is None and plans[0].fit and (options[0].recipe().newton or f"flag/{t}" in player.data):
-            raise ValueError(f"the case lacks h/{t}/0, which its schema demands where there is a fit")
-        if joint and not plans[0].fit and f"flag/{t}" not in player.data:
-            draws.normals.clear()  # psgd_jax draws a probe at every step
+        pairs = _checked_pairs(player, recipe, plans[0], t, draws)
         if t == 1:
-            begun = Recording(player, 0)
-            for unit in units:
-                unit.begin(options[unit.members[0]].recipe(), tensors, begun)
-            begun.spent()
+            _begin(player, units, options, tensors)
         if t == 1 and late:
             yield from _state(player, 0, units)
         _scale(player, options, groups, units, t, tensors, pairs, plans[0].fit)
         if t == 1 and not late:
             yield from _state(player, 0, units)
-        directions: list[Any] = [None] * n
-        for unit in units:
-            first = unit.members[0]
-            us = unit.step(options[first].recipe(), plans[first], tensors, pairs, draws)
-            for i, u in zip(unit.members, us, strict=True):
-                directions[i] = u
-        changes = [
-            pipeline.displacement(p, u, options[i].lr, options[i].weight_decay if options[i].recipe().decoupled else 0)
-            for i, (p, u) in enumerate(zip(params, within_max_norm(options[0], directions), strict=True))
-        ]
+        changes = _changes(units, options, plans, params, tensors, pairs, draws)
         params = [p + change for p, change in zip(params, changes, strict=True)]
         draws.spent()
         yield from _state(player, t, units)
         yield from player.state(t, "out", changes)
         yield from player.state(t, "param", params)
+
+
+def _checked_pairs(player: Player, recipe: Recipe, plan: Plan, t: int, draws: Recording) -> Any:
+    """v and H v of all tensors where a step fits them; an error where the schema demands them and they lack."""
+    pairs = _pairs(player, t, draws) if plan.fit else None
+    flagged = f"flag/{t}" in player.data
+    if pairs is None and plan.fit and (recipe.newton or flagged):
+        raise ValueError(f"the case lacks h/{t}/0, which its schema demands where there is a fit")
+    if recipe.joint and not plan.fit and not flagged:
+        draws.normals.clear()  # psgd_jax draws a probe at every step
+    return pairs
+
+
+def _begin(player: Player, units: Sequence[Unit], options: Mapping[int, Method], tensors: Sequence[Any]) -> None:
+    """The first state of all units, from the draws that were recorded before the first step."""
+    draws = Recording(player, 0)
+    for unit in units:
+        unit.begin(options[unit.members[0]].recipe(), tensors, draws)
+    draws.spent()
+
+
+def _changes(
+    units: Sequence[Unit],
+    options: Mapping[int, Method],
+    plans: Mapping[int, Plan],
+    params: Sequence[Any],
+    tensors: Sequence[Any],
+    pairs: Any,
+    draws: Recording,
+) -> list[Any]:
+    """What a step adds to each parameter."""
+    directions: list[Any] = [None] * len(params)
+    for unit in units:
+        first = unit.members[0]
+        us = unit.step(options[first].recipe(), plans[first], tensors, pairs, draws)
+        for i, u in zip(unit.members, us, strict=True):
+            directions[i] = u
+    return [
+        pipeline.displacement(p, u, options[i].lr, options[i].weight_decay if options[i].recipe().decoupled else 0)
+        for i, (p, u) in enumerate(zip(params, within_max_norm(options[0], directions), strict=True))
+    ]
 
 
 def _options(
