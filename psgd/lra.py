@@ -14,7 +14,7 @@ from math import prod, sqrt
 from typing import Any, NamedTuple, final
 
 from psgd._xp import accumulation_dtype, cast, identity, make, matmul, namespace, number, shrinkage, solve, tiny
-from psgd.arrays import Array, Factors, Scalar, Tensor
+from psgd.arrays import Array, Factors, Flag, Scalar, Tensor
 from psgd.criterion import Pair
 from psgd.noise import Draws
 from psgd.preconditioner import Preconditioner
@@ -37,7 +37,7 @@ def norm(x: Tensor) -> Scalar:
     return namespace(x).linalg.vector_norm(x)
 
 
-def select(flag: bool | Scalar, a: Array, b: Array) -> Array:
+def select(flag: bool | Flag, a: Array, b: Array) -> Array:
     """a where a decision is true, else b: settled at once where it is Python's."""
     return (a if flag else b) if isinstance(flag, bool) else namespace(a).where(flag, a, b)
 
@@ -198,7 +198,7 @@ class LRA(Preconditioner):
         u, v, d = factors.Q
         return factors._replace(Q=(u, v, d * number(scale, d)))
 
-    def balanced(self, factors: Factors, when: bool | Scalar) -> Factors:
+    def balanced(self, factors: Factors, when: bool | Flag) -> Factors:
         """U and V of equal norm, where `when` is true."""
         if when is False or not _rank(factors):
             return factors
@@ -219,7 +219,7 @@ class LRA(Preconditioner):
         rate: Scalar | float,
         beta_lipschitz: Scalar | float,
         draws: Draws,
-        side: bool | Scalar = False,
+        side: bool | Flag = False,
     ) -> Factors:
         r"""One step of d and of U (`side` true) or V towards P h = v.
 
@@ -238,7 +238,7 @@ class LRA(Preconditioner):
         z = (y - matvec(u, solve(m, dot(v, y))) if rank else y) / d
         ph = d * (x + matvec(v, dot(u, x))) if rank else d * x
 
-        def length(which: int, ell: Scalar, moved: bool | Scalar = True) -> Any:
+        def length(which: int, ell: Scalar, moved: bool | Flag = True) -> Any:
             if self.normaliser.running:
                 xp, ell = namespace(ell), cast(ell, lows[which].dtype)
                 beta = number(beta_lipschitz, ell)
@@ -266,7 +266,7 @@ class LRA(Preconditioner):
         return x, y - matvec(v, solve(m.mT, dot(u, y))), m
 
     @staticmethod
-    def _directions(side: bool | Scalar, u: Tensor, v: Tensor, m: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
+    def _directions(side: bool | Flag, u: Tensor, v: Tensor, m: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
         """x (x^T V) M of U's step, (x + V U^T x) (x^T U) of V's: (n, r)."""
         x, wx = pair
         left = select(side, x, x + matvec(v, wx))
@@ -275,7 +275,7 @@ class LRA(Preconditioner):
 
     @staticmethod
     def _moved(
-        side: bool | Scalar, u: Tensor, v: Tensor, step: Tensor, ell: Scalar, length: Callable[..., Any]
+        side: bool | Flag, u: Tensor, v: Tensor, step: Tensor, ell: Scalar, length: Callable[..., Any]
     ) -> tuple[Tensor, Tensor]:
         """U or V after its step; the other, and its bound, as it was."""
         if isinstance(side, bool):

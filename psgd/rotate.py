@@ -8,7 +8,7 @@ from operator import and_
 from typing import Any
 
 from psgd._xp import accumulation_dtype, adjoint, cast, diagonal, matmul, namespace, number, plus, real_dtype, tiny
-from psgd.arrays import Factor, Matrix, Scalar
+from psgd.arrays import AxisFactor, Flag, Matrix, Scalar
 from psgd.spectral import SkewNorm
 
 
@@ -17,7 +17,7 @@ def symmetrised(q: Matrix) -> Matrix:
     return (q + adjoint(q)) / 2
 
 
-def balanced(qs: Sequence[Factor], when: bool | Scalar = True) -> tuple[Factor, ...]:
+def balanced(qs: Sequence[AxisFactor], when: bool | Flag = True) -> tuple[AxisFactor, ...]:
     """Scale the d factors of a tensor to equal largest entries: q_i <- q_i g / r_i, r_i = max|q_i|, g^d = prod r_i.
 
     The product of the factors, and so P, is unchanged. Where the boolean `when` is false nothing is. A factor that

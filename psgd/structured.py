@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from psgd._xp import adjoint, conj, matmul, namespace
-from psgd.arrays import Matrix, Tensor
+from psgd.arrays import Columns, Matrix, Rows, Tensor
 
 # Narrower strips multiply more slowly than they save; those that are mirrored are copied too.
 NARROWEST, NARROWEST_MIRRORED = 192, 256
@@ -24,7 +24,7 @@ def edges(n: int, *, mirrored: bool = False) -> list[tuple[int, int]]:
     return list(pairwise(cuts))
 
 
-def hermitian(n: int, strip: Callable[[int, int], Matrix]) -> Matrix:
+def hermitian(n: int, strip: Callable[[int, int], Tensor]) -> Matrix:
     """An (n, n) Hermitian matrix from its rows lo to hi and columns lo to n, (hi - lo, n - lo), that `strip` gives."""
     cuts = edges(n, mirrored=True)
     upper = [strip(lo, hi) for lo, hi in cuts]
@@ -37,7 +37,7 @@ def hermitian(n: int, strip: Callable[[int, int], Matrix]) -> Matrix:
     return xp.concat(rows, axis=0)
 
 
-def gram_of_rows(x: Matrix) -> Matrix:
+def gram_of_rows(x: Columns) -> Matrix:
     """x x^H. Where rows are shorter than the matrix is high, mirroring would cost what it saves."""
     n, k = x.shape
     if k < n:
@@ -45,7 +45,7 @@ def gram_of_rows(x: Matrix) -> Matrix:
     return hermitian(n, lambda lo, hi: matmul(x[lo:hi, :], adjoint(x[lo:, :])))
 
 
-def gram_of_columns(x: Matrix) -> Matrix:
+def gram_of_columns(x: Rows) -> Matrix:
     """x^T conj(x)."""
     return gram_of_rows(x.mT)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from psgd import _xp
 from psgd._xp import adjoint, conj, make, matmul, namespace, plus, real
-from psgd.arrays import Array, Diagonal, Matrix, Rows, Scalar, Tensor
+from psgd.arrays import Array, Columns, Factor, Index, Matrix, Row, Rows, Scalar, Tensor, Vector
 
 RATIO = 8  # so many times as long as all other axes together is long enough: products with few columns are slow
 BLOCK = 64  # rows of a triangle that are multiplied whole
@@ -61,7 +61,7 @@ def gram(x: Tensor, axis: int) -> Thin:
     return Thin(columns, columns)
 
 
-def unfolded(x: Tensor, axis: int) -> Matrix:
+def unfolded(x: Tensor, axis: int) -> Columns:
     """The unfolding of x along an axis, (n, size / n): that axis as rows."""
     xp = namespace(x)
     front = xp.permute_dims(x, (axis, *(i for i in range(x.ndim) if i != axis))) if axis else x
@@ -73,7 +73,7 @@ def part(a: Hermitian) -> Array:
     return a.left if isinstance(a, Thin) else a
 
 
-def formed(a: Hermitian) -> Matrix:
+def formed(a: Hermitian) -> Factor:
     """The matrix itself."""
     if not isinstance(a, Thin):
         return a
@@ -81,7 +81,7 @@ def formed(a: Hermitian) -> Matrix:
     return plus(product, -a.shift, _xp.identity(product, product.shape[0])) if a.shift else product
 
 
-def diagonal(a: Hermitian) -> Diagonal:
+def diagonal(a: Hermitian) -> Vector:
     """The real diagonal."""
     if not isinstance(a, Thin):
         return _xp.diagonal(a)
@@ -93,7 +93,7 @@ def divided(a: Hermitian, number: Scalar) -> Hermitian:
     return Thin(a.left / number, a.right) if isinstance(a, Thin) else a / number
 
 
-def row_norms(a: Hermitian) -> Diagonal:
+def row_norms(a: Hermitian) -> Vector:
     """The lengths of the rows; of what is thin without its shift."""
     if not isinstance(a, Thin):
         return namespace(a).linalg.vector_norm(a, axis=1)
@@ -101,7 +101,7 @@ def row_norms(a: Hermitian) -> Diagonal:
     return xp.sqrt(xp.clip(xp.sum(real(matmul(a.left, inner) * conj(a.left)), axis=1), min=0.0))
 
 
-def row(a: Hermitian, index: Scalar) -> Rows:
+def row(a: Hermitian, index: Index) -> Row:
     """The row of an index, (1, n); of what is thin without its shift."""
     xp, index = namespace(part(a)), namespace(part(a)).reshape(index, (1,))
     if not isinstance(a, Thin):
@@ -109,21 +109,21 @@ def row(a: Hermitian, index: Scalar) -> Rows:
     return matmul(xp.take(a.left, index, axis=0), adjoint(a.right))
 
 
-def from_left(a: Hermitian, x: Matrix) -> Matrix:
+def from_left(a: Hermitian, x: Columns) -> Columns:
     """a x."""
     if not isinstance(a, Thin):
         return matmul(a, x)
     return _shifted(a, matmul(a.left, matmul(adjoint(a.right), x)), x)
 
 
-def from_right(a: Hermitian, x: Matrix) -> Matrix:
+def from_right(a: Hermitian, x: Rows) -> Rows:
     """x a."""
     if not isinstance(a, Thin):
         return matmul(x, a)
     return _shifted(a, matmul(matmul(x, a.left), adjoint(a.right)), x)
 
 
-def _shifted(a: Thin, product: Matrix, x: Matrix) -> Matrix:
+def _shifted(a: Thin, product: Tensor, x: Tensor) -> Tensor:
     return plus(product, -a.shift, x, donate=True) if a.shift else product
 
 
@@ -143,7 +143,7 @@ def triangle_from_left(a: Thin, q: Matrix) -> Matrix:
     return _shifted(a, xp.reshape(out, (-1, n))[:n, :], q)
 
 
-def _in_blocks(x: Matrix, blocks: int) -> Tensor:
+def _in_blocks(x: Columns, blocks: int) -> Tensor:
     """The rows of a matrix in blocks of one height, (blocks, height, columns), the last filled up with zeros."""
     xp, (n, columns) = namespace(x), x.shape
     height = min(BLOCK, n)
