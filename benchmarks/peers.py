@@ -100,7 +100,7 @@ KRON = {"b1": 0.9, "max_size_triangular": LONGEST}
 BETAS = {"betas": (0.9, 0.999)}
 RANK = 10
 WIDE = {"precond_dtype": "float32"}
-METHODS: Mapping[tuple[str, str], tuple[Entrant, ...]] = MappingProxyType(
+PEERS: Mapping[tuple[str, str], tuple[Entrant, ...]] = MappingProxyType(
     {
         ("torch", "kron"): (
             _ours("torch", "Kron", KRON, True, half=WIDE),

@@ -74,10 +74,10 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             raise CannotRun(f"its process ended with code {self.process.wait()}")
-        told = json.loads(line)
-        if "why" in told:
-            raise CannotRun(told["why"])
-        return told["answer"]
+        message = json.loads(line)
+        if "why" in message:
+            raise CannotRun(message["why"])
+        return message["answer"]
 
     def laps(self, steps: int = 1) -> list[float]:
         """Seconds of each of so many steps."""

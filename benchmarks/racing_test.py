@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import peers, racing
-from benchmarks.peers import METHODS, ROOT, SCALE, Entrant
+from benchmarks.peers import PEERS, ROOT, SCALE, Entrant
 from benchmarks.racing import CannotRun, Field, Worker, field_of
 from benchmarks.sets import ParameterSet
 
@@ -137,11 +137,11 @@ def test_a_package_of_another_environment_needs_its_folder():
 
 # ---- who races --------------------------------------------------------------------------------
 def everyone():
-    return [*(x for own in METHODS.values() for x in own), *(x for own in SCALE.values() for x in own)]
+    return [*(x for own in PEERS.values() for x in own), *(x for own in SCALE.values() for x in own)]
 
 
 def test_ours_are_first_and_alone_of_this_project():
-    for own in METHODS.values():
+    for own in PEERS.values():
         assert [x.ours for x in own] == [True] + [False] * (len(own) - 1)
     assert {x.home for x in everyone() if x.ours or x.scale} == {peers.OURS_HOME}
     assert {x.home for x in everyone() if not (x.ours or x.scale)} == {peers.TORCH_HOME, peers.JAX_HOME}
@@ -149,14 +149,14 @@ def test_ours_are_first_and_alone_of_this_project():
 
 def test_no_two_beside_each_other_have_one_name(monkeypatch):
     monkeypatch.setattr(racing, "_release", lambda python, path, module: f"{module} {len(path)}")
-    for (framework, _), own in METHODS.items():
+    for (framework, _), own in PEERS.items():
         names = racing.versioned([*own, *SCALE[framework]])
         assert len(set(names.values())) == len(own) + len(SCALE[framework])
         assert names[own[0]].startswith("ours, ")
 
 
 def test_what_is_asked_for_is_set():
-    ours, *others = METHODS["torch", "kron"]
+    ours, *others = PEERS["torch", "kron"]
     plain = ours.spec("torch", compiled=False, dtype="float32", probability=0.25)
     assert plain["settings"] == {
         **peers.COMMON["torch"],

@@ -16,14 +16,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from benchmarks.peers import METHODS, USUAL
+from benchmarks.peers import PEERS, USUAL
 from benchmarks.sets import ParameterSet
 from conformance.packages import PACKAGES, is_there, missing, release
 from conformance.terminal import Sheet, console, exits, known, markdown, refuse, writable, write_json
 
 Cells = list[Sequence[str]]  # a head, then rows
 # Columns to the left.
-WORDS = ("optimizer", "set", "method", "framework", "way", "mode", "fits", "beside", "who", "dtype")
+WORDS = ("optimizer", "set", "method", "framework", "variant", "mode", "fits", "beside", "who", "dtype")
 # Columns that a terminal's tables do without where there is no room, these first.
 SPARE = (
     *("quartiles", "the other", "ours", "rates tried", "x + 1", "of the largest stack", "of the parameters"),
@@ -61,7 +61,7 @@ def frameworks(name: str | None) -> Sequence[str]:
 
 def methods(names: Sequence[str] | None) -> list[str]:
     """The methods that a command is asked for, of those that others have too."""
-    able = list(dict.fromkeys(name for _, name in METHODS))
+    able = list(dict.fromkeys(name for _, name in PEERS))
     return [known("method", name, able) for name in names or USUAL]
 
 

@@ -142,16 +142,16 @@ class InTorch(Stepping):
         own = {x.untyped_storage().data_ptr() for p in self.params for x in (p, p.grad) if x is not None}
         found: dict[Any, Any] = {}
 
-        def walk(x: Any) -> None:
+        def gather(x: Any) -> None:
             if isinstance(x, self.torch.Tensor):
                 if x.untyped_storage().data_ptr() not in own:
                     found.setdefault((x.untyped_storage().data_ptr(), x.storage_offset(), tuple(x.shape)), x)
             elif isinstance(x, Mapping):
-                list(map(walk, x.values()))
+                list(map(gather, x.values()))
             elif isinstance(x, (list, tuple)):
-                list(map(walk, x))
+                list(map(gather, x))
 
-        walk(self.optimizer.state)
+        gather(self.optimizer.state)
         return list(found.values())
 
     def state(self) -> list[Print]:
@@ -422,10 +422,10 @@ def main() -> None:
     worker = Worker()
     for line in sys.stdin:
         try:
-            told = {"answer": worker.answer(json.loads(line))}
+            answer = {"answer": worker.answer(json.loads(line))}
         except Exception as error:  # a stranger's faults must not end the race
-            told = {"why": reason(error)}
-        print(json.dumps(told), file=answers, flush=True)
+            answer = {"why": reason(error)}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -141,8 +141,8 @@ def test_a_jitted_step_moves_the_parameters(in_jax, spec):
 def test_steps_that_compile_again_are_told_and_others_are_not(spec, monkeypatch):
     """A rate that is a constant of the compiled step is compiled in."""
     schedule = {**spec, "place": "optax:adam", "settings": {"learning_rate": 1.0}, "scheduled": True}
-    told = worker.InJax(schedule).compile()
-    assert told["again"] == "" and 0 < told["lowering"] < told["first"]
+    figures = worker.InJax(schedule).compile()
+    assert figures["again"] == "" and 0 < figures["lowering"] < figures["first"]
     again = worker.InJax(schedule)
     ran = again.jitted
     monkeypatch.setattr(again, "jitted", lambda *xs: jax.jit(lambda *ys: ran(*ys))(*xs))
@@ -168,8 +168,8 @@ def test_torch_tells_whether_another_rate_compiles_again(spec, constant, expecte
 
     globals()["Compiled"] = Compiled
     settings = {"lr": 1.0, "constant": constant}
-    told = worker.InTorch({**spec, "place": f"{HERE}:Compiled", "settings": settings}).compile()
-    assert bool(told["again"]) is expected and told["first"] > 0
+    figures = worker.InTorch({**spec, "place": f"{HERE}:Compiled", "settings": settings}).compile()
+    assert bool(figures["again"]) is expected and figures["first"] > 0
 
 
 @pytest.mark.parametrize("kind", ["torch", "jax"])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from conformance.compare import method_for, work
 from conformance.problems import PROBLEMS
 from psgd.methods import METHODS
-from psgd.summary import Parameter, rows
+from psgd.summary import Parameter, parameter_costs
 
 DRIVERS = ("torch", "jax")
 DTYPE = "float64"
@@ -31,7 +31,7 @@ def operations(method: str, problem: str) -> int:
     """Floating-point operations of a step with its fit."""
     task = PROBLEMS[problem]
     parameters = [Parameter(name, x.shape, DTYPE, name in task.scanned) for name, x in task.init(0).items()]
-    return sum(row.apply + row.fit for row in rows(method_for(method, task), parameters))
+    return sum(row.apply + row.fit for row in parameter_costs(method_for(method, task), parameters))
 
 
 def fitting(method: str) -> str:

@@ -82,7 +82,9 @@ class Reference:
         self.method, self.params, self.scanned = method, dict(params), frozenset(scanned)
         self.states: dict[str, State] = {}
         self.known = False
-        self.count = self.since = self.skipped = self.skipped_in_a_row = 0
+        self.count = self.since = 0
+        self.skipped: Any = 0
+        self.skipped_in_a_row: Any = 0
 
     def _parts(self, name: str, x: Array) -> list[Array]:
         return [x[k, ...] for k in range(x.shape[0])] if name in self.scanned else [x]

@@ -10,31 +10,15 @@ import numpy as np
 import pytest
 
 from conformance import report
-from conformance.compare import KINDS, Comparison, Pair
+from conformance.compare import Comparison
+from conformance.internal.testing import STEPS, comparison
 from conformance.packages import PACKAGES, release
-from conformance.problems import PROBLEMS
-from conformance.tolerances import ENVELOPE, LOCKED
 from psgd.methods import METHODS
 
 pytestmark = pytest.mark.xdist_group("report")  # the page is drawn once
 
-STEPS = 6
 SOME = list(METHODS)[:4]  # drawing takes its time, and a page does not ask which method it shows
 VOID = {"meta"}
-
-
-def comparison(method: str, *, locked: bool = False, far: float = 1e-15) -> Comparison:
-    """A comparison of two invented drivers that are `far` apart at every step."""
-    problem = PROBLEMS["mlp-digits"]
-    envelope = None if locked else np.full(STEPS, 1e-14)
-    bound = LOCKED["float64"] if locked else ENVELOPE
-    pair = Pair("<one>", "two", bound.per_step(STEPS, envelope), KINDS if locked else ("params",))
-    pair.curves = {kind: [far] * STEPS for kind in KINDS}
-    pair.worst = {kind: (STEPS, "w1/Q/0") for kind in KINDS}
-    losses = {"<one>": list(np.linspace(2, 1, STEPS)), "two": list(np.linspace(2, 1, STEPS))}
-    last = {name: problem.init(0) for name in losses}
-    mode = "locked" if locked else "free"
-    return Comparison(method, problem.name, STEPS, "float64", 0, mode, bound, [pair], losses, last, envelope)
 
 
 @pytest.fixture(scope="module")

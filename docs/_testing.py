@@ -14,7 +14,7 @@ from psgd.kron import Kronecker
 from psgd.lra import LowRankNormaliser
 from psgd.methods import METHODS
 from psgd.spectral import TraceBound
-from psgd.summary import Parameter, in_flops, rows
+from psgd.summary import Parameter, in_flops, parameter_costs
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -50,7 +50,7 @@ def prose(path):
 
 MATHEMATICS = ROOT / "docs" / "mathematics.md"
 CHANGELOG = ROOT / "docs" / "CHANGELOG.md"
-TELLERS = [path for path in (README, CHANGELOG, MATHEMATICS) if path in DOCUMENTS]
+TELLERS = [path for path in (README, MATHEMATICS) if path in DOCUMENTS]
 
 
 # ---- tables -----------------------------------------------------------------------------
@@ -224,12 +224,12 @@ def costs():
     matrix = Parameter("w", (size, size))
 
     def kept(method):
-        (row,) = rows(method, [matrix])
+        (row,) = parameter_costs(method, [matrix])
         return f"{row.state / size**2:,.0f}"
 
     def line(method):
         made = method()
-        (row,) = rows(made, [matrix])
+        (row,) = parameter_costs(made, [matrix])
         later = getattr(made, "momentum", 1) == 0
         state = kept(made) + (f"; with momentum {kept(replace(made, momentum=0.9))}" if later else "")
         return code(method.title), state, in_flops(row.apply), in_flops(row.fit)
@@ -264,18 +264,34 @@ def defaults():
     return table(head, map(line, METHODS.values()))
 
 
+def methods():
+    """What each method is and whose, by the first sentences of their records."""
+
+    def line(name, method):
+        functions = ", ".join(map(code, (name, *filter(None, [method.also]))))
+        return code(method.title), functions, method.summary.rstrip("."), method.source.split()[0]
+
+    return table(("PyTorch", "JAX", "what it does", "from"), [line(*item) for item in METHODS.items()])
+
+
 TABLES = {
+    "README.md": {"methods": methods},
     "mathematics.md": {"geometries": geometries, "verbs": verbs, "dampings": dampings, "grid": grid},
     "from-adamw-in-pytorch.md": {"costs": costs, "defaults": defaults},
     "conformance.md": {"bounds": bounds, "problems": problems, "drivers": drivers},
 }
 
 
+def document(name):
+    """The file of a document, by its name alone."""
+    return ROOT / name if name == "README.md" else ROOT / "docs" / name
+
+
 def with_tables(name):
     """A document with its tables as they should be. They lie between `<!-- table -->` and `<!-- end -->`."""
-    text = (ROOT / "docs" / name).read_text()
+    text = document(name).read_text()
     for mark, make in TABLES[name].items():
         pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, found = pattern.subn(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
-        assert found == 1, f"docs/{name} has {found} places for the table of {mark}"
+        assert found == 1, f"{name} has {found} places for the table of {mark}"
     return text

@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 import torch
 import typer
-from _testing import CHANGELOG, DOCUMENTS, ROOT, TABLES, TELLERS, blocks, names, prose, with_tables
+from _testing import CHANGELOG, DOCUMENTS, ROOT, TABLES, TELLERS, blocks, document, names, prose, with_tables
 
 import psgd_jax_backend
 import psgd_torch_backend
 from benchmarks.cost import floor
+from benchmarks.training import trainers
+from benchmarks.training import valley as valley_runs
 from conformance import cli, compare
 from conformance.drivers import DRIVERS
-from conformance.internal import faults, mesh, soak
+from conformance.internal import faults, mesh_measures, mesh_runs, soak
 from conformance.internal.contracts import CONTRACTS
 from conformance.internal.stubs import STUBS
 from conformance.problems import PROBLEMS
@@ -29,11 +31,11 @@ from psgd import structured
 from psgd.geometry import GEOMETRIES
 from psgd.methods import METHODS
 from psgd.nonfinite import MAX_SKIPS
-from psgd.summary import Parameter, rows
+from psgd.summary import Parameter, parameter_costs
 from psgd_jax_backend.named import named_function, scaling
-from psgd_torch_backend import _fused, _step
+from psgd_torch_backend import _compile, _fused
 from psgd_torch_backend import _per_tensor as torch_per_tensor
-from psgd_torch_backend.optimizer import named_class
+from psgd_torch_backend.named import named_class
 
 PACKAGES = ("psgd", "psgd_torch_backend", "psgd_jax_backend", "conformance", "benchmarks")
 FOLDERS = (*PACKAGES, "docs", "examples")
@@ -309,7 +311,6 @@ COUNTED = {
     "planted faults": len(faults.FAULTS),
     "contracts": len(CONTRACTS),
     "packages": len(PACKAGES),
-    "update functions": len(GEOMETRIES) * 2 * 2,  # by criterion, by kind of factor
 }
 SOME = 5  # so many, and fewer, may be a part of them
 
@@ -329,7 +330,7 @@ def test_counts_are_those_of_the_registries(path):
 
 
 def test_every_method_has_its_row_where_all_were_measured():
-    """Walks on meshes, long runs and hostile gradients: each method by its name, and nobody else."""
+    """Runs on meshes, long runs and hostile gradients: each method by its name, and nobody else."""
     long, _, hostile = (ROOT / "docs" / "soak.md").read_text().partition("\n## Hostile gradients")
     meshes, *_ = (ROOT / "docs" / "sharding.md").read_text().partition("<!-- counts -->")
     for text, column in ((meshes, 0), (long, 1), (hostile, 2)):
@@ -344,29 +345,40 @@ def section(page, heading):
     return rest.partition("\n## ")[0]
 
 
-def test_what_a_new_method_makes_stale_is_what_contributing_tells(monkeypatch):
+def stale() -> set[str]:
+    """The files that the registries have left behind: tables, stubs, and documents that should name every record."""
+    files = {document(name) for name in TABLES if with_tables(name) != document(name).read_text()}
+    files |= {ROOT / path for path, stub in STUBS.items() if stub() != (ROOT / path).read_text()}
+    files |= {path for path in TELLERS if not all(name in path.read_text() for name in METHODS)}
+    return {str(path.relative_to(ROOT)) for path in files}
+
+
+def told_to_touch(what):
+    """The row of the table in contributing.md: the files that are written by hand, and by the two commands."""
+    row = next(line for line in section("contributing.md", "What that touches").splitlines() if f"| {what}" in line)
+    by_hand, generated = (set(re.findall(r"`([^`]+)`", cell)) for cell in row.strip("| ").split("|")[1:])
+    return by_hand, generated
+
+
+def test_a_new_method_makes_stale_what_contributing_tells(monkeypatch):
     toy = type("Toy", (next(iter(METHODS.values())),), {"name": "toy", "title": "Toy"})
     monkeypatch.setitem(METHODS, "toy", toy)
     monkeypatch.setattr(psgd_torch_backend, "Toy", named_class(toy, "psgd_torch_backend"), raising=False)
     for name, make in (("toy", named_function), ("scale_by_toy", scaling)):
         monkeypatch.setattr(psgd_jax_backend, name, make(toy, "psgd_jax_backend"), raising=False)
-    made = {f"docs/{name}" for name in TABLES if with_tables(name) != (ROOT / "docs" / name).read_text()}
-    made |= {path for path, stub in STUBS.items() if stub() != (ROOT / path).read_text()}
-    by_hand = {
-        "psgd/methods/quad_torch.py",
-        *names(path for path in TELLERS if str(path.relative_to(ROOT)) not in made),
-    }
-    told = section("contributing.md", "Add a method")
-    found = {span for span in re.findall(r"`([^`\n]+)`", told) if (ROOT / span).is_file()}
-    assert found == made | by_hand
-    assert f"{WORDS[len(by_hand)]} files are written by hand and {WORDS[len(made)]} by the two commands" in told
+    assert told_to_touch("a method") == ({"psgd/methods/quad_torch.py"}, stale())
+
+
+def test_a_new_geometry_makes_stale_what_contributing_tells(monkeypatch):
+    monkeypatch.setitem(GEOMETRIES, "toy", GEOMETRIES["EQ"])
+    assert told_to_touch("a geometry") == ({"psgd/geometry.py"}, stale())
 
 
 # ---- what is compiled ---------------------------------------------------------------------
 def compiled_parts(method, shape, monkeypatch, **settings):
     """What a step of one parameter compiles on a CPU with `compile=True`."""
     compiled = []
-    for module in (_step, _fused):
+    for module in (_compile, _fused):
         monkeypatch.setattr(module, "compiled", lambda f: compiled.append(f.__name__) or f)
     p = torch.nn.Parameter(torch.zeros(shape))
     optimizer = getattr(psgd_torch_backend, method.title)([p], compile=True, **settings)
@@ -445,8 +457,9 @@ def counted_with_p():
 def numbers():
     """(page, what it says), with the numbers from the code."""
     from benchmarks import peers, sets
-    from benchmarks.cost import scale, ways
-    from benchmarks.training import experiments, gpt, train, transfer
+    from benchmarks.cost import scale, variants
+    from benchmarks.training import gpt, train, transfer
+    from benchmarks.training.search import EdgeSearch, rate
     from psgd import rotate
     from psgd_jax_backend import _per_tensor as jax_per_tensor
     from psgd_jax_backend import _sharding
@@ -454,9 +467,9 @@ def numbers():
     def count(model):
         return f"{sum(p.numel() for p in model.parameters()):,}"
 
-    ways, task, size = ways.Setup(), train.tasks()["lm"], gpt.Size()
-    images, search, races = train.tasks()["digits"], train.Search(), train.Races()
-    small, chosen = sets.SETS["gpt-4x256"], train.CHOSEN
+    stepped, task, size = variants.Setup(), train.tasks()["lm"], gpt.Size()
+    images, search, races = train.tasks()["digits"], EdgeSearch(), train.Races()
+    small, chosen = sets.SETS["gpt-4x256"], trainers.CHOSEN
     schedule = default("kron", "preconditioner_update_probability")
     last = next(t for t in range(1, 10_000) if schedule(t) == schedule.min_prob)
     flat, period = schedule.flat_start, int(np.ceil(1 / schedule.min_prob))
@@ -465,8 +478,8 @@ def numbers():
     (fit, applied), kept = counted_in_strips(), counted_with_p()
     sweeps, tolerance = rotate.polished.__defaults__
     share = scale.share_of_training("kron")["share"]
-    rates = ", ".join(f"{transfer.rate(k):.2g}" for k in search.begun[:-1])
-    valley, walk = experiments.settings("EQ", 0), experiments.Setup()
+    rates = ", ".join(f"{rate(k):.2g}" for k in search.begun[:-1])
+    valley, trial = valley_runs.settings("EQ", 0), valley_runs.Setup()
 
     return [
         # the mathematics
@@ -477,7 +490,6 @@ def numbers():
         ("decisions.md", f"which is exactly 1 below {peak:.1e}".replace("e+0", "e")),
         ("decisions.md", f"{WORDS[MAX_SKIPS].capitalize()} in a row raise"),
         ("decisions.md", f"more than {WORDS[jax_per_tensor.LONG]} times as large as its factors"),
-        ("decisions.md", f"{COUNTED['update functions']} update functions"),
         # contributing
         ("contributing.md", refusal("kron", b1=1.5)),
         # from AdamW
@@ -486,7 +498,7 @@ def numbers():
         ("from-adamw-in-pytorch.md", f"{WORDS[MAX_SKIPS]} in a row (`max_skips`) raise an error"),
         ("from-adamw-in-pytorch.md", f"in the end at every {period}th step"),
         ("from-adamw-in-pytorch.md", f"{transfer.Setup().steps} steps without warm-up"),
-        ("from-adamw-in-pytorch.md", f"a convolutional net of {count(transfer.net())} numbers"),
+        ("from-adamw-in-pytorch.md", f"a convolutional net of {count(transfer.wide_net())} numbers"),
         ("from-adamw-in-pytorch.md", f"a transformer of one layer and {count(transfer.Transformer())} numbers"),
         ("from-adamw-in-pytorch.md", f"at rank {default('low_rank_approximation', 'uvd_rank_of_approximation')}"),
         ("from-adamw-in-optax.md", f"raises after {WORDS[MAX_SKIPS]} in a row"),
@@ -494,26 +506,29 @@ def numbers():
         ("conformance.md", "from four *twins*" if compare.envelope.__defaults__ == (4,) else "not so"),
         # sharding
         ("sharding.md", f"other factors of {_sharding.WORTH_SPREADING} numbers and more"),
-        ("sharding.md", f"weighs the state of {mesh.DEEP} layers"),
-        ("sharding.md", f"compiling an update of {mesh.SHALLOW} and of {mesh.DEEP} layers"),
-        ("sharding.md", f"State of {mesh.DEEP} layers of {mesh.WIDTH} x {mesh.WIDTH} in one leaf"),
-        ("sharding.md", f"on {WORDS[mesh.DEVICES]} devices that one processor plays"),
-        ("sharding.md", f"within {mesh.BOUND:.0e} of one device"),
+        ("sharding.md", f"weighs the state of {mesh_measures.DEEP} layers"),
+        ("sharding.md", f"compiling an update of {mesh_measures.SHALLOW} and of {mesh_measures.DEEP} layers"),
+        (
+            "sharding.md",
+            f"State of {mesh_measures.DEEP} layers of {mesh_measures.WIDTH} x {mesh_measures.WIDTH} in one leaf",
+        ),
+        ("sharding.md", f"on {WORDS[mesh_runs.DEVICES]} devices that one processor plays"),
+        ("sharding.md", f"within {mesh_runs.BOUND:.0e} of one device"),
         # soak
-        ("soak.md", f"{WORDS[soak.LOOKS]} times on the way and at the end of it"),
+        ("soak.md", f"{WORDS[soak.CHECKPOINTS]} times on the way and at the end of it"),
         ("soak.md", f"learning rate is {soak.RATE} throughout"),
         ("soak.md", f"low ranks are {soak.RANK}"),
         ("soak.md", f"at most {soak.FASTEST} times as large"),
         ("soak.md", f"below {WORDS[round(soak.LARGEST_LOSS / soak.RATE)]} times the learning rate"),
         ("soak.md", "once a thousand steps are over" if soak.SETTLED == 1000 else "not so"),
-        *(("soak.md", f"| {walk.name} | {walk.steps:,} |") for walk in soak.WALKS),
+        *(("soak.md", f"| {run.name} | {run.steps:,} |") for run in soak.RUNS),
         # training
         ("training.md", f"a GPT of {WORDS[size.layers]} layers, width {size.width} and {count(gpt.GPT(size))} numbers"),
         ("training.md", f"{task.steps} batches of {size.batch} windows of {size.context} characters"),
-        ("training.md", f"a convolutional net of {count(train.net())} numbers"),
+        ("training.md", f"a convolutional net of {count(train.small_net())} numbers"),
         ("training.md", f"means of {WORDS[images.seeds]} seeds"),
         ("training.md", f"A step takes {train.PRODUCT:.4f} of each weight"),
-        ("training.md", f"Everyone tries {rates} and {transfer.rate(search.begun[-1]):.2g} over a quarter"),
+        ("training.md", f"Everyone tries {rates} and {rate(search.begun[-1]):.2g} over a quarter"),
         ("training.md", f"{WORDS[search.more]} at most. The best {WORDS[search.finals]} are run in full"),
         ("training.md", f"All train {races.steps} steps in turn"),
         ("training.md", f"over {WORDS[races.count]} such races"),
@@ -525,14 +540,14 @@ def numbers():
         # benchmarks
         ("benchmarks.md", f"{small.numbers / 1e6:.1f} million numbers in {len(small.shapes)} tensors"),
         ("benchmarks.md", f"factors of axes above {peers.LONGEST} diagonal"),
-        ("benchmarks.md", f"Forty layers of {ways.layers.size} x {ways.layers.size}"),
-        ("benchmarks.md", f"{ways.rounds} rounds of {ways.steps} steps each"),
+        ("benchmarks.md", f"Forty layers of {stepped.layers.size} x {stepped.layers.size}"),
+        ("benchmarks.md", f"{stepped.rounds} rounds of {stepped.steps} steps each"),
         ("benchmarks.md", f"`kron` fits at every step at first and at every {period}th in the end"),
-        ("benchmarks.md", f"Rosenbrock's function in {walk.dimensions} dimensions"),
+        ("benchmarks.md", f"Rosenbrock's function in {trial.dimensions} dimensions"),
         ("benchmarks.md", "lr_preconditioner {lr_preconditioner}, momentum {momentum}".format(**valley)),
-        ("benchmarks.md", f"in {walk.walk:,} steps of float64; medians of {WORDS[walk.seeds]} seeds"),
-        ("benchmarks.md", f"Fitting a {walk.size} x {walk.size} Hessian"),
-        ("benchmarks.md", f"drawn to step {walk.shown:,}"),
+        ("benchmarks.md", f"in {trial.valley_steps:,} steps of float64; medians of {WORDS[trial.seeds]} seeds"),
+        ("benchmarks.md", f"Fitting a {trial.size} x {trial.size} Hessian"),
+        ("benchmarks.md", f"drawn to step {trial.shown:,}"),
         *(("benchmarks.md", f"`{name}`") for name in sets.SETS),
         # performance
         ("performance.md", f"of the move of `quad` 7/8 from {2 * mirrored} rows on, 13/16 from {4 * mirrored}"),
@@ -551,7 +566,7 @@ def numbers():
 
 def of_a_matrix(method, **settings):
     """What is kept of it, and what a step and a fit take."""
-    (found,) = rows(METHODS[method](**settings), [Parameter("w", (1024, 1024))])
+    (found,) = parameter_costs(METHODS[method](**settings), [Parameter("w", (1024, 1024))])
     return found
 
 

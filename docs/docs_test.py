@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from _testing import DOCUMENTS, MATHEMATICS, ROOT, TABLES, TELLERS, blocks, names, prose, with_tables
+from _testing import DOCUMENTS, MATHEMATICS, ROOT, TABLES, TELLERS, blocks, document, names, prose, with_tables
 
 from psgd.geometry import GEOMETRIES
 from psgd.methods import METHODS
@@ -61,8 +61,7 @@ def test_local_links_lead_somewhere(path):
 # ---- tables -----------------------------------------------------------------------------
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_are_what_the_registries_say(name):
-    path = ROOT / "docs" / name
-    assert path.read_text() == with_tables(name), f"run `python docs/docs_test.py`, which mends docs/{name}"
+    assert document(name).read_text() == with_tables(name), f"run `python docs/docs_test.py`, which mends {name}"
 
 
 @pytest.mark.parametrize("path", TELLERS, ids=names(TELLERS))
@@ -78,7 +77,7 @@ def test_every_geometry_is_named(name):
 
 def main():
     for name in TABLES:
-        (ROOT / "docs" / name).write_text(with_tables(name))
+        document(name).write_text(with_tables(name))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The core is written against the Python Array API standard. What the standard lacks (a triangular solve, a device for
 a constant, the name of a dtype) is filled in here, by the framework's own public function where it has one and by
-standard operations where it has none. No framework is imported: an array that reaches us has already loaded its own.
+standard operations where it has none. No framework is imported here: whoever passes an array has imported its library.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
-from psgd.arrays import Array
+from psgd.arrays import Array, Dtype, Number
 
 HALF = ("bfloat16", "float16")
 PRECISIONS = (None, "bfloat16", "tensorfloat32", "float32")
@@ -28,44 +28,44 @@ def namespace(x: Array) -> ModuleType:
     """The Array API namespace of `x`: its own, or array_api_compat's where the library has none (PyTorch)."""
     if hasattr(x, "__array_namespace__"):
         return x.__array_namespace__()
-    # A dictionary look-up and not `array_namespace`, which makes torch.compile print a warning to the user.
+    # By a dictionary look-up, since `array_api_compat.array_namespace` makes torch.compile print a warning.
     known = sys.modules.get("array_api_compat.torch")
     return known if known is not None else importlib.import_module("array_api_compat.torch")
 
 
-def is_array(x: Any) -> bool:
-    """Is `x` an array of any library, or a number of NumPy?"""
+def is_array(x: object) -> TypeGuard[Array]:
+    """Is `x` an array of any library, or a NumPy scalar?"""
     return not isinstance(x, type) and all(hasattr(x, name) for name in ("shape", "dtype", "item"))
 
 
-def is_of_numpy(x: Any) -> bool:
-    """Is `x` an array of NumPy?"""
+def is_of_numpy(x: object) -> bool:
+    """Is `x` an array or a scalar of NumPy?"""
     return isinstance(x, (np.ndarray, np.generic))
 
 
 def on_host(x: Array) -> Any:
-    """The array as one of NumPy; of a CPU without a copy."""
+    """The array as a NumPy array, without a copy if it lies on a CPU."""
     return np.asarray(x)
 
 
 def has_nan(x: Array) -> bool:
-    """Is there a NaN in an array whose numbers are known? Looks on the host."""
+    """Is there a NaN in an array? Its numbers must be known; they are read on the host."""
     return bool(np.isnan(on_host(x)).any())
 
 
-def is_of_jax(x: Any) -> bool:
+def is_of_jax(x: object) -> TypeGuard[Array]:
     """Is `x` an array of JAX, concrete or traced?"""
     jax = sys.modules.get("jax")
     return jax is not None and isinstance(x, jax.Array)
 
 
-def is_traced(x: Any) -> bool:
+def is_traced(x: object) -> TypeGuard[Array]:
     """Is `x` an array of JAX whose numbers are not known yet?"""
     return is_of_jax(x) and isinstance(x, sys.modules["jax"].core.Tracer)
 
 
-def dtype_name(dtype: Any) -> str:
-    """`torch.bfloat16`, `jnp.bfloat16`, `np.dtype("float32")`, "float32": all by their plain name."""
+def dtype_name(dtype: Dtype) -> str:
+    """The plain name, such as "bfloat16", of `torch.bfloat16`, `jnp.bfloat16`, `np.dtype("float32")` or a name."""
     name = getattr(dtype, "__name__", None) or str(dtype)
     return str(name).rsplit(".", maxsplit=1)[-1]
 
@@ -88,39 +88,58 @@ def eps(x: Array) -> float:
 
 
 # ---- sizes -------------------------------------------------------------------------------
-# What a gradient, a factor and a probe measure may lie further apart than floating-point numbers reach. Products are
-# made of arrays in units of their own size, and those units are put back where the result has found its own.
+# The product of a gradient with a factor may overflow, although the step, which is normalised, would not. So arrays are
+# divided by a unit of their own size before they are multiplied, and the unit is put back into the normalised result.
 def largest(x: Array) -> Array:
-    """max|x|, 0-d."""
+    """max|x|, 0-d, of at least one entry."""
     xp = namespace(x)
+    # Eager PyTorch would store |x|, one more pass over memory. Below 4096 entries, which lie in the fastest cache, a
+    # pass takes less than another call.
     if is_complex(x) or not xp.__name__.endswith("torch") or prod(x.shape) < 1 << 12:
         return xp.max(xp.abs(x))
-    return xp.maximum(xp.max(x), -xp.min(x))  # eager PyTorch would write |x| down
+    return xp.maximum(xp.max(x), -xp.min(x))
 
 
-def in_units(x: Array, scale: Any = 1.0) -> tuple[Array, Array, Array]:
-    """y = scale x / c, which products with large factors leave among the floats; c = max(|scale x|, 1); max|scale x|.
+def in_units(x: Array, scale: Number = 1.0) -> tuple[Array, Array, Array]:
+    """Divide an array by its own size, if that is above 1, so that its products with large factors stay finite.
 
-    At the end of the floats y is above 1: the inverse of a larger c is subnormal, which some devices take for zero.
+        y = scale x / c,   c = max(max|scale x|, 1), at most 0.25 / tiny
+
+    Args:
+        x: at least one entry.
+        scale: a number that multiplies x.
+
+    Returns: y, in the shape of x; c and max|scale x|, both 0-d.
     """
+    # 1 / c has to be a normal number, since some devices take subnormal ones for zero; 1 / (0.25 / tiny) is four times
+    # the smallest. Only beyond, above 2e37 in float32, is y larger than 1, at most 16.
     xp, scale = namespace(x), number(scale, x)
     size = largest(x) if isinstance(scale, float) and scale == 1 else largest(x) * scale
     c = xp.clip(size, 1.0, 0.25 / tiny(x))
     return x * (scale / c), c, size
 
 
-def shrinkage(x: Array, unit: Any, y: Array | None = None) -> tuple[Array, Array]:
-    """What to multiply x and y by, 0-d: by `unit` and by 1, or both by less where squares of entries would not be
-    finite.
+def shrinkage(x: Array, unit: Number, y: Array | None = None) -> tuple[Array, Array]:
+    """Factors of x and y with which products of four entries are finite; their ratio is always `unit`.
 
-    A residual of squares is normalised by its own size: beyond such sizes it points nowhere else.
+        for_x = min(unit, limit / max|x|, unit limit / max|y|),   for_y = for_x / unit,   limit = max float^(1/4)
+
+    So they are `unit` and 1 where all entries of unit x and of y are below 4.3e9 in float32. A residual x x^H - y y^H
+    is normalised by its own size, so that beyond that a smaller common factor changes nothing.
+
+    Args:
+        x: divided by `unit` before, see `in_units`; what it is multiplied by puts the unit back.
+        unit: at least 1.
+        y: the other array of the residual, in units of 1; None where its mean is taken.
+
+    Returns: for_x and for_y, 0-d.
     """
     xp, highest = namespace(x), float(namespace(x).finfo(x.dtype).max)
     if not prod(x.shape):
         one = xp.ones_like(xp.sum(xp.abs(x)))
         return one * unit, one
     limit = highest**0.25
-    for_x = limit / xp.clip(largest(x), min=4 * limit / highest)
+    for_x = limit / xp.clip(largest(x), min=4 * limit / highest)  # at most a quarter of the largest float, if x is 0
     for_x = xp.clip(for_x, max=unit) if isinstance(unit, float) else xp.minimum(unit, for_x)
     for_y = for_x / unit
     if y is None:
@@ -130,17 +149,29 @@ def shrinkage(x: Array, unit: Any, y: Array | None = None) -> tuple[Array, Array
 
 
 def is_something(size: Array) -> Array:
-    """Can a preconditioner learn from a tensor of this size? What is nearly subnormal would only make it grow."""
+    """Is a tensor of this size (0-d, max|x| or an RMS) a signal that a preconditioner can be fitted to? 0-d, boolean.
+
+    It is above tiny^(3/4), 4e-29 in float32: P is about 1 / size then, and its products with entries up to
+    tiny^(-1/4), 3e9, stay below 1 / tiny, hence finite. float16 counts as float32, in which it is computed: its own
+    tiny, 6e-5, is an ordinary gradient.
+    """
     return size > min(tiny(size), 2.0**-126) ** 0.75
 
 
-def plus(y: Array, a: Any, x: Array, *, donate: bool = False) -> Array:
-    """y + a x, in one pass over memory where the framework has one; `a`: a number, or an array to broadcast.
+def plus(y: Array, a: Number, x: Array, *, donate: bool = False) -> Array:
+    """y + a x, in one pass over memory where the framework has a function for it.
 
-    donate: y is the caller's own and not needed any more, so that PyTorch may write over it.
+    Args:
+        y: in a shape that x broadcasts to.
+        a: a number, or an array to broadcast.
+        x: read only.
+        donate: the caller made y and does not need it afterwards, so that PyTorch may write over it.
+
+    Returns: in the shape and dtype of y.
     """
     xp = namespace(y)
-    # Of half precisions the product is rounded too, everywhere: PyTorch would not, but in a stack.
+    # PyTorch's fused functions do not round a x to a half precision before they add, but under torch.vmap they do. So
+    # that both ways give the same bits, half precisions take two operations.
     if not xp.__name__.endswith("torch") or dtype_name(y.dtype) in HALF:
         return y + a * x
     if isinstance(a, (int, float)):
@@ -148,8 +179,11 @@ def plus(y: Array, a: Any, x: Array, *, donate: bool = False) -> Array:
     return y.addcmul(cast(a, y.dtype), x)  # torch.vmap has no rule for addcmul_
 
 
-def times(x: Array, a: Any) -> Array:
-    """a x, where x is the caller's own and not needed any more, so that PyTorch may write over it; `a` as in `plus`."""
+def times(x: Array, a: Number) -> Array:
+    """a x of an array that the caller made and does not need afterwards, so that PyTorch may write over it.
+
+    a: a number, or an array to broadcast.
+    """
     if not namespace(x).__name__.endswith("torch"):
         return x * a
     if isinstance(a, (int, float)):
@@ -158,9 +192,9 @@ def times(x: Array, a: Any) -> Array:
 
 
 def running_sums(x: Array) -> Array:
-    """The sums over the first axis up to each entry."""
+    """The cumulative sums over the first axis, in the shape of x."""
     xp = namespace(x)
-    # torch.compile warns at array_api_compat's.
+    # array_api_compat's function makes torch.compile print a warning.
     return xp.cumsum(x, dim=0) if xp.__name__.endswith("torch") else xp.cumulative_sum(x, axis=0)
 
 
@@ -191,39 +225,39 @@ def conj(x: Array) -> Array:
     if not is_complex(x):
         return x
     xp = namespace(x)
-    return xp.real(x) - 1j * xp.imag(x)  # torch.vmap warns at `conj`
+    return xp.real(x) - 1j * xp.imag(x)  # `conj` makes torch.vmap print a warning
 
 
 def adjoint(q: Array) -> Array:
-    """q^H of a matrix; the conjugate of a diagonal."""
+    """q^H of a matrix, or of a stack of matrices; the conjugate of a diagonal."""
     return conj(q) if q.ndim < 2 else conj(q.mT)
 
 
 def diagonal(a: Array) -> Array:
-    """The real diagonal of a square matrix, as a strided slice: torch.compile warns at `diagonal` itself."""
+    """The real diagonal of a square matrix, (n,), as a strided slice: `diagonal` makes torch.compile warn."""
     n = a.shape[-1]
     return real(namespace(a).reshape(a, (n * n,))[:: n + 1])
 
 
-def cast(x: Array, dtype: Any) -> Array:
-    """`x` in a dtype: itself where it has it."""
+def cast(x: Array, dtype: Dtype) -> Array:
+    """`x` in a dtype; x itself where it has that dtype."""
     return x if x.dtype == dtype else namespace(x).astype(x, dtype)
 
 
-def number(value: Any, like: Array) -> Any:
+def number(value: Number, like: Array) -> Any:
     """A number of the plan beside an array: cast to the array's real dtype unless it is Python's own."""
     return value if isinstance(value, (int, float)) else cast(value, real_dtype(like))
 
 
-def make(like: Array, function: str, *args: Any, dtype: Any = None) -> Array:
-    """`ones`, `zeros` or `arange` of the namespace of `like`, in its dtype unless told, on its device."""
+def make(like: Array, function: str, *args: object, dtype: Dtype | None = None) -> Array:
+    """`ones`, `zeros` or `arange` of the namespace of `like`, on its device, in its dtype or in `dtype`."""
     xp = namespace(like)
     place = {"device": like.device} if xp.__name__.endswith("torch") else {}
     return getattr(xp, function)(*args, dtype=like.dtype if dtype is None else dtype, **place)
 
 
 def identity(like: Array, n: int) -> Array:
-    """The (n, n) identity, by comparing counters: torch.compile warns at `eye`."""
+    """The (n, n) identity in the dtype of `like`, by comparing counters: `eye` makes torch.compile print a warning."""
     xp = namespace(like)
     i = make(like, "arange", n, dtype=xp.int32)
     return xp.astype(i[:, None] == i[None, :], like.dtype)
@@ -236,10 +270,13 @@ _local = threading.local()
 
 @contextmanager
 def products(precision: str | None) -> Iterator[None]:
-    """Matrix products of float32 arrays in a precision, while the context lasts, in this thread.
+    """The precision of matrix products of float32 arrays inside the `with` block, in this thread alone.
 
-    None: as the framework does by default. "float32": nothing less. "tensorfloat32": float32, which tensor cores may
-    round to 10 bits on the way in. "bfloat16": operands and result in bfloat16, summed in float32 by the hardware.
+    Args:
+        precision: None, the framework's default; "float32", nothing less; "tensorfloat32", operands may be rounded to
+            10 bits by tensor cores; "bfloat16", operands and result are rounded to bfloat16.
+
+    Source: psgd_jax's `precision`, `precond_update_precision` and `precond_grads_precision`.
     """
     before = getattr(_local, "precision", None)
     _local.precision = precision
@@ -250,7 +287,7 @@ def products(precision: str | None) -> Iterator[None]:
 
 
 def matmul(a: Array, b: Array) -> Array:
-    """a @ b in the precision in force; other dtypes than float32 are multiplied as they are."""
+    """a @ b in the precision that `products` set; dtypes other than float32 are multiplied as they are."""
     precision = getattr(_local, "precision", None)
     if precision is None or dtype_name(a.dtype) != "float32" or dtype_name(b.dtype) != "float32":
         return a @ b
@@ -258,27 +295,31 @@ def matmul(a: Array, b: Array) -> Array:
     if precision == "bfloat16":
         low = dtype_of(xp, "bfloat16")
         return xp.astype(xp.astype(a, low) @ xp.astype(b, low), a.dtype)
-    # JAX chooses for each product. PyTorch has one switch for the process, which is not ours to turn.
+    # JAX takes a precision for each product. PyTorch has one switch for the whole process, which belongs to the user.
     return xp.matmul(a, b, precision=precision) if xp.__name__.startswith("jax") else a @ b
 
 
 def solve(a: Array, b: Array) -> Array:
-    """Solve a y = b for a small square `a` (r, r) and a vector `b` (r,), by LU; half precisions in float32."""
+    """y of a y = b, (r,), for a small square `a` (r, r) and a vector `b` (r,), by LU; half precisions in float32."""
     xp, dtype = namespace(a), b.dtype
     a, b = cast(a, _solvable(a)), cast(b, _solvable(b))
     return cast(xp.reshape(xp.linalg.solve(a, b[:, None]), (-1,)), dtype)
 
 
 def _solvable(x: Array) -> Any:
+    """The dtype in which x can be solved with: no library has solvers for half precisions."""
     return namespace(x).float32 if dtype_name(x.dtype) in HALF else x.dtype
 
 
 def by_inverse(x: Array, q: Array) -> Array:
-    """x q^-1: solve y q = x for an upper-triangular (n, n) `q` and a (k, n) `x`; half precisions in float32."""
+    """x q^-1: solve y q = x for an upper-triangular (n, n) `q` and a (k, n) `x`; half precisions in float32.
+
+    Returns: y, (k, n), in the dtype of x. With zeros on the diagonal of q it is infinite or NaN, or NumPy raises.
+    """
     xp, dtype = namespace(q), x.dtype
     q, x = cast(q, _solvable(q)), cast(x, _solvable(x))
     library = xp.__name__
-    if library.endswith("torch"):  # from this side LAPACK needs no copies in another layout, which take twice its time
+    if library.endswith("torch"):  # solved from the right, row-major arrays need no copy: 1/2 to 1/3 of the time
         y = xp.linalg.solve_triangular(q, x, upper=True, left=False)
     elif library.startswith("jax"):
         y = importlib.import_module("jax.scipy.linalg").solve_triangular(q.mT, x.mT, lower=True).mT

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-Array = Any
+Array = Any  # of any library that follows the standard, for which there is no complete protocol to name here
+Dtype = Any  # of such a library
+Number = int | float | Array
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Inexact, Int
@@ -25,14 +27,18 @@ if TYPE_CHECKING:
     Columns = Inexact[Array, "n k"]  # k vectors
     PerRow = Inexact[Array, "k 1"]  # a number for each row
     Tensor = Inexact[Array, "..."]  # a gradient, a probe: any number of axes
-else:  # jaxtyping is a tool of ours and not needed to run
+else:  # jaxtyping serves type checkers and tests alone
     Matrix = Vector = Diagonal = Scalar = Flag = Index = Factor = AxisFactor = Array
     Rows = Row = Columns = PerRow = Tensor = Array
 
 
 class Factors(NamedTuple):
-    """All that a preconditioner keeps. Q: its factors. L: running bounds on their residuals, 0-d, at least float32.
-    P: the factors of P, in the shapes of Q, where they are kept beside.
+    """All that a preconditioner keeps of one tensor.
+
+    Args:
+        Q: its factors, as each preconditioner says.
+        L: the Lipschitz estimate of each, a running bound on its residual, 0-d, at least float32; () if none is kept.
+        P: the factors of P, in the shapes of Q; () where they are not kept.
     """
 
     Q: tuple[Array, ...]

@@ -1,4 +1,4 @@
-"""How the calls of published packages are taken, in both frameworks alike."""
+"""How calls in the forms of the published packages are read and checked, alike in both frameworks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from psgd.nonfinite import POLICIES
 Helper = TypeVar("Helper", bound=Callable[..., Any])
 
 
-def is_count(value: Any) -> bool:
-    """Is a value a whole number above 0, of Python?"""
+def is_count(value: object) -> bool:
+    """Is a value a Python integer above 0?"""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def checked_policy(owner: str, nonfinite: Any, max_skips: Any) -> None:
-    """Refuse what is no policy, or no number of steps."""
+def checked_policy(owner: str, nonfinite: object, max_skips: object) -> None:
+    """Raise ValueError if `nonfinite` is no policy or `max_skips` no whole number above 0."""
     if not isinstance(nonfinite, str) or nonfinite not in POLICIES:
         raise ValueError(f"{owner}: nonfinite={shown(nonfinite)} must be one of {', '.join(map(repr, POLICIES))}")
     if not is_count(max_skips):
@@ -27,7 +27,7 @@ def checked_policy(owner: str, nonfinite: Any, max_skips: Any) -> None:
 
 
 def is_step(value: Any) -> bool:
-    """Can a value be the number of a step: None, a whole number, or one in an array, also while JAX traces?"""
+    """Can a value be the number of a step: None, a whole number from 0, or a 0-d array of integers, traced or not?"""
     if value is None or isinstance(value, bool):
         return value is None
     if hasattr(value, "dtype"):
@@ -41,17 +41,18 @@ def is_step(value: Any) -> bool:
 def step_may_come_second(helper: Helper) -> Helper:
     """A helper of (key, loss_fn, ...) that also takes (key, train_step, loss_fn, ...), as psgd_jax 0.2.9 has it.
 
-    A second argument that is not callable is the step. What is neither is refused, before anything is computed.
+    A second argument that is not callable is the step. A step or loss_fn of another kind is a TypeError, before
+    anything is computed.
     """
     name, orders = helper.__name__, "(key, loss_fn, params, ...) or (key, train_step, loss_fn, params, ...)"
 
     @wraps(helper)
-    def taken(key: Any, *given: Any, **named: Any) -> Any:
-        if given and not callable(given[0]):
+    def either_order(key: Any, *args: Any, **named: Any) -> Any:
+        if args and not callable(args[0]):
             if "train_step" in named:
-                raise TypeError(f"{name}: train_step is given twice, as {given[0]!r} and by its name; leave one out")
-            named, given = {"train_step": given[0], **named}, given[1:]
-        step, loss_fn = named.get("train_step"), given[0] if given else named.get("loss_fn")
+                raise TypeError(f"{name}: train_step is given twice, as {args[0]!r} and by its name; leave one out")
+            named, args = {"train_step": args[0], **named}, args[1:]
+        step, loss_fn = named.get("train_step"), args[0] if args else named.get("loss_fn")
         if not (is_step(step) and callable(loss_fn)):
             wrong = (
                 ("loss_fn", loss_fn, "a function") if is_step(step) else ("train_step", step, "a whole number, from 0")
@@ -59,20 +60,31 @@ def step_may_come_second(helper: Helper) -> Helper:
             what, value, wanted = wrong
             shown = repr(value) if isinstance(value, (int, float, str)) else f"of type {type(value).__name__}"
             raise TypeError(f"{name}: {what} is {shown} and must be {wanted}; give {orders}")
-        return helper(key, *given, **named)
+        return helper(key, *args, **named)
 
-    return taken  # type: ignore[return-value]
+    return either_order  # type: ignore[return-value]
 
 
 def by_name(
-    owner: str, positions: Sequence[str], args: Sequence[Any], given: dict[str, Any], why: str = ""
+    owner: str, positions: Sequence[str], args: Sequence[object], given: dict[str, Any], why: str = ""
 ) -> dict[str, Any]:
-    """Arguments by name, those too that were given by position. why: there are no more positions, for an error."""
+    """All arguments of a call by their names.
+
+    Args:
+        owner: who is called, for errors.
+        positions: the names of the positional arguments, in order.
+        args: the arguments by position.
+        given: the arguments by name.
+        why: the reason why there are no more positions, for the error.
+
+    Raises:
+        TypeError: for more positions than there are, or an argument by position and by name.
+    """
     if len(args) > len(positions):
         order = f"{', '.join(positions)} by position and the others by name" if positions else "arguments by name alone"
         raise TypeError(f"{owner} takes {order}{why}; name {shown(args[len(positions)])} and what follows it")
-    placed = dict(zip(positions, args, strict=False))
-    twice = [name for name in placed if name in given]
-    if twice:
-        raise TypeError(f"{owner}: {twice[0]} is given twice, by position and by name; leave one out")
-    return placed | given
+    by_position = dict(zip(positions, args, strict=False))
+    repeated = [name for name in by_position if name in given]
+    if repeated:
+        raise TypeError(f"{owner}: {repeated[0]} is given twice, by position and by name; leave one out")
+    return by_position | given

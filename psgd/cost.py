@@ -1,7 +1,7 @@
 """Arrays without elements: shape and dtype alone, in a namespace that counts arithmetic instead of doing it.
 
-The core runs on them as on any other arrays, so what a method keeps and what its step costs is read off the code that
-does it, for a model of any size and without allocating it.
+The core runs on them as on any other arrays. So the memory and the operations of a method come from the code itself,
+for a model of any size and without allocating it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 Shape = tuple[int, ...]
 
-# Bytes of an element; a later dtype wins where two meet.
+# Bytes of an element. The result of two dtypes is the later one in this order.
 BYTES = MappingProxyType(
     dict(bool=1, int32=4, int64=8, bfloat16=2, float16=2, float32=4, float64=8, complex64=8, complex128=16)
 )
@@ -44,7 +44,7 @@ OPERATORS = (
 
 
 def _broadcast(*shapes: Shape) -> Shape:
-    """As NumPy does it, whose own function refuses shapes that no array could have."""
+    """The broadcast shape, by NumPy's rules; NumPy's own function refuses shapes too large for an array."""
     ndim = max(map(len, shapes))
     columns = zip(*((1,) * (ndim - len(s)) + tuple(s) for s in shapes), strict=True)
     lengths = [set(column) - {1} or {1} for column in columns]
@@ -105,7 +105,7 @@ class ShapeTracer:
         raise TypeError("a step branches on the value of an array; only decisions of the plan may")
 
 
-def _operator(a: ShapeTracer, b: Any) -> ShapeTracer:
+def _operator(a: ShapeTracer, b: object) -> ShapeTracer:
     return a.xp.elementwise(a, b)
 
 
@@ -115,10 +115,11 @@ for _name in OPERATORS:
 
 
 class ShapeNamespace:
-    """The namespace: what the core asks of one. `flops`: floating-point operations so far, a complex one being four.
+    """The functions of an Array API namespace that the core uses, each of which counts its operations.
 
-    A product of an (m, k) by a (k, n) matrix is 2 m k n of them, a triangular solve m^2 n, any other function one for
-    each element it reads or makes.
+    `flops` is the number of real floating-point operations so far. The product of an (m, k) and a (k, n) matrix is
+    2 m k n of them, a triangular solve m^2 n, any other function one for each element that it reads or makes; a complex
+    operation counts as four, as its multiplication has four real ones.
     """
 
     __name__ = "psgd.cost"
@@ -138,10 +139,10 @@ class ShapeNamespace:
             return self._reduce
         if name.endswith("_like"):
             return lambda x: ShapeTracer(x.shape, x.dtype, self)
-        raise AttributeError(f"outlines of arrays have no {name!r}")
+        raise AttributeError(f"a namespace of shapes has no {name!r}")
 
     # ---- what is counted -----------------------------------------------------------------
-    def elementwise(self, *xs: Any, **limits: Any) -> ShapeTracer:
+    def elementwise(self, *xs: object, **limits: object) -> ShapeTracer:
         """Any function of elements, broadcast."""
         arrays = [x for x in xs if isinstance(x, ShapeTracer)]
         shape = _broadcast(*(x.shape for x in arrays))
@@ -169,7 +170,7 @@ class ShapeNamespace:
         return ShapeTracer((*batch, *(m,) * (not row), *(n,) * (not column)), dtype, self)
 
     def _solve(self, a: ShapeTracer, b: ShapeTracer) -> ShapeTracer:
-        self._count(b.dtype, prod(a.shape) * b.shape[-1])  # triangular ones; the few others are tiny
+        self._count(b.dtype, prod(a.shape) * b.shape[-1])  # as of a triangle; general ones are of a rank, and small
         return ShapeTracer(b.shape, b.dtype, self)
 
     def _count(self, dtype: str, n: int) -> None:
@@ -177,7 +178,7 @@ class ShapeNamespace:
         self.flops += weight * n
 
     # ---- what is not ---------------------------------------------------------------------
-    def result_type(self, *xs: Any) -> str:
+    def result_type(self, *xs: ShapeTracer | str) -> str:
         """The dtype in which arrays, or dtypes, meet."""
         names = [x.dtype if isinstance(x, ShapeTracer) else x for x in xs]
         return max(names, key=list(BYTES).index)
@@ -220,10 +221,10 @@ class ShapeNamespace:
     def flip(self, x: ShapeTracer, *, axis: int) -> ShapeTracer:
         return x
 
-    def asarray(self, x: Any) -> ShapeTracer:
+    def asarray(self, x: object) -> ShapeTracer:
         return x if isinstance(x, ShapeTracer) else ShapeTracer((), "float32", self)
 
-    def ones(self, shape: Any, *, dtype: str) -> ShapeTracer:
+    def ones(self, shape: int | Shape, *, dtype: str) -> ShapeTracer:
         return ShapeTracer((shape,) if isinstance(shape, int) else shape, dtype, self)
 
     zeros = ones
@@ -231,9 +232,9 @@ class ShapeNamespace:
 
 
 class NoDraws:
-    """Draws of nothing: outlines of noise, at no cost."""
+    """Draws without numbers, which count no operations."""
 
-    def normal(self, role: str, shape: Sequence[int], like: ShapeTracer, skip: Any = None) -> ShapeTracer:
+    def normal(self, role: str, shape: Sequence[int], like: ShapeTracer, skip: object = None) -> ShapeTracer:
         return ShapeTracer(shape, like.dtype, like.xp)
 
     signs = normal

@@ -1,4 +1,4 @@
-"""Docstrings that are made: of a method's function or class, from its record and its signature."""
+"""Docstrings of the methods' functions and classes, composed from a method's record and a signature."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def filled(docstring: str | None, **parts: str) -> str:
 
 
 def arguments(method: type[Method], parameters: Iterable[Parameter], others: Mapping[str, str]) -> dict[str, str]:
-    """The sentence of each parameter of a signature: from `others`, else of the method's own hyperparameter."""
+    """The sentence of each parameter of a signature: from `others`, else that of the hyperparameter, with its range and
+    default.
+    """
     names = {f.name: (f.name, f.metadata.get("group_key") or f.name) for f in fields(method)}
     settings = {name: f.metadata for f in fields(method) for name in names[f.name]}
     said = {}
@@ -66,7 +68,7 @@ def arguments(method: type[Method], parameters: Iterable[Parameter], others: Map
 
 
 def equation(method: type[Method], rate: str) -> str:
-    """What a step of a method computes. rate: the name of the learning rate, "" where there is none."""
+    """What a step of a method computes, as text. rate: the name of the learning rate, "" where there is none."""
     recipe = method().recipe()
     fitted = "the pair (v, H v), H the Hessian" if recipe.newton else f"the {recipe.whiten} (whitening)"
     step = f"p <- p - {rate} (P g + weight_decay p)" if rate else "u = P g"

@@ -13,7 +13,7 @@ from dataclasses import Field, dataclass, field, fields
 from decimal import Decimal
 from math import inf, nan, prod
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 from psgd._xp import PRECISIONS, dtype_name, is_array, is_of_jax, is_traced
 from psgd.naming import did_you_mean, shown, unknown
@@ -22,10 +22,10 @@ from psgd.schedule import Annealed
 
 METHODS: dict[str, type[Method]] = {}
 
-SCALES = "[1e-18, 1e18]"  # whose squares are numbers of float32, as the inverses of their squares are
-NOISES = "[0, 1e18]"
-RATES = "(0, 10]"  # of factors, whose steps are a share of them
-RANKS = "[0, 1000000]"
+SCALES = "[1e-18, 1e18]"  # squares and inverse squares are normal numbers of float32
+NOISES = "[0, 1e18]"  # squares are finite in float32
+RATES = "(0, 10]"  # of factors: at 1 a step may be as long as the factor itself; more than ten times that is a mistake
+RANKS = "[0, 1000000]"  # more columns than there is memory for
 REAL = ("float", "bfloat", "int", "uint")  # how the names of the dtypes of real numbers begin
 
 
@@ -40,14 +40,18 @@ def setting(
     structural: bool | None = None,
     group_key: str | None = None,
 ) -> Any:
-    """A hyperparameter: its default, its sentence and what it may be.
+    """A hyperparameter, as a field of a method's dataclass: its default, its sentence and what it may be.
 
-    within: an interval such as "[0, 1)" for numbers. kind: "number", "integer", "flag", "name", "dtype" or "pair".
-    names: for a name, the collection it must be in (None allows None); looked up at each use, so that it may grow.
-    scheduled: it may also be a function of the step, or the four numbers of one that `Annealed` is.
-    structural: it shapes the program, as a bound on sizes does, and must be known before anything is traced; so does,
-    unless told, what is no number, a whole number, and a default that is a function of the step.
-    group_key: what PyTorch's groups call it, where its schedulers look for another name.
+    Args:
+        default: its default.
+        doc: its sentence, without a full stop.
+        within: an interval such as "[0, 1)", for numbers.
+        kind: "number", "integer", "flag", "name", "dtype" or "pair".
+        names: of a name, a function that gives the values it may have; called at each use, since registries grow.
+        scheduled: it may also be a function of the step, or the four numbers of an `Annealed`.
+        structural: it shapes the program, as a bound on sizes does, and must be known before anything is traced. None:
+            it does unless it is of the kind "number" with a number as default.
+        group_key: its key in PyTorch's groups, where schedulers look for another name.
     """
     metadata = {"doc": doc, "within": within, "kind": kind, "names": names, "scheduled": scheduled}
     metadata["structural"] = (kind != "number" or callable(default)) if structural is None else structural
@@ -56,7 +60,7 @@ def setting(
 
 
 def group_key(f: Field[Any]) -> str:
-    """What a group of a PyTorch optimizer calls a hyperparameter."""
+    """The key of a hyperparameter in a group of a PyTorch optimizer."""
     return f.metadata["group_key"] or f.name
 
 
@@ -68,30 +72,31 @@ def outside(value: float, within: str) -> bool:
     return not (above and below)
 
 
-def plain(value: Any, *, static: bool = False) -> Any:
-    """The number that a value is, or that an array of one element holds, as Python's own; any other value as it is.
+def plain(value: object, *, static: bool = False) -> Any:
+    """A number, or the element of an array of one, as Python's int or float; any other value as it is.
 
-    An array of JAX stays one, 0-d: at the next call, traced, its number may not be known. static: it has to be.
+    An array of JAX stays an array, 0-d, since in a traced call its number may not be known. static: it must be known,
+    so that an array which is not traced becomes a number too.
     """
     if is_array(value) and prod(value.shape) == 1:
         if is_traced(value) or (is_of_jax(value) and not static):
             return value.reshape(())
         try:
             value = value.item()
-        except (RuntimeError, TypeError):  # it holds no numbers, as on the device "meta"
+        except (RuntimeError, TypeError):  # an array without numbers, as on the device "meta"
             return value
     if not isinstance(value, (Real, Decimal)) or isinstance(value, bool):
         return value
     try:
         number = float(value)
-    except OverflowError:  # more than floats hold
+    except OverflowError:  # above the largest float
         return inf if abs(value) == value else -inf
     except ValueError:  # a signalling NaN
         return nan
     return value if isinstance(value, int) and abs(value) < 2**53 else number
 
 
-def complaint(f: Field[Any], value: Any) -> str | None:
+def complaint(f: Field[Any], value: object) -> str | None:
     """What is wrong with a value of a hyperparameter, with the remedy; None where nothing is."""
     kind, within, names = f.metadata["kind"], f.metadata["within"], f.metadata["names"]
     if f.metadata["scheduled"] and isinstance(value, Annealed):
@@ -130,22 +135,22 @@ def complaint(f: Field[Any], value: Any) -> str | None:
     return f"must lie in {within}" if within and outside(value, within) else None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def normalised(f: Field[Any], value: Any) -> Any:
-    """A value as it is kept: a dtype by its name, a pair as a tuple, a whole number as an integer, ..."""
+def normalised(f: Field[Any], value: object) -> Any:
+    """A value in the form in which it is kept: a dtype by its name, a pair as a tuple, a whole number as an int, ..."""
     kind = f.metadata["kind"]
     if kind == "dtype":
         try:
             return None if value is None else dtype_name(value)
-        except Exception:  # it has no name, so it is no dtype
+        except Exception:  # without a name it is no dtype, which `complaint` will say
             return shown(value)
     if isinstance(value, (tuple, list)):
         value = tuple(map(plain, value))
-        many = f.metadata["scheduled"] and len(value) == len(Annealed._fields)
-        return Annealed(*value) if many else value
+        is_schedule = f.metadata["scheduled"] and len(value) == len(Annealed._fields)
+        return Annealed(*value) if is_schedule else value
     value = plain(value, static=f.metadata["structural"])
     if kind == "name" and isinstance(value, str) and value not in f.metadata["names"]():
         return value.replace("p5", ".5")  # psgd_torch's other spelling of Q0.5EQ1.5
@@ -154,15 +159,21 @@ def normalised(f: Field[Any], value: Any) -> Any:
     return value
 
 
-def checked(owner: str, f: Field[Any], value: Any, name: str = "") -> Any:
-    """A value of a hyperparameter as it is kept; an error that says what is wrong with it. name: it was given as."""
+def checked(owner: str, f: Field[Any], value: object, name: str = "") -> Any:
+    """A value of a hyperparameter in the form in which it is kept.
+
+    name: by which it was given, where that is not the field's; for errors, as `owner` is.
+
+    Raises:
+        ValueError: says what is wrong with the value.
+    """
     kept = normalised(f, value)
     wrong = complaint(f, kept)
     if wrong:
         choices = [x for x in f.metadata["names"]() if isinstance(x, str)] if f.metadata["kind"] == "name" else []
         meant = did_you_mean(value, choices) if isinstance(value, str) else ""
-        told = shown(kept if f.metadata["kind"] == "dtype" else value)
-        raise ValueError(f"{owner}: {name or f.name}={told} {wrong}; the default is {f.default!r}{meant}")
+        text = shown(kept if f.metadata["kind"] == "dtype" else value)
+        raise ValueError(f"{owner}: {name or f.name}={text} {wrong}; the default is {f.default!r}{meant}")
     return kept
 
 
@@ -224,7 +235,7 @@ class Method:
         raise NotImplementedError
 
     def initial_scale(self) -> float | None:
-        """The first scale of Q; None is taken from the first gradients."""
+        """The first scale of Q; None: it is taken from the first gradients."""
         return getattr(self, "preconditioner_init_scale", getattr(self, "precond_init_scale", None))
 
 
@@ -234,15 +245,14 @@ def method(name: str, title: str, source: str) -> Callable[[type[Method]], type[
     def register(cls: type[Method]) -> type[Method]:
         cls.name, cls.title, cls.source = name, title, source
         cls.summary = (cls.__doc__ or "").strip().splitlines()[0]
-        made = dataclass(frozen=True, kw_only=True)(cls)
-        METHODS[name] = made
-        return made
+        METHODS[name] = dataclass(frozen=True, kw_only=True)(cls)
+        return METHODS[name]
 
     return register
 
 
-def is_positive(value: Any) -> bool:
-    """Is a number positive, or unknown yet?"""
+def is_positive(value: object) -> bool:
+    """Is a number positive? True too of an array, whose number may not be known."""
     return not isinstance(value, Real) or float(value) > 0
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from psgd._xp import namespace
-from psgd.arrays import Array
-from psgd.schedule import Number
+from psgd.arrays import Array, Number
 
 POLICIES = ("skip", "raise", "propagate")  # of a step whose gradients hold a NaN or an infinity
-MAX_SKIPS = 10
+MAX_SKIPS = 10  # in a row, by default; a bad batch now and then is skipped, but a run with ten of them is lost
 
 
 def not_finite(owner: str, name: str) -> str:
-    """What is said where the policy is to raise."""
+    """The error text of the policy "raise": the gradient of the parameter `name` is not finite."""
     return (
         f"{owner}: the gradient of {name} holds a NaN or an infinity; see how the loss came to it, or give "
         'nonfinite="skip" to leave such steps out'
@@ -21,7 +20,7 @@ def not_finite(owner: str, name: str) -> str:
 
 
 def too_many(count: int, name: str = "") -> str:
-    """What is said where too many steps in a row were skipped, the last for the gradient of `name`."""
+    """The error text after `count` skipped steps in a row, the last for the gradient of the parameter `name`."""
     which = f", this one of {name}" if name else ""
     return (
         f"{count} steps in a row had a gradient that is not finite{which}; lower the learning rate, or go back to a "
@@ -30,11 +29,11 @@ def too_many(count: int, name: str = "") -> str:
 
 
 def counted(total: Number, in_a_row: Number, skipped: Number) -> tuple[Number, Number]:
-    """The steps that were skipped, in all and in a row, after one more step. skipped: 1 where it was, else 0."""
+    """The numbers of skipped steps, in all and in a row, after one more step. skipped: 1 if it was skipped, else 0."""
     return total + skipped, (in_a_row + 1) * skipped
 
 
 def all_finite(arrays: Sequence[Array]) -> Array:
-    """Is every entry of every array finite? 0-d; of at least one array."""
+    """Is every entry of every array finite? A 0-d boolean, of at least one array."""
     xp = namespace(arrays[0])
     return xp.all(xp.stack([xp.all(xp.isfinite(x)) for x in arrays]))

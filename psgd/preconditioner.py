@@ -17,13 +17,13 @@ class Preconditioner(ABC):
     Its classes are final, frozen and compare by value: a compiled step is made once for each.
     """
 
-    # The factors that may be zero and fit again; another that is zero stays zero, and so does the step.
+    # Indices in Q of the factors that may be zero in a sound state. Where any other is zero it stays so, and P with it.
     may_vanish: ClassVar[tuple[int, ...]] = ()
 
     @property
     @abstractmethod
     def equation(self) -> str:
-        """What P is, to be read."""
+        """P, and how its factors move, as text."""
 
     @property
     def keeps_p(self) -> bool:
@@ -31,12 +31,12 @@ class Preconditioner(ABC):
         return False
 
     def with_p(self, factors: Factors) -> Factors:
-        """Factors with those of P that belong to Q, where they are kept."""
+        """The factors with P formed of Q, where P is kept."""
         return factors
 
     @abstractmethod
     def init(self, like: Tensor, draws: Draws) -> Factors:
-        """The first factors of a tensor as `like`, of P = I or nearly; random ones from `draws`."""
+        """The first factors of a tensor like `like`, with P = I or nearly; random ones from `draws`, of step 0."""
 
     @abstractmethod
     def shapes(self, shape: Shape) -> tuple[Shape, ...]:
@@ -44,10 +44,10 @@ class Preconditioner(ABC):
 
     @abstractmethod
     def rescaled(self, factors: Factors, scale: Scalar | float) -> Factors:
-        """Factors with Q times `scale` overall, and so P times its square."""
+        """Factors with Q times `scale` overall, a number or 0-d, and so P times its square."""
 
     def balanced(self, factors: Factors, when: bool | Flag) -> Factors:
-        """Where `when` is true, factors that are alike in size, of the same P."""
+        """Factors of equal size with the same P, where `when` is true."""
         return factors
 
     @abstractmethod
@@ -64,12 +64,17 @@ class Preconditioner(ABC):
         draws: Draws,
         side: bool | Flag = False,
     ) -> Factors:
-        """One step towards P h = v.
+        """One step of the factors towards P h = v.
 
-        rate: mu, the step size. beta_lipschitz: beta of the running Lipschitz estimates L, where there are any.
-        draws: the probes of norm bounds. side: which of two factors moves, where they move one at a time.
+        Args:
+            factors: of a tensor of the shape of `pair.h`.
+            pair: (v, h), damped.
+            rate: mu, the step size, a number or 0-d.
+            beta_lipschitz: beta_L, the weight of the past in the Lipschitz estimates L, where there are any.
+            draws: the probes of norm bounds.
+            side: does the first of two factors move, where they move one at a time?
         """
 
     @abstractmethod
     def precondition(self, factors: Factors, g: Tensor) -> Tensor:
-        """P g."""
+        """P g, in the shape of g."""

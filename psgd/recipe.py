@@ -13,10 +13,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from psgd import criterion
-from psgd.arrays import Array, Factors
+from psgd.arrays import Array, Factors, Number
 from psgd.preconditioner import Preconditioner
 from psgd.scaling import Clip, InitialScale
-from psgd.schedule import Averaging, Number, When, always, never
+from psgd.schedule import Averaging, When, always, never
 from psgd.shapes import Shape, as_is, in_order
 
 
@@ -24,19 +24,28 @@ from psgd.shapes import Shape, as_is, in_order
 class Recipe:
     """What a step computes: the rule on each axis of the grid. Static and hashable; one compiled step for each.
 
-    preconditioner: the factors, and how they move. whole: of all parameters, as one vector, instead of each.
-    newton: fit to Hessian-vector products; whitening methods may be given some too.
-    order, layout: shape of a parameter -> order of its axes, shape of its preconditioned tensor.
-    momentum: is there a momentum buffer? whiten: fit to the "gradient" or to the "momentum".
-    damping: rule that adds noise to what is fitted. fit_first: fit before preconditioning, or after.
-    balance_last: where a fit balances the factors, after it or before.
-    initial_scale: rule of the first scale. clip: bounds on the direction; gain: a factor on it.
-    has_max_norm: is the length of a whole step bounded, over all tensors (`Schedule.max_norm`)?
-    decoupled: weight decay is apart from the gradient; if not, it is part of it.
-    dtype: name of the dtype of all state and work; None is the parameter's. widens_half: half precisions work in
-    float32.
-    momentum_dtype, factor_dtype: names of the dtypes these are kept in; None is the parameter's, and the work's.
-    fit_precision, apply_precision: of the matrix products that fit the factors, that apply them (`_xp.products`).
+    Args:
+        preconditioner: the factors, and how they move.
+        joint: one preconditioner of all parameters as one vector, rather than one of each.
+        newton: fit to Hessian-vector products; whitening methods may be given some too.
+        order: shape of a parameter -> order of its axes in the preconditioned tensor.
+        layout: shape of a parameter -> shape of its preconditioned tensor.
+        momentum: is there a momentum buffer?
+        whiten: fit to the "gradient" or to the "momentum".
+        damping: rule that adds noise to what is fitted.
+        fit_first: fit before preconditioning, or after.
+        balance_last: balance the factors after the fit, or before.
+        initial_scale: rule of the first scale of Q.
+        clip: bounds on the direction of a tensor.
+        gain: factor of the direction.
+        has_max_norm: is the length of a whole step bounded, over all tensors (`Schedule.max_norm`)?
+        decoupled: weight decay acts on the parameter, rather than being added to the gradient.
+        dtype: name of the dtype of all state and work; None is the parameter's.
+        widens_half: half precisions work in float32.
+        momentum_dtype: name of the dtype in which the momentum is kept; None is the parameter's.
+        factor_dtype: name of the dtype in which the factors are kept; None is the work's.
+        fit_precision: of the matrix products that fit the factors (`psgd._xp.products`).
+        apply_precision: of the matrix products that apply them.
     """
 
     preconditioner: Preconditioner
@@ -71,10 +80,18 @@ class Recipe:
 class Schedule:
     """When and how much: the numbers of a method, and its rules in time.
 
-    momentum: beta of `averaging`. rate: step -> preconditioner learning rate. beta_lipschitz: beta_L. damping: size of
-    the noise. fit, balance: the steps at which factors are fitted, balanced. side: at which the first of two sides
-    moves, where a preconditioner moves one at a time. counts: `fit` asks for `StepInfo.since`, an integer of state
-    beside the number of steps. max_norm: largest length of a whole step. seed: of the noise.
+    Args:
+        averaging: (xp, step, beta) -> how a gradient enters the momentum.
+        momentum: beta of `averaging`.
+        rate: (xp, step) -> mu, the preconditioner's learning rate.
+        beta_lipschitz: beta_L, the weight of the past in the Lipschitz estimates L; 0 keeps none.
+        damping: lambda, the size of the noise that is added to what is fitted.
+        fit: the steps at which factors are fitted.
+        balance: the steps at which a fit also balances the factors.
+        side: the steps at which the first of two sides moves, where a preconditioner moves one at a time.
+        counts: does `fit` ask for `StepInfo.since`, an integer of state beside the number of steps?
+        max_norm: largest length of a whole step, over all tensors.
+        seed: of the noise.
     """
 
     averaging: Callable[[ModuleType, Number, Number], Averaging]
@@ -91,7 +108,10 @@ class Schedule:
 
 
 class Plan(NamedTuple):
-    """The scalars and decisions of one step."""
+    """The scalars and decisions of one step: the values of a `Schedule` at it, and the key of its noise, (1,) int32.
+
+    fit, balance and side are booleans, all numbers Python's or 0-d arrays, and so is the key on the host.
+    """
 
     fit: Any
     balance: Any
@@ -104,7 +124,7 @@ class Plan(NamedTuple):
 
 
 class State(NamedTuple):
-    """What is kept of one tensor between steps. momentum: the tensor's shape, or None."""
+    """What is kept of one tensor between steps. momentum: in the parameter's shape, or None."""
 
     momentum: Array | None
     factors: Factors
@@ -118,6 +138,6 @@ def leaves(state: State) -> list[Array]:
 
 def rebuilt(state: State, arrays: Sequence[Array]) -> State:
     """A state of the structure of `state` from its leaves."""
-    rest = iter(arrays)
-    momentum = None if state.momentum is None else next(rest)
-    return State(momentum, Factors(*(tuple(next(rest) for _ in arrays) for arrays in state.factors)))
+    remaining = iter(arrays)
+    momentum = None if state.momentum is None else next(remaining)
+    return State(momentum, Factors(*(tuple(next(remaining) for _ in arrays) for arrays in state.factors)))

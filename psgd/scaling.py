@@ -8,12 +8,11 @@ from math import inf, prod, sqrt
 from typing import Any
 
 from psgd._xp import accumulation_dtype, cast, is_complex, is_something, largest, make, namespace, number, times, tiny
-from psgd.arrays import Array
-from psgd.schedule import Number
+from psgd.arrays import Array, Number
 
 
 def power_mean(x: Array, power: int) -> Array:
-    """(mean|x|^p)^(1/p), 0-d, at least float32; no power of a finite x overflows."""
+    """(mean|x|^p)^(1/p) of at least one entry, 0-d, at least float32. Powers are of x / max|x| and do not overflow."""
     unit = _unit(x)
     if power == 2 and not is_complex(x):
         return unit * _rms(cast(x, unit.dtype) / unit)
@@ -27,12 +26,21 @@ def _unit(x: Array) -> Array:
 
 
 def _rms(part: Array) -> Array:
-    """The RMS of a real array without entries above 1."""
+    """The RMS, 0-d, of a real array without entries above 1, whose squares need no unit."""
     return namespace(part).linalg.vector_norm(part) / sqrt(prod(part.shape))
 
 
 def max_norm_factor(limit: Number, us: Sequence[Array]) -> Array:
-    """min(1, limit / r), 0-d, r = ||us|| over all entries of all tensors: what keeps a whole step within `limit`."""
+    """min(1, limit / r) with r the 2-norm of all entries of all tensors: what bounds the length of a whole step.
+
+    Args:
+        limit: largest length, a number or a 0-d array; it may be infinite.
+        us: the directions of all tensors, at least one, each with entries.
+
+    Returns: 0-d, in the widest dtype of the sizes, at least float32.
+
+    Source: psgd_torch `grad_clip_max_norm`, psgd_jax `update_global_norm_clip`.
+    """
     sizes = [power_mean(u, 2) * sqrt(prod(u.shape)) for u in us]
     xp = namespace(sizes[0])
     wide = max((s.dtype for s in sizes), key=lambda d: xp.finfo(d).bits)
@@ -44,16 +52,27 @@ def max_norm_factor(limit: Number, us: Sequence[Array]) -> Array:
 
 @dataclass(frozen=True)
 class Clip:
-    """Bounds on the direction u of a tensor: its RMS, by scaling, then each entry's modulus. After that, a gain.
+    """Bounds on the direction u of a tensor: its RMS, by scaling, then the modulus of each entry; then a gain.
 
-    u is the caller's own, as in `times`, and comes in units of a 0-d array, at least 1, or as it is. Without a bound an
-    entry in units is left out where a million of its kind would pass the floats.
+        u <- u min(1, rms / RMS(u)),   then each entry is cut to `entry`,   then u <- gain u
+
+    in the order of psgd_torch's `grad_clip_max_amps`.
+
+    Args:
+        rms: largest RMS [psgd_torch (2, 10), quad_torch and psgd_jax `kron` 1.1].
+        entry: largest modulus of an entry.
+
+    Source: psgd_torch `KronWhiten`.
     """
 
     rms: float = inf
     entry: float = inf
 
     def __call__(self, u: Array, gain: float = 1.0, unit: Any = None) -> Array:
+        """The bounded direction, in the shape and dtype of u.
+
+        u: made by the caller, who does not need it afterwards, and divided by `unit`: 0-d, at least 1, or None for 1.
+        """
         xp = namespace(u)
         if unit is not None:
             unit = cast(unit, accumulation_dtype(u))
@@ -62,13 +81,17 @@ class Clip:
         if self.rms < inf and is_complex(u):
             u = u * number(xp.minimum(unit, self.rms / xp.clip(power_mean(u, 2), min=tiny(unit))), u)
         elif self.rms < inf:
-            own = xp.maximum(cast(largest(u), unit.dtype), 1 / unit)
-            part = times(cast(u, own.dtype), 1 / own)
-            factor = xp.minimum(own * unit, self.rms / xp.clip(_rms(part), min=tiny(unit)))
-            gain, last = (1.0, gain) if self.entry == inf else (gain, 1.0)
-            u = cast(times(part, last * factor), u.dtype)
+            # First divided by max|u|, whose squares may overflow; then one factor for the RMS and all units. max|u| is
+            # taken as 1 at least, unit included: small entries need no unit, and 0 / 0 would be NaN.
+            size = xp.maximum(cast(largest(u), unit.dtype), 1 / unit)
+            part = times(cast(u, size.dtype), 1 / size)
+            factor = xp.minimum(size * unit, self.rms / xp.clip(_rms(part), min=tiny(unit)))
+            gain, gain_now = (1.0, gain) if self.entry == inf else (gain, 1.0)  # in the same pass, if nothing follows
+            u = cast(times(part, gain_now * factor), u.dtype)
         elif unit is not None:
             u = times(u, number(unit, u))
+            # Without a bound an entry stays as it is, unless it is so large that a million (2^20) of its size, added up
+            # in a parameter, would overflow: 3e32 in float32. A NaN is not above it and stays.
             u = xp.where(xp.abs(u) >= float(xp.finfo(u.dtype).max) * 2.0**-20, xp.zeros_like(u), u)
         if self.entry < inf:
             bounded = not is_complex(u)
@@ -78,42 +101,53 @@ class Clip:
 
 @dataclass(frozen=True)
 class InitialScale:
-    """The first scale of Q, from the first gradients: s = (max_k mean|g_k|^p + damping^p)^(-1/(2p)) over tensors k.
+    """The first scale s of Q, from the first gradients g_k of the tensors k that start together.
 
-    With it P starts near 1/rms(g). `shared`: one scale for all tensors that start together, or one for each that says
-    something, and the smallest of these for the others.
+        s = (max_k mean|g_k|^p + damping^p)^(-1/(2p)),   for Newton pairs times (mean|v|^2)^(1/4)
+
+    With it P = s^2 I starts near 1/rms(g).
+
+    Args:
+        power: p; 4 [psgd_torch], 2 [quad_torch, psgd_jax].
+        shared: one scale for all tensors; false: one for each [psgd_jax `affine`], and for a tensor without a signal
+            that of the largest one.
+
+    Source: psgd_torch `KronWhiten`, `KronNewton`; quad_torch; psgd_jax `affine`.
     """
 
     power: int = 4
     shared: bool = True
 
     def size(self, g: Array) -> Array:
-        """(mean|g|^p)^(1/p), 0-d."""
+        """(mean|g|^p)^(1/p), 0-d, at least float32."""
         return power_mean(g, self.power)
 
     def __call__(
         self, sizes: Sequence[Array], damping: Number, vs: Sequence[Array] | None = None
     ) -> tuple[list[Array], Array]:
-        """s for each of the tensors that start together, and whether any of them says something, 0-d.
+        """The scale of each tensor, and whether any of them is a signal to learn from.
 
-        Where none does, s is 1: what teaches nothing decides nothing, and the scale waits.
+        Args:
+            sizes: at least one, as `size` gives them; not 0-d where several tensors are in one stack.
+            damping: a number of the same unit as the gradients.
+            vs: the probes v of Newton pairs, one a tensor.
 
-        sizes: at least one; of any shape where several tensors are in one. vs: the probes, of Newton pairs.
+        Returns: s of each, in the shape of its size, 1 where no tensor is a signal; a 0-d boolean, true if one is.
         """
         xp = namespace(sizes[0])
         wide = max((s.dtype for s in sizes), key=lambda d: xp.finfo(d).bits)
         most = xp.max(xp.stack([cast(xp.max(s), wide) for s in sizes]))
-        seen = is_something(most) | xp.isnan(most)  # which nobody should overlook
+        signal = is_something(most) | xp.isnan(most)  # a NaN is shown in the scale, not hidden by waiting
         boosts: Sequence[Any] = [1.0] * len(sizes) if vs is None else self._probed(vs)
         if self.shared:
             scale = self.scale(most, damping) * boosts[0]
-            return [xp.where(seen, scale, xp.ones_like(scale))] * len(sizes), seen
+            return [xp.where(signal, scale, xp.ones_like(scale))] * len(sizes), signal
         each = [xp.where(is_something(s), s, cast(most, s.dtype)) for s in sizes]
         scales = [self.scale(s, damping) * boost for s, boost in zip(each, boosts, strict=True)]
-        return [xp.where(seen, s, xp.ones_like(s)) for s in scales], seen
+        return [xp.where(signal, s, xp.ones_like(s)) for s in scales], signal
 
     def _probed(self, vs: Sequence[Array]) -> list[Array]:
-        """What the probes v of a Newton pair add to s, as a factor: (mean|v|^2)^(1/4), of all tensors or of each."""
+        """The factor of s that comes from the probes of Newton pairs, (mean|v|^2)^(1/4), of all tensors or of each."""
         if not self.shared or not vs:
             return [self._boost(power_mean(v, 2)) for v in vs]
         xp, total = namespace(vs[0]), sum(prod(v.shape) for v in vs)
@@ -123,12 +157,12 @@ class InitialScale:
 
     @staticmethod
     def _boost(rms: Array) -> Array:
-        """The square root of the RMS of v; 1 for a v of zero, which says nothing."""
+        """The square root of the RMS of v, 0-d; 1 where v is zero."""
         xp = namespace(rms)
         return xp.where(rms > 0, rms, xp.ones_like(rms)) ** 0.5
 
     def scale(self, size: Array, damping: Number) -> Array:
-        """s of a size; 1 where it and the damping are zero."""
+        """(size^p + damping^p)^(-1/(2p)) in the shape of `size`; 1 where both are zero. No power overflows."""
         xp, damping = namespace(size), number(damping, size)
         top = xp.maximum(size, xp.zeros_like(size) + damping)
         unit = xp.where(top > 0, top, xp.ones_like(top))

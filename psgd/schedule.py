@@ -1,7 +1,7 @@
 """Schedules: pure functions of the step, of Python numbers and of 0-d arrays alike.
 
-A step is counted from 1. Decisions come back as booleans of the same kind as the step, and depend on nothing else but a
-toss, which itself is a function of seed, step and role, and, where it is kept, the time since the last such decision.
+A step is counted from 1. A decision is a boolean, Python's or a 0-d array as the step is. It depends on the step, on a
+toss, which is a function of seed, step and role, and, where that is counted, on the steps since the last fit.
 """
 
 from __future__ import annotations
@@ -14,59 +14,75 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from psgd._xp import namespace
+from psgd.arrays import Number
 
-Number = Any  # a Python number or a 0-d array
 Toss = Callable[[str], Number]  # role -> a uniform number in [0, 1)
 
 
 class StepInfo(NamedTuple):
-    """All that a decision may depend on. since: steps after the last one that was decided for, this one included."""
+    """All that a decision may depend on.
+
+    Args:
+        step: the number of the step, from 1.
+        toss: role -> a uniform number in [0, 1).
+        since: steps after the last fit, this one included; None where the schedule does not count them.
+    """
 
     step: Number
     toss: Toss
-    since: Number | None = None
+    since: Number = None
 
 
 When = Callable[[StepInfo], Any]  # -> a boolean
 
 
-def at(value: Any, step: Number) -> Number:
-    """A number, or what a schedule gives at a step."""
+def at(value: Number | Callable[[Number], Number], step: Number) -> Number:
+    """The value of a number or of a schedule (a function of the step) at a step."""
     return value(step) if callable(value) else value
 
 
 # ---- how gradients are averaged --------------------------------------------------------
 class Averaging(NamedTuple):
-    """m <- past m + (1 - past) g; the step uses m, or `scale` m, or keep m + fresh g with `blend` = (keep, fresh)."""
+    """How a gradient g enters the momentum m at one step, and what of m the step uses.
+
+        m <- past m + (1 - past) g,   used: m, or scale m, or keep m + fresh g
+
+    Args:
+        past: weight of the old m, in [0, 1).
+        scale: factor of m; None is 1.
+        blend: (keep, fresh), or None.
+    """
 
     past: Number
     scale: Number | None = None
     blend: tuple[Number, Number] | None = None
 
     def each(self, number: Callable[[Number], Number]) -> Averaging:
-        """The same of other numbers."""
+        """The same averaging with `number` applied to each of its numbers."""
         scale = None if self.scale is None else number(self.scale)
         blend = None if self.blend is None else (number(self.blend[0]), number(self.blend[1]))
         return Averaging(number(self.past), scale, blend)
 
 
 def capped_average(xp: ModuleType, t: Number, beta: Number) -> Averaging:
-    """The plain average of all gradients until its weight reaches beta, then an EMA [psgd_torch]."""
+    """past = min(1 - 1/t, beta): the plain mean of all gradients until it would forget slower than beta, then an
+    exponential average [psgd_torch].
+    """
     return Averaging(xp.minimum(xp.asarray((t - 1) / t), xp.asarray(beta)))
 
 
 def from_first(xp: ModuleType, t: Number, beta: Number) -> Averaging:
-    """An EMA that starts at the first gradient [quad_torch]."""
+    """past = beta, and 0 at t = 1: an exponential average that starts at the first gradient [quad_torch]."""
     return Averaging(xp.asarray(beta) * (t > 1))
 
 
 def corrected(xp: ModuleType, t: Number, beta: Number) -> Averaging:
-    """An EMA from zero, divided by its total weight 1 - beta^t [psgd_jax]."""
+    """past = beta, from m = 0, with m / (1 - beta^t) used: divided by its total weight [psgd_jax]."""
     return Averaging(beta, scale=1 / (1 - beta**t))
 
 
 def nesterov(xp: ModuleType, t: Number, beta: Number) -> Averaging:
-    """The same, looked at one step ahead [psgd_jax, `nesterov=True`]."""
+    """past = beta, with beta m / (1 - beta^(t+1)) + (1 - beta) g / (1 - beta^t) used [psgd_jax, `nesterov=True`]."""
     return Averaging(beta, blend=(beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta**t)))
 
 
@@ -86,8 +102,15 @@ def periodic(period: int) -> When:
     return lambda info: info.step % period == 0
 
 
-def coin(role: str, probability: Any) -> When:
-    """With a probability (a number or a schedule), by one toss a step, tossed also where the outcome is sure."""
+def coin(role: str, probability: Number | Callable[[Number], Number]) -> When:
+    """With a probability, by one toss a step: toss(role) < probability.
+
+    It is tossed also where the probability is 1, as published, so that recorded tosses stay in order.
+
+    Args:
+        role: names the toss.
+        probability: a number in (0, 1] or a schedule.
+    """
 
     def when(info: StepInfo) -> Any:
         heads = info.toss(role) < at(probability, info.step * 1.0)
@@ -97,7 +120,10 @@ def coin(role: str, probability: Any) -> When:
 
 
 def unfitted(otherwise: When) -> When:
-    """While nothing was fitted yet, and when `otherwise` says, which is asked at every step. Needs `StepInfo.since`."""
+    """While nothing was fitted yet, that is `since` = `step`, and when `otherwise` says, which is asked at every step.
+
+    Source: psgd_torch's Newton methods, whose preconditioner begins with the first pair.
+    """
 
     def when(info: StepInfo) -> Any:
         due = otherwise(info)
@@ -107,7 +133,10 @@ def unfitted(otherwise: When) -> When:
 
 
 def early(steps: int, otherwise: When) -> When:
-    """At the first steps, and when `otherwise` says, which is asked at every step."""
+    """At the first steps, and when `otherwise` says, which is asked at every step.
+
+    Source: psgd_jax's methods with a coin, with steps = 2.
+    """
 
     def when(info: StepInfo) -> Any:
         due = otherwise(info)
@@ -116,11 +145,16 @@ def early(steps: int, otherwise: When) -> When:
     return when
 
 
-def evenly(probability: Any) -> When:
-    """As often as a probability (a number or a schedule) says, at even distances: once 1 / probability steps are over.
+def evenly(probability: Number | Callable[[Number], Number]) -> When:
+    """At even distances, once 1 / probability steps are over since the last time: since * probability >= 1.
 
-    0.3 is every fourth step. The slack of 1e-6 is for 1 / probability to come to the same whole number in float32 and
-    in float64. Source: psgd_jax `kron`, whose counter is `StepInfo.since`.
+    0.3 is every fourth step. The slack of 1e-6, eight roundings of float32, is for 1 / probability to come to the same
+    whole number in float32 and in float64, so that both frameworks fit at the same steps.
+
+    Args:
+        probability: a number in (0, 1] or a schedule.
+
+    Source: psgd_jax `kron`, whose counter is `StepInfo.since`.
     """
     return lambda info: info.since * at(probability, info.step * 1.0) >= 1 - 1e-6
 
@@ -180,8 +214,15 @@ def precond_update_prob_schedule(
 
 # ---- how large a step of the factors is ------------------------------------------------
 def inverse_root(xp: ModuleType, peak: Number, step: Number, timescale: float, floor: float) -> Number:
-    """max(peak / sqrt(1 + step / timescale), floor) [quad_torch `get_precond_lr`].
+    """max(peak / sqrt(1 + step / timescale), floor), 0-d.
 
-    The floor wins over the peak: a peak below it has no effect.
+    Args:
+        xp: the namespace to compute in.
+        peak: value at step 0; without effect below the floor.
+        step: the number of the step.
+        timescale: steps until the value is peak / sqrt(2); 10,000 in quad_torch.
+        floor: least value; 0.3 in quad_torch.
+
+    Source: quad_torch `get_precond_lr`.
     """
     return xp.maximum(peak / xp.sqrt(xp.asarray(1.0 + step / timescale)), xp.asarray(floor))

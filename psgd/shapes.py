@@ -16,7 +16,7 @@ def as_is(shape: Shape) -> Shape:
 
 
 def squeeze(shape: Shape) -> Shape:
-    """Drop axes of length one: (1, n) is a vector, (1, 1) a scalar."""
+    """The shape without axes of length one: (1, n) is a vector, (1, 1) a scalar [psgd_torch]."""
     return tuple(n for n in shape if n != 1)
 
 
@@ -68,19 +68,19 @@ def in_order(shape: Shape) -> Shape:
 
 
 def matrix_order(shape: Shape) -> Shape:
-    """The order of axes with which `matrix` comes out the most square, the first in lexicographic order of equals."""
+    """The order of axes with which `matrix` is the most square; of equals the first in lexicographic order."""
     return _most_square(tuple(shape))[0]
 
 
 @lru_cache(maxsize=1024)
 def _most_square(shape: Shape) -> tuple[Shape, int]:
-    """The order of the axes, and how many of them make the rows. Two axes have one way only."""
+    """The order of the axes, and how many of them make the rows: the first that minimises l^2 + r^2 (see `matrix`)."""
     if len(shape) < 3:
         return in_order(shape), 1
 
-    def spread(way: tuple[Shape, int]) -> int:
-        order, split = way
+    def spread(candidate: tuple[Shape, int]) -> int:
+        order, split = candidate
         return prod(shape[i] for i in order[:split]) ** 2 + prod(shape[i] for i in order[split:]) ** 2
 
-    ways = ((order, split) for order in permutations(in_order(shape)) for split in range(1, len(shape)))
-    return min(ways, key=spread)
+    candidates = ((order, split) for order in permutations(in_order(shape)) for split in range(1, len(shape)))
+    return min(candidates, key=spread)

@@ -1,6 +1,6 @@
-"""The only bound on a spectral norm: a lower one, by a few products with probe vectors.
+"""Lower bounds on the spectral norm of a matrix, by a few products with probe vectors.
 
-Every step size of a factor is divided by it, so it is computed at each fit of each dense factor.
+The step size of a factor is divided by such a bound, so that it is computed at each fit of each dense factor.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from psgd.thin import Hermitian, Thin, diagonal, divided, from_right, part, row,
 def norm_bound(a: Hermitian, probes: Rows | None, *, products: int, positive: bool, offset: float = 0.0) -> Scalar:
     r"""Lower bound on ||a||_2 of a Hermitian or skew-Hermitian matrix.
 
-    With S a cheap upper scale of `a` and A = a / S, the row A_j of largest norm starts the probes in the dominant
-    subspace, V_r = A_j + sgn(<A_j, v_r>) v_r, and the bound is the growth of the last of m products:
+    With A = a / S, the row A_j of largest norm starts the probes v_r in the dominant subspace; the bound is the growth
+    of their length by the last of m products:
 
-        S max_r ||V_r A^m|| / ||V_r A^(m-1)||
+        V_r = A_j + sgn(<A_j, v_r>) v_r,   bound = S max_r ||V_r A^m|| / ||V_r A^(m-1)||
 
     Args:
         a: (n, n), or `Thin` if it is positive. The zero matrix gives 0.
         probes: (k, n) standard normal rows v_r; None starts from A_j alone.
         products: m, at least 1.
         positive: `a` is positive semidefinite: S is its largest diagonal entry, else its largest modulus.
-        offset: added to every entry of the last normalised probes; 1e-9 is what quad_torch does.
+        offset: added to every entry of the last normalised probes; quad_torch does so with 1e-9.
 
-    Returns: 0-d, real, in the dtype of |a|.
+    Returns: 0-d, real, in the dtype of |a|. All divisors have the smallest normal number added, so that 0 / 0 is 0.
 
     Source: psgd_torch `norm_lower_bound_spd`, `norm_lower_bound_skh`; quad_torch `_norm_lower_bound`; of psgd_jax's
     `_norm_lower_bound` the case of a Hermitian matrix.
@@ -48,7 +48,7 @@ def norm_bound(a: Hermitian, probes: Rows | None, *, products: int, positive: bo
 
 
 def _phases(probes: Rows, row: Row) -> PerRow:
-    """sgn(<row, v>) of each probe v, (k, 1): with it a probe adds to the row, whatever its sign."""
+    """sgn(<row, v>) of each probe v, (k, 1): times it, no probe points against the row."""
     xp = namespace(probes)
     overlap = matmul(conj(probes), row.mT)
     size = xp.abs(overlap)
@@ -58,9 +58,16 @@ def _phases(probes: Rows, row: Row) -> PerRow:
 def general_bound(a: Matrix) -> Scalar:
     r"""Lower bound on ||a||_2 of any square matrix, by two products from its largest row or column.
 
-        x = a a_j^H of the largest row a_j,  bound ||a^H x|| / ||x||;  of the largest column the same with a^H for a
+        x = a a_j^H of the row a_j of largest norm,   bound = ||a^H x|| / ||x||
 
-    `a`: (n, n); zero gives 0. Returns: 0-d, real. Source: psgd_jax `_norm_lower_bound`.
+    and the same with a^H for `a` where a column is longer than every row.
+
+    Args:
+        a: (n, n), such as the triangle of a residual; the zero matrix gives 0.
+
+    Returns: 0-d, real, in the dtype of |a|.
+
+    Source: psgd_jax `_norm_lower_bound`.
     """
     xp, small = namespace(a), tiny(a)
     scale = xp.max(xp.abs(a))
@@ -77,8 +84,16 @@ def general_bound(a: Matrix) -> Scalar:
 
 @dataclass(frozen=True)
 class NormBound:
-    """k probes, m products: `NormBound(32, 4)` is psgd_torch's, `NormBound(4, 6, 1e-9)` quad_torch's, `NormBound(0, 2)`
-    psgd_jax's."""
+    """`norm_bound` with its settings, and the largest entry for diagonal factors.
+
+    The published settings are `NormBound(32, 4)` of psgd_torch, `NormBound(4, 6, 1e-9)` of quad_torch and
+    `NormBound(0, 2)` of psgd_jax.
+
+    Args:
+        probes: k, the number of normal probes; 0 starts from the largest row alone.
+        products: m, the number of products.
+        offset: see `norm_bound`.
+    """
 
     probes: int = 32
     products: int = 4
@@ -87,7 +102,17 @@ class NormBound:
     def __call__(
         self, a: Factor | Thin, draws: Draws, role: str, *, positive: bool, skip: Flag | None = None
     ) -> Scalar:
-        """`norm_bound` of an (n, n) matrix, or the largest entry of an (n,) or 0-d diagonal; at least float32."""
+        """The bound of an (n, n) matrix, or the largest entry of an (n,) or 0-d diagonal.
+
+        Args:
+            a: the matrix or diagonal.
+            draws: where the probes come from.
+            role: the role of that draw.
+            positive: see `norm_bound`.
+            skip: 0-d boolean; where true the bound is not used, and recorded draws have no probes for it.
+
+        Returns: 0-d, real, at least float32.
+        """
         xp, like = namespace(part(a)), part(a)
         if a.ndim < 2:
             bound = xp.max(real(a))
@@ -99,7 +124,11 @@ class NormBound:
 
 @dataclass(frozen=True)
 class TraceBound(NormBound):
-    """The trace for the norm of a positive matrix, exact if its rank is one [psgd_torch DenseNewton]."""
+    """The trace instead of the norm of a positive matrix: at least the norm, at most rank times it.
+
+    Of T1 + T2 with one column each that is at most twice the norm. Skew-Hermitian matrices and diagonals are bounded
+    as by `NormBound`. Source: psgd_torch `update_precond_dense_*`.
+    """
 
     def __call__(
         self, a: Factor | Thin, draws: Draws, role: str, *, positive: bool, skip: Flag | None = None

@@ -20,11 +20,18 @@ from psgd.shapes import Shape
 
 
 @dataclass(frozen=True)
-class Row:
-    """One parameter. factors: one word each, such as "64x64" (dense) or "64" (diagonal).
+class ParameterCost:
+    """What a method keeps of one parameter, and what a step of it costs.
 
-    layers: how many layers the first axis of `shape` stacks, None where it stacks none. state: bytes.
-    apply, fit: floating-point operations of a step that leaves the factors as they are, and what a fit adds.
+    Args:
+        name: of the parameter.
+        shape: of the parameter.
+        dtype: name of its dtype.
+        factors: the shape of each factor as a word, such as "64x64" (dense) or "64" (diagonal).
+        layers: how many layers the first axis of `shape` stacks; None where it stacks none.
+        state: bytes of the state.
+        apply: floating-point operations of a step that leaves the factors as they are.
+        fit: floating-point operations that a fit adds.
     """
 
     name: str
@@ -44,12 +51,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """The rows of all parameters. methods: titles. counters: bytes of the counters of steps. skipped: how many steps
-    were, because a gradient was not finite. notes: sentences on what stands out.
+    """The rows of all parameters of an optimizer; as text, a table.
+
+    Args:
+        methods: titles of the methods.
+        rows: one a parameter.
+        counters: bytes of the counters of steps.
+        skipped: number of steps that were skipped since a gradient was not finite.
+        notes: sentences on unusual costs.
     """
 
     methods: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[ParameterCost, ...]
     counters: int = 0
     skipped: int = 0
     notes: tuple[str, ...] = ()
@@ -101,8 +114,10 @@ class Summary:
         return self.text()
 
     def text(self, width: int = 80) -> str:
-        """The table in so many columns. Where that is too few, a long name has a line to itself, and shapes, dtypes and
-        what else has no room are left out, which the last line says.
+        """The table, at most `width` characters wide.
+
+        Where that is too few, a long name has a line to itself, and columns such as shape and dtype are left out, which
+        the last line says.
         """
         cells = self.cells()
         kept = _fitting(cells, width)
@@ -111,7 +126,7 @@ class Summary:
         widths = [max(map(len, column)) for column in zip(head, *lines, total, strict=True)]
         widths[0] = max(len(head[0]), len(total[0]), min(widths[0], width - sum(widths[1:]) - 2 * (len(kept) - 1)))
 
-        def told(line: Sequence[str]) -> str:
+        def as_text(line: Sequence[str]) -> str:
             parts = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
             if len(line[0]) > widths[0]:
                 parts[0] += f"\n{'':{widths[0]}}"
@@ -123,16 +138,19 @@ class Summary:
         notes *= bool(gone)
         notes += [line for note in self.notes for line in wrap(note, width)]
         notes += [f"{self.skipped:,} steps skipped: a gradient was not finite"] * bool(self.skipped)
-        return "\n".join([", ".join(self.methods), told(head), rule, *map(told, lines), rule, told(total), *notes])
+        body = [as_text(head), rule, *map(as_text, lines), rule, as_text(total)]
+        return "\n".join([", ".join(self.methods), *body, *notes])
 
 
-SPARE = (2, 1, 3, 5)  # columns of a summary that are left out where there is no room, in this order
-MUCH = 4  # times as dear is worth a note
-NAME = 24  # characters of names that have room beside the figures
+SPARE = (2, 1, 3, 5)  # columns left out where there is no room, in this order: dtype, shape, factors, flops/step
+# A fit so many times as costly as in another geometry gets a note. By count, one rotation makes that of a square matrix
+# 1.6 times as costly, which needs none; that of a long vector some n times.
+MUCH = 4
+NAME = 24  # characters of a name for which columns are left out; a longer one may get a line to itself
 
 
 def _fitting(cells: Sequence[Sequence[str]], width: int) -> list[int]:
-    """The columns of a summary for which there is room."""
+    """The numbers of the columns for which there is room."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     widths[0] = min(widths[0], NAME)
     kept = list(range(len(widths)))
@@ -143,7 +161,7 @@ def _fitting(cells: Sequence[Sequence[str]], width: int) -> list[int]:
 
 
 def sized(shape: Sequence[int]) -> str:
-    """A shape as a word."""
+    """A shape as a word, such as "64x32"."""
     return "x".join(map(str, shape))
 
 
@@ -158,18 +176,21 @@ def in_flops(n: int) -> str:
 
 
 def _scaled(n: float, units: Sequence[str], step: int) -> str:
+    """A number with three digits, in the first unit in which it rounds to less than 1000."""
     power = 0
     while n >= 999.5 and power < len(units) - 1:
         n, power = n / step, power + 1
     return f"{n:.0f} {units[0]}".strip() if not power else f"{n:.3g} {units[power]}"
 
 
-def row(method: Method, name: str, shape: Sequence[int], dtype: str = "float32", *, scanned: bool = False) -> Row:
-    """The row of one parameter. `scanned`: its first axis counts layers."""
+def parameter_cost(
+    method: Method, name: str, shape: Sequence[int], dtype: str = "float32", *, scanned: bool = False
+) -> ParameterCost:
+    """The row of one parameter. scanned: its first axis counts layers, each with a preconditioner of its own."""
     layers, one = (shape[0], tuple(shape[1:])) if scanned else (None, tuple(shape))
     factors, state, apply, fit = _costs(method.recipe(), one, dtype)
     n = 1 if layers is None else layers
-    return Row(name, tuple(shape), dtype, factors, layers, n * state, n * apply, n * fit)
+    return ParameterCost(name, tuple(shape), dtype, factors, layers, n * state, n * apply, n * fit)
 
 
 class Parameter(NamedTuple):
@@ -181,34 +202,35 @@ class Parameter(NamedTuple):
     scanned: bool = False
 
 
-def rows(method: Method, parameters: Sequence[Parameter]) -> list[Row]:
-    """The rows of parameters that one optimizer has.
+def parameter_costs(method: Method, parameters: Sequence[Parameter]) -> list[ParameterCost]:
+    """The rows of the parameters of one optimizer.
 
-    A preconditioner of all of them as one vector is shared out by their numbers of elements, its bounds apart.
+    The cost of a joint preconditioner is divided among them by their numbers of elements; its Lipschitz estimates are
+    in `counters`.
     """
     recipe = method.recipe()
     if not recipe.joint:
-        return [row(method, p.name, p.shape, p.dtype, scanned=p.scanned) for p in parameters]
+        return [parameter_cost(method, p.name, p.shape, p.dtype, scanned=p.scanned) for p in parameters]
     n = sum(prod(p.shape) for p in parameters)
     if not n:
-        return [Row(p.name, p.shape, p.dtype, (), None, 0, 0, 0) for p in parameters]
+        return [ParameterCost(p.name, p.shape, p.dtype, (), None, 0, 0, 0) for p in parameters]
     widest = _widest(parameters)
     *_, apply, fit = _costs(recipe, (n,), widest)
     factors = _whole(recipe, parameters)
     per_number = sum(q.nbytes for q in factors.Q) // n
 
-    def one(p: Parameter) -> Row:
+    def one(p: Parameter) -> ParameterCost:
         size = prod(p.shape)
         momentum = pipeline.init_momentum(recipe, ShapeTracer(p.shape, p.dtype, ShapeNamespace()))
         kept = size * per_number + (0 if momentum is None else momentum.nbytes)
         words = tuple(sized((size, *q.shape[1:])) for q in factors.Q)
-        return Row(p.name, p.shape, p.dtype, words, None, kept, apply * size // n, fit * size // n)
+        return ParameterCost(p.name, p.shape, p.dtype, words, None, kept, apply * size // n, fit * size // n)
 
     return [one(p) for p in parameters]
 
 
 def counters(method: Method, parameters: Sequence[Parameter], size: int, *, each: bool) -> int:
-    """Bytes of what is not a parameter's own: counters of `size` bytes, and the bounds of a whole-model preconditioner.
+    """Bytes of state in no row: counters of `size` bytes, and the Lipschitz estimates of a joint preconditioner.
 
     each: every parameter has a copy of them, as in PyTorch; else there is one.
     """
@@ -218,6 +240,7 @@ def counters(method: Method, parameters: Sequence[Parameter], size: int, *, each
 
 
 def _widest(parameters: Sequence[Parameter]) -> str:
+    """The name of the dtype in which the parameters are one vector."""
     return max((p.dtype for p in parameters), key=list(BYTES).index)
 
 
@@ -237,34 +260,39 @@ def _costs(recipe: Recipe, shape: Shape, dtype: str) -> tuple[tuple[str, ...], i
 
 
 def _operations(recipe: Recipe, shape: Shape, dtype: str, fit: bool) -> int:
+    """Floating-point operations of a step, with a fit or without."""
     xp = ShapeNamespace()
     take_step(recipe, shape, dtype, xp, fit=fit)
     return xp.flops
 
 
 def take_step(recipe: Recipe, shape: Shape, dtype: str, xp: ShapeNamespace, *, fit: bool) -> None:
-    """One step of a tensor in a namespace of outlines, which counts what the step does and not what came before."""
+    """One step of a tensor of a shape and a dtype in the namespace xp, which counts the step and not the start."""
     g = ShapeTracer(shape, dtype, ShapeNamespace())
     state = pipeline.init(recipe, g, None, NoDraws())
     plan = Plan(fit, False, False, Averaging(0.5), rate=0.1, beta_lipschitz=0.5, damping=0.1, key=None)
-    g, *own = (ShapeTracer(x.shape, x.dtype, xp) for x in (g, *leaves(state)))
+    g, *arrays = (ShapeTracer(x.shape, x.dtype, xp) for x in (g, *leaves(state)))
     pair = (g, g) if recipe.newton else None
-    u, _ = pipeline.step(recipe, plan, g, rebuilt(state, own), NoDraws(), pair=pair)
+    u, _ = pipeline.step(recipe, plan, g, rebuilt(state, arrays), NoDraws(), pair=pair)
     pipeline.displacement(g, u, 0.1, 0.1)
 
 
-def summary(pairs: Iterable[tuple[Method, Row]], counters: int = 0, skipped: int = 0) -> Summary:
+def summary(pairs: Iterable[tuple[Method, ParameterCost]], counters: int = 0, skipped: int = 0) -> Summary:
     """The summary of rows, each with its method."""
-    by_method: dict[Method, list[Row]] = {}
+    by_method: dict[Method, list[ParameterCost]] = {}
     for method, row in (pairs := list(pairs)):
         by_method.setdefault(method, []).append(row)
-    notes = [note for method, own in by_method.items() for note in rotation_note(method, own)]
+    notes = [note for method, group in by_method.items() for note in rotation_note(method, group)]
     titles = dict.fromkeys(method.title for method in by_method)
     return Summary(tuple(titles), tuple(row for _, row in pairs), counters, skipped, tuple(notes))
 
 
-def rotation_note(method: Method, own: Sequence[Row]) -> list[str]:
-    """What a fit would cost in a geometry that does not rotate, where that is much less: of long dense vectors."""
+def rotation_note(method: Method, own: Sequence[ParameterCost]) -> list[str]:
+    """A sentence on the geometries that do not rotate, where a fit of these rows is much cheaper in them.
+
+    So it is of long dense vectors, whose rotations multiply full matrices, and where rotations are repeated. own: the
+    rows of one method.
+    """
     name = next((f.name for f in fields(method) if getattr(method, f.name) in tuple(GEOMETRIES)), None)
     if name is None or GEOMETRIES[getattr(method, name)].turn is None:
         return []
@@ -272,7 +300,7 @@ def rotation_note(method: Method, own: Sequence[Row]) -> list[str]:
 
     def fit(geometry: str) -> int:
         chosen: dict[str, Any] = {name: geometry}
-        return sum(r.fit for r in rows(replace(method, **chosen), parameters))
+        return sum(r.fit for r in parameter_costs(replace(method, **chosen), parameters))
 
     now = sum(r.fit for r in own)
     fits = {geometry: fit(geometry) for geometry, record in GEOMETRIES.items() if record.turn is None}

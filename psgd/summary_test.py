@@ -19,7 +19,17 @@ import psgd_torch_backend
 from psgd import structured
 from psgd.geometry import GEOMETRIES
 from psgd.methods import METHODS
-from psgd.summary import Parameter, Row, Summary, counters, in_bytes, in_flops, row, rows, summary
+from psgd.summary import (
+    Parameter,
+    ParameterCost,
+    Summary,
+    counters,
+    in_bytes,
+    in_flops,
+    parameter_cost,
+    parameter_costs,
+    summary,
+)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHAPES = {
@@ -140,10 +150,10 @@ def test_gpt2_is_right_to_the_byte_in_both_frameworks(method):
 def test_layers_are_as_many_parameters(method):
     made = method.of()
     for shape in ((4, 6), (5,), (), (2, 3, 4)):
-        one, many = row(made, "x", shape), row(made, "x", (7, *shape), scanned=True)
+        one, many = parameter_cost(made, "x", shape), parameter_cost(made, "x", (7, *shape), scanned=True)
         assert (many.state, many.apply, many.fit) == (7 * one.state, 7 * one.apply, 7 * one.fit)
         assert (many.factors, many.layers, many.shape) == (one.factors, 7, (7, *shape))
-    none = row(made, "x", (0, 4, 6), scanned=True)
+    none = parameter_cost(made, "x", (0, 4, 6), scanned=True)
     assert (none.state, none.apply, none.fit, none.bytes, none.layers) == (0, 0, 0, 0, 0)
 
 
@@ -168,11 +178,11 @@ def test_groups_with_hyperparameters_of_their_own():
 
 
 def test_factors_are_named_by_their_shapes():
-    assert row(METHODS["kron"].of(), "x", (7, 3, 5)).factors == ("7x7", "3x3", "5x5")
-    assert row(METHODS["kron"].of(max_size_triangular=5), "x", (7, 3, 5)).factors == ("7", "3x3", "5x5")
-    assert row(METHODS["affine"].of(), "x", (5,)).factors == ("1", "5x5")
-    assert row(METHODS["quad"].of(), "x", ()).factors == ("1",)
-    assert row(METHODS["quad"].of(), "x", (0, 3)).factors == ()
+    assert parameter_cost(METHODS["kron"].of(), "x", (7, 3, 5)).factors == ("7x7", "3x3", "5x5")
+    assert parameter_cost(METHODS["kron"].of(max_size_triangular=5), "x", (7, 3, 5)).factors == ("7", "3x3", "5x5")
+    assert parameter_cost(METHODS["affine"].of(), "x", (5,)).factors == ("1", "5x5")
+    assert parameter_cost(METHODS["quad"].of(), "x", ()).factors == ("1",)
+    assert parameter_cost(METHODS["quad"].of(), "x", (0, 3)).factors == ()
 
 
 # ---- what a step costs -------------------------------------------------------------------------
@@ -195,7 +205,7 @@ assert structured.MOST == 4
 
 def cubic(made, what: str, n: int = 1024) -> float:
     """How many products of (n, n) matrices a figure grows as: a n^3 + b n^2 + ..., by two sizes."""
-    small, large = (getattr(row(made, "x", (k, k)), what) for k in (n, 2 * n))
+    small, large = (getattr(parameter_cost(made, "x", (k, k)), what) for k in (n, 2 * n))
     return (large - 4 * small) / (4 * n**3) / 2
 
 
@@ -211,7 +221,7 @@ def test_a_whole_model_costs_what_its_vector_does(method):
 
     def made(k: int) -> Summary:
         parameters = [Parameter("a", (k, 10)), Parameter("b", (10 * k,), "bfloat16"), Parameter("c", (0, 3))]
-        return summary((method.of(), line) for line in rows(method.of(), parameters))
+        return summary((method.of(), line) for line in parameter_costs(method.of(), parameters))
 
     small, large = made(100), made(200)
     powers = (2, 3) if method.name == "dense_newton" else (1, 1)
@@ -219,7 +229,7 @@ def test_a_whole_model_costs_what_its_vector_does(method):
         assert getattr(large, what) / getattr(small, what) == pytest.approx(2**power, rel=0.02)
         a, b, c = (getattr(line, what) for line in large.rows)
         assert a == b > 0 == c
-    alone = row(method.of(), "x", (4000,))
+    alone = parameter_cost(method.of(), "x", (4000,))
     assert (alone.apply - large.apply, alone.fit - large.fit) < (3, 3)
     widths = {"xmat": ("", ""), "dense_newton": ("x4000",)}.get(method.name, ("x10", "x10", ""))
     assert [line.factors for line in large.rows] == [tuple(f"{n}{w}" for w in widths) for n in (2000, 2000, 0)]
@@ -239,7 +249,7 @@ def test_a_whole_model_costs_what_its_vector_does(method):
 )
 def test_what_sixty_thousand_parameters_take(name: str, given: dict, numbers: int, bounds: int):
     made, parameters = METHODS[name].of(**given), [Parameter("a", (100, 500)), Parameter("b", (10_000,))]
-    assert [line.state for line in rows(made, parameters)] == [4 * numbers * 50_000, 4 * numbers * 10_000]
+    assert [line.state for line in parameter_costs(made, parameters)] == [4 * numbers * 50_000, 4 * numbers * 10_000]
     count = 1 + made.schedule().counts
     assert counters(made, parameters, 4, each=False) == 4 * count + 4 * bounds
     assert counters(made, parameters, 8, each=True) == 2 * (8 * count + 4 * bounds)
@@ -247,14 +257,14 @@ def test_what_sixty_thousand_parameters_take(name: str, given: dict, numbers: in
 
 @WHOLE_METHODS
 def test_a_model_without_parameters_takes_nothing(method):
-    (line,) = rows(method.of(), [Parameter("a", (0, 3))])
+    (line,) = parameter_costs(method.of(), [Parameter("a", (0, 3))])
     assert (line.state, line.apply, line.fit, line.factors) == (0, 0, 0, ())
-    assert rows(method.of(), []) == []
+    assert parameter_costs(method.of(), []) == []
 
 
 @METHODS_OF_EACH
 def test_twice_the_size_is_eight_times_the_work(method):
-    small, large = (row(method.of(), "x", (n, n)) for n in (2048, 4096))
+    small, large = (parameter_cost(method.of(), "x", (n, n)) for n in (2048, 4096))
     assert 7.8 < large.apply / small.apply <= 8
     assert 7.5 < large.fit / small.fit <= 8
 
@@ -275,7 +285,7 @@ def test_products_are_those_that_torch_counts(method):
 
 def test_a_diagonal_costs_no_products():
     made = METHODS["kron_whiten"].of(preconditioner_max_size=0)
-    small, large = (row(made, "x", (n, n)) for n in (1000, 2000))
+    small, large = (parameter_cost(made, "x", (n, n)) for n in (1000, 2000))
     assert large.apply / small.apply == pytest.approx(4, rel=0.01)
     assert large.fit / small.fit == pytest.approx(4, rel=0.01)
 
@@ -373,7 +383,7 @@ def test_the_text_has_a_line_for_each_parameter_and_one_for_all():
 @pytest.mark.parametrize("width", [80, 60, 45])
 def test_a_table_that_is_too_wide_says_what_it_leaves_out(width):
     name = "a.name.that.is.much.longer.than.others"
-    one = Row(name, (128, 256), "float32", ("128x128", "256x256"), None, state=100, apply=20, fit=3)
+    one = ParameterCost(name, (128, 256), "float32", ("128x128", "256x256"), None, state=100, apply=20, fit=3)
     whole = Summary(("A",), (one, replace(one, name="short")))
     title, head, *lines, size, gone = whole.text(width).splitlines()
     assert max(map(len, (title, head, *lines))) <= width
@@ -385,7 +395,7 @@ def test_a_table_that_is_too_wide_says_what_it_leaves_out(width):
 
 
 def test_totals_are_sums():
-    one = Row("x", (2, 3), "float32", ("2x2", "3x3"), None, state=100, apply=20, fit=3)
+    one = ParameterCost("x", (2, 3), "float32", ("2x2", "3x3"), None, state=100, apply=20, fit=3)
     whole = Summary(("A", "B"), (one, replace(one, name="y", dtype="bfloat16")), counters=7)
     assert (whole.state, whole.bytes, whole.apply, whole.fit) == (207, 36, 40, 6)
     assert str(whole).splitlines()[0] == "A, B"
@@ -398,16 +408,16 @@ def test_totals_are_sums():
 def test_a_rotation_of_a_long_vector_is_told(name):
     """Where a geometry can be chosen, and one that does not rotate fits in less than a quarter of the operations."""
     method = METHODS[name]()
-    notes = summary((method, r) for r in rows(method, [Parameter("w", (64, 8)), Parameter("b", (8,))])).notes
+    notes = summary((method, r) for r in parameter_costs(method, [Parameter("w", (64, 8)), Parameter("b", (8,))])).notes
     choosable = [f.name for f in fields(method) if getattr(method, f.name) in tuple(GEOMETRIES)]
     dear = bool(choosable) and method.recipe().joint
     assert [note.startswith(f"{method.title}: {choosable[0]}=") for note in notes] == [True] * dear
     if dear:
-        lines = str(summary((method, r) for r in rows(method, [Parameter("w", (64, 8))]))).splitlines()
+        lines = str(summary((method, r) for r in parameter_costs(method, [Parameter("w", (64, 8))]))).splitlines()
         assert max(map(len, lines)) <= 80 and "rotates, which takes most of a fit's" in " ".join(lines)
         cheap = next(g for g, record in GEOMETRIES.items() if record.turn is None)
         still = replace(method, **{choosable[0]: cheap})
-        assert not summary((still, r) for r in rows(still, [Parameter("w", (64, 8))])).notes
+        assert not summary((still, r) for r in parameter_costs(still, [Parameter("w", (64, 8))])).notes
 
 
 @pytest.mark.parametrize(

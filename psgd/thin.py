@@ -1,8 +1,8 @@
 """Hermitian matrices of low rank, held by their thin factors and never formed.
 
-Of an axis that is much longer than all others together, as that of a vector is, the terms T1 = x x^H and T2 = y y^H
-have as few columns x, y as the others have entries. Every product with them, their sum or their difference, then costs
-O(n^2) instead of O(n^3). Each function here takes a matrix of either kind.
+Where an axis is much longer than all others together, as that of a vector is, the terms of the residual are T1 = x x^H
+and T2 = y y^H of matrices x, y with few columns. A product with them, their sum or their difference then costs O(n^2)
+instead of O(n^3). Each function here takes a thin matrix or an array, and does the same to both.
 """
 
 from __future__ import annotations
@@ -15,13 +15,22 @@ from psgd import _xp
 from psgd._xp import adjoint, conj, make, matmul, namespace, plus, real
 from psgd.arrays import Array, Columns, Factor, Index, Matrix, Row, Rows, Scalar, Tensor, Vector
 
-RATIO = 8  # so many times as long as all other axes together is long enough: products with few columns are slow
-BLOCK = 64  # rows of a triangle that are multiplied whole
+# An axis is long if it is at least so many times as long as all others together: a product with a few columns runs far
+# slower for its operations than one of square matrices, so that a smaller ratio gains nothing (docs/performance.md).
+RATIO = 8
+# Rows of a block in `triangle_from_left`: row by row it took six times as long at n = 4000 (docs/decisions.md).
+BLOCK = 64
 
 
 @dataclass(frozen=True)
 class Thin:
-    """left right^H - shift I, Hermitian; left and right are (n, k) with few columns k."""
+    """The Hermitian matrix left right^H - shift I, never formed.
+
+    Args:
+        left: (n, k), with few columns k.
+        right: (n, k).
+        shift: a number.
+    """
 
     left: Array
     right: Array
@@ -43,7 +52,7 @@ class Thin:
         return self + Thin(-other.left, other.right, -other.shift)
 
     def less(self, shift: float) -> Thin:
-        """Itself - shift I."""
+        """This matrix - shift I."""
         return Thin(self.left, self.right, self.shift + shift)
 
 
@@ -51,12 +60,12 @@ Hermitian = Any  # a Matrix, or Thin
 
 
 def is_thin(shape: tuple[int, ...], axis: int) -> bool:
-    """Is an axis of a tensor so long that its Gram matrices are of low rank?"""
+    """Is an axis at least `RATIO` times as long as all others together, so that its Gram matrix is of low rank?"""
     return bool(shape) and RATIO * prod(shape) <= shape[axis] ** 2
 
 
 def gram(x: Tensor, axis: int) -> Thin:
-    """x contracted with its conjugate over every axis but one."""
+    """x contracted with its conjugate over every axis but one, (n, n), as its two thin factors (n, size / n)."""
     columns = unfolded(x, axis)
     return Thin(columns, columns)
 
@@ -69,12 +78,12 @@ def unfolded(x: Tensor, axis: int) -> Columns:
 
 
 def part(a: Hermitian) -> Array:
-    """An array of the matrix, to ask for namespace and dtype."""
+    """An array with the namespace and the dtype of the matrix."""
     return a.left if isinstance(a, Thin) else a
 
 
 def formed(a: Hermitian) -> Factor:
-    """The matrix itself."""
+    """The matrix as an array, (n, n): left right^H - shift I of a thin one."""
     if not isinstance(a, Thin):
         return a
     product = matmul(a.left, adjoint(a.right))
@@ -82,19 +91,19 @@ def formed(a: Hermitian) -> Factor:
 
 
 def diagonal(a: Hermitian) -> Vector:
-    """The real diagonal."""
+    """The real diagonal, (n,)."""
     if not isinstance(a, Thin):
         return _xp.diagonal(a)
     return namespace(a.left).sum(real(a.left * conj(a.right)), axis=1) - a.shift
 
 
 def divided(a: Hermitian, number: Scalar) -> Hermitian:
-    """The matrix over a number; of what is thin without its shift. No operator: torch.compile cannot follow one."""
+    """The matrix over a number; of a thin one without its shift. A function, since torch.compile cannot trace `/`."""
     return Thin(a.left / number, a.right) if isinstance(a, Thin) else a / number
 
 
 def row_norms(a: Hermitian) -> Vector:
-    """The lengths of the rows; of what is thin without its shift."""
+    """The 2-norms of the rows, (n,); of a thin matrix without its shift."""
     if not isinstance(a, Thin):
         return namespace(a).linalg.vector_norm(a, axis=1)
     xp, inner = namespace(a.left), matmul(adjoint(a.right), a.right)
@@ -102,7 +111,7 @@ def row_norms(a: Hermitian) -> Vector:
 
 
 def row(a: Hermitian, index: Index) -> Row:
-    """The row of an index, (1, n); of what is thin without its shift."""
+    """The row of a 0-d index, (1, n); of a thin matrix without its shift."""
     xp, index = namespace(part(a)), namespace(part(a)).reshape(index, (1,))
     if not isinstance(a, Thin):
         return xp.take(a, index, axis=0)
@@ -110,27 +119,37 @@ def row(a: Hermitian, index: Index) -> Row:
 
 
 def from_left(a: Hermitian, x: Columns) -> Columns:
-    """a x."""
+    """a x of an (n, n) `a` and an (n, k) x: (n, k); two thin products if `a` is thin."""
     if not isinstance(a, Thin):
         return matmul(a, x)
     return _shifted(a, matmul(a.left, matmul(adjoint(a.right), x)), x)
 
 
 def from_right(a: Hermitian, x: Rows) -> Rows:
-    """x a."""
+    """x a of a (k, n) x and an (n, n) `a`: (k, n); two thin products if `a` is thin."""
     if not isinstance(a, Thin):
         return matmul(x, a)
     return _shifted(a, matmul(matmul(x, a.left), adjoint(a.right)), x)
 
 
 def _shifted(a: Thin, product: Tensor, x: Tensor) -> Tensor:
+    """A product of the thin factors with x, less shift x."""
     return plus(product, -a.shift, x, donate=True) if a.shift else product
 
 
 def triangle_from_left(a: Thin, q: Matrix) -> Matrix:
-    """triu(a) q of an upper-triangular q: in row i, a_i times the sum of conj(b_j) q_j over the rows j from i.
+    """triu(a) q of a thin `a` and an upper-triangular q, without forming `a`.
 
-    The sums are taken block by block: within a block of rows as a product, beyond it of whole blocks.
+        (triu(a) q)_i = left_i sum over j >= i of conj(right_j) q_j  -  shift q_i
+
+    The sums are taken by blocks of `BLOCK` rows: of the rows of the same block by a product of their triangle, of later
+    blocks by running sums of the products of whole blocks.
+
+    Args:
+        a: (n, n).
+        q: (n, n).
+
+    Returns: (n, n), upper triangular.
     """
     xp, n = namespace(q), q.shape[0]
     blocks = -(-n // BLOCK)
@@ -144,7 +163,7 @@ def triangle_from_left(a: Thin, q: Matrix) -> Matrix:
 
 
 def _in_blocks(x: Columns, blocks: int) -> Tensor:
-    """The rows of a matrix in blocks of one height, (blocks, height, columns), the last filled up with zeros."""
+    """The rows of a matrix in blocks of equal height, (blocks, height, columns); zeros fill the last block."""
     xp, (n, columns) = namespace(x), x.shape
     height = min(BLOCK, n)
     missing = blocks * height - n

@@ -10,11 +10,13 @@ if _found is not None and Path(_found.origin or "").parent != Path(__file__).par
 
 from psgd.methods import METHODS
 from psgd.schedule import precond_update_prob_schedule
+from psgd_jax_backend._nonfinite import check_skips
 from psgd_jax_backend._sharding import state_sharding
-from psgd_jax_backend._state import PSGDState, check_skips
+from psgd_jax_backend._state import PSGDState, state_arrays
+from psgd_jax_backend._summary import summary
 from psgd_jax_backend.hessian import hessian_helper
 from psgd_jax_backend.named import named_function, scaling
-from psgd_jax_backend.transform import scale_by_psgd, summary
+from psgd_jax_backend.transform import scale_by_psgd
 
 globals().update({name: named_function(method, __name__) for name, method in METHODS.items()})
 globals().update(
@@ -29,6 +31,7 @@ __all__ = [
     "hessian_helper",
     "precond_update_prob_schedule",
     "scale_by_psgd",
+    "state_arrays",
     "state_sharding",
     "summary",
     *METHODS,

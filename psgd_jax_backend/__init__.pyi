@@ -6,21 +6,22 @@ from typing import Any, ParamSpec, Protocol
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from psgd.schedule import precond_update_prob_schedule as precond_update_prob_schedule
+from psgd_jax_backend._nonfinite import check_skips as check_skips
 from psgd_jax_backend._sharding import state_sharding as state_sharding
 from psgd_jax_backend._state import PSGDState as PSGDState
-from psgd_jax_backend._state import check_skips as check_skips
+from psgd_jax_backend._state import state_arrays as state_arrays
+from psgd_jax_backend._summary import summary as summary
 from psgd_jax_backend.hessian import hessian_helper as hessian_helper
 from psgd_jax_backend.transform import scale_by_psgd as scale_by_psgd
-from psgd_jax_backend.transform import summary as summary
 
 _P = ParamSpec("_P")
 
-class _Face(Protocol[_P]):
+class _OptaxFunction(Protocol[_P]):
     static_args: tuple[str, ...]
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> GradientTransformationExtraArgs: ...
 
-def _face(function: Callable[_P, GradientTransformationExtraArgs]) -> _Face[_P]: ...
-@_face
+def _optax_function(function: Callable[_P, GradientTransformationExtraArgs]) -> _OptaxFunction[_P]: ...
+@_optax_function
 def procrustes(
     learning_rate: ScalarOrSchedule = 0.001,
     lr_style: str | None = "adam",
@@ -44,7 +45,7 @@ def procrustes(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_procrustes(
     lr_style: str | None = "adam",
     momentum: float = 0.95,
@@ -65,7 +66,7 @@ def scale_by_procrustes(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def quad(
     learning_rate: ScalarOrSchedule = 0.001,
     lr_style: str | None = "adam",
@@ -89,7 +90,7 @@ def quad(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_quad(
     lr_style: str | None = "adam",
     momentum: float = 0.95,
@@ -110,7 +111,7 @@ def scale_by_quad(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def kron_whiten(
     learning_rate: ScalarOrSchedule = 0.001,
     *,
@@ -138,7 +139,7 @@ def kron_whiten(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_kron_whiten(
     *,
     seed: int = 0,
@@ -163,7 +164,7 @@ def scale_by_kron_whiten(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def kron_newton(
     learning_rate: ScalarOrSchedule = 0.01,
     *,
@@ -190,7 +191,7 @@ def kron_newton(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_kron_newton(
     *,
     seed: int = 0,
@@ -214,7 +215,7 @@ def scale_by_kron_newton(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def lra_whiten(
     learning_rate: ScalarOrSchedule = 0.001,
     *,
@@ -238,7 +239,7 @@ def lra_whiten(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_lra_whiten(
     *,
     seed: int = 0,
@@ -259,7 +260,7 @@ def scale_by_lra_whiten(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def lra_newton(
     learning_rate: ScalarOrSchedule = 0.01,
     *,
@@ -282,7 +283,7 @@ def lra_newton(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_lra_newton(
     *,
     seed: int = 0,
@@ -302,7 +303,7 @@ def scale_by_lra_newton(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def dense_newton(
     learning_rate: ScalarOrSchedule = 0.01,
     *,
@@ -325,7 +326,7 @@ def dense_newton(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_dense_newton(
     *,
     seed: int = 0,
@@ -345,7 +346,7 @@ def scale_by_dense_newton(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def kwns4(
     learning_rate: ScalarOrSchedule = 0.0002,
     *,
@@ -375,7 +376,7 @@ def kwns4(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_kwns4(
     *,
     seed: int = 0,
@@ -402,7 +403,7 @@ def scale_by_kwns4(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def kron(
     learning_rate: ScalarOrSchedule = 0.001,
     b1: float = 0.9,
@@ -430,7 +431,7 @@ def kron(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_kron(
     b1: float = 0.9,
     preconditioner_update_probability: Any = ...,
@@ -455,7 +456,7 @@ def scale_by_kron(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def affine(
     learning_rate: ScalarOrSchedule = 0.01,
     preconditioner_update_probability: Any = 1.0,
@@ -482,7 +483,7 @@ def affine(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_affine(
     preconditioner_update_probability: Any = 1.0,
     b1: float = 0.9,
@@ -506,7 +507,7 @@ def scale_by_affine(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def xmat(
     learning_rate: ScalarOrSchedule = 0.01,
     preconditioner_update_probability: Any = 1.0,
@@ -529,7 +530,7 @@ def xmat(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_xmat(
     preconditioner_update_probability: Any = 1.0,
     b1: float = 0.9,
@@ -549,7 +550,7 @@ def scale_by_xmat(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def low_rank_approximation(
     learning_rate: ScalarOrSchedule = 0.01,
     preconditioner_update_probability: Any = 1.0,
@@ -573,7 +574,7 @@ def low_rank_approximation(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def lra(
     learning_rate: ScalarOrSchedule = 0.01,
     preconditioner_update_probability: Any = 1.0,
@@ -597,7 +598,7 @@ def lra(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_low_rank_approximation(
     preconditioner_update_probability: Any = 1.0,
     b1: float = 0.9,
@@ -618,7 +619,7 @@ def scale_by_low_rank_approximation(
     nonfinite: str = "skip",
     max_skips: int = 10,
 ) -> GradientTransformationExtraArgs: ...
-@_face
+@_optax_function
 def scale_by_lra(
     preconditioner_update_probability: Any = 1.0,
     b1: float = 0.9,

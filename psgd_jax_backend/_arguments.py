@@ -7,8 +7,8 @@ from numbers import Real
 from typing import Any
 
 from psgd.documentation import Argument
+from psgd_jax_backend._nonfinite import Guard
 from psgd_jax_backend._per_tensor import Layering
-from psgd_jax_backend._state import Guard
 
 SENTENCES = {
     "stack": (

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from psgd import pipeline
 from psgd._xp import accumulation_dtype, dtype_name, has_nan, is_array, is_traced, on_host
-from psgd.arrays import Factors
+from psgd.arrays import Dtype, Factors
 from psgd.hyperparameters import Method
 from psgd.naming import shown
 from psgd.recipe import Recipe, State
-from psgd_jax_backend._state import Leaf, PSGDState
+from psgd.shapes import Shape
+from psgd_jax_backend._state import Flag, Leaf, Path, Paths, PSGDState, Tree, TreeDef
 
 INIT = "give the state that `init` of the same settings made for these parameters"
 
 
-def check_leaf(method: Method, path: Any, leaf: Any, scanned: bool) -> None:
+class GivenPair(NamedTuple):
+    """(v, H v), leaf by leaf, and whether to fit to them."""
+
+    vector: list[Leaf]
+    Hvp: list[Leaf]
+    update: Any
+
+
+def check_leaf(method: Method, path: Path, leaf: Tree, scanned: bool) -> None:
     """Refuse a leaf that the method does not take."""
     dtype, where = jnp.result_type(leaf), jax.tree_util.keystr(path) or "the parameter"
     if scanned and not jnp.ndim(leaf):
@@ -31,7 +40,7 @@ def check_leaf(method: Method, path: Any, leaf: Any, scanned: bool) -> None:
         raise TypeError(f"{method.name} needs floating-point parameters; {where} is {dtype}: use optax.masked")
 
 
-def check_parameters(method: Method, paths: Any, like: list[Any]) -> None:
+def check_parameters(method: Method, paths: Paths, like: Sequence[Tree]) -> None:
     """Refuse parameters that are not those of the gradients."""
     for (path, g), p in zip(paths, like, strict=True):
         if p is None or getattr(p, "shape", ()) != jnp.shape(g):
@@ -41,8 +50,33 @@ def check_parameters(method: Method, paths: Any, like: list[Any]) -> None:
             )
 
 
+def check_pair(
+    method: Method, paths: Paths, treedef: TreeDef, hvp: Tree, vector: Tree, update_preconditioner: Flag | None
+) -> GivenPair | None:
+    """The Hessian-vector products that `update` was given, or None; refused where they do not go together."""
+    arguments = {"Hvp": hvp, "vector": vector, "update_preconditioner": update_preconditioner}
+    missing = [name for name, value in arguments.items() if value is None]
+    if len(missing) == len(arguments):
+        if method.recipe().newton:
+            raise ValueError(
+                f"{method.name} fits Hessian-vector products; give update Hvp=, vector= and update_preconditioner=, "
+                "as hessian_helper returns them"
+            )
+        return None
+    if missing:
+        raise ValueError(f"{method.name}: {missing[0]} is missing; Hvp, vector and update_preconditioner go together")
+    vs, hs = (list(map(jnp.asarray, treedef.flatten_up_to(tree))) for tree in (vector, hvp))
+    for (path, g), v, h in zip(paths, vs, hs, strict=True):
+        if not jnp.shape(g) == v.shape == h.shape:
+            raise ValueError(
+                f"{method.name}: vector and Hvp of {jax.tree_util.keystr(path)} have shapes {v.shape} and {h.shape}, "
+                f"its gradient {jnp.shape(g)}; give what hessian_helper returns for the same parameters"
+            )
+    return GivenPair(vs, hs, update_preconditioner)
+
+
 # ---- state --------------------------------------------------------------------------------
-def check_record(method: Method, recipe: Recipe, state: Any, leaves: int) -> None:
+def check_record(method: Method, recipe: Recipe, state: object, leaves: int) -> None:
     """Refuse the state of another optimizer, and counters that count nothing. leaves: of the gradients."""
     if not isinstance(state, PSGDState):
         raise ValueError(f"{method.name}: the state is a {type(state).__name__} and not a PSGDState; {INIT}")
@@ -68,10 +102,10 @@ def check_record(method: Method, recipe: Recipe, state: Any, leaves: int) -> Non
 def check_shapes(
     method: Method,
     recipe: Recipe,
-    paths: Any,
+    paths: Paths,
     flags: Sequence[bool],
     gradients: Sequence[Leaf],
-    momenta: Sequence[Any],
+    momenta: Sequence[Leaf | None],
     states: Sequence[State],
 ) -> None:
     """Refuse the state of other parameters."""
@@ -96,9 +130,9 @@ def check_shapes(
 def check_kept(
     method: Method,
     recipe: Recipe,
-    paths: Any,
-    like: Sequence[Any] | None,
-    momenta: Sequence[Any],
+    paths: Paths,
+    like: Sequence[Tree] | None,
+    momenta: Sequence[Leaf | None],
     states: Sequence[State],
     *,
     look: bool,
@@ -120,9 +154,9 @@ def check_kept(
 
 def _is_of_others(
     gradients: Sequence[Leaf],
-    momenta: Sequence[Any],
+    momenta: Sequence[Leaf | None],
     factors: Factors,
-    shapes: Iterable[Any],
+    shapes: Iterable[Shape],
     layers: tuple[int, ...] = (),
 ) -> bool:
     """Does state belong to other parameters than gradients do, whose factors have some shapes?"""
@@ -132,7 +166,12 @@ def _is_of_others(
 
 
 def _check_arrays(
-    method: Method, recipe: Recipe, where: str, arrays: Mapping[str, Sequence[Any]], owners: Sequence[Any], look: bool
+    method: Method,
+    recipe: Recipe,
+    where: str,
+    arrays: Mapping[str, Sequence[object]],
+    owners: Sequence[Dtype],
+    look: bool,
 ) -> None:
     """Refuse arrays in dtypes in which none of the owners would keep them, and NaN."""
     for name, xs in arrays.items():
@@ -146,7 +185,7 @@ def _check_arrays(
 
 
 @cache
-def _kept(recipe: Recipe, owner: Any) -> dict[str, Any]:
+def _kept(recipe: Recipe, owner: Dtype) -> dict[str, Any]:
     """The dtypes in which the state of a parameter is kept, by the parameter's."""
 
     def arrays(x: Leaf) -> dict[str, Any]:
@@ -166,18 +205,18 @@ def _computed(method: Method) -> list[Any]:
     return list(map(jnp.dtype, names))
 
 
-def _widest(owners: Sequence[Any]) -> Any:
+def _widest(owners: Sequence[Dtype]) -> Any:
     """The dtype of arrays of such dtypes as one."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*owners)
 
 
-def _is_known(x: Any) -> bool:
+def _is_known(x: object) -> bool:
     """Are the numbers of an array known: is it not traced, nor on another process?"""
     return not isinstance(x, jax.Array) or (not is_traced(x) and x.is_fully_addressable)
 
 
-def _is_at_hand(x: Any) -> bool:
+def _is_at_hand(x: object) -> bool:
     """Are the numbers of an array in the memory of the host, and in one piece?"""
     if not isinstance(x, jax.Array):
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from math import isqrt
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,10 @@ from psgd.hyperparameters import plain
 from psgd.naming import shown
 from psgd.recipe import Plan, Recipe, Schedule, State
 from psgd_jax_backend._sharding import Spread
-from psgd_jax_backend._state import Leaf, Tree
+from psgd_jax_backend._state import Flag, Leaf, Pair, Tree
+
+Operand = TypeVar("Operand")
+Result = TypeVar("Result")
 
 # A leaf so many times as large as its factors is not gathered.
 LONG = 8
@@ -78,7 +81,7 @@ class Layering(NamedTuple):
             found.setdefault((x.shape, x.dtype) if self.stack and not scanned[i] else i, []).append(i)
         return list(found.values())
 
-    def over(self, one: Callable[..., Any], *stacks: Any) -> Any:
+    def over(self, one: Callable[..., Tree], *stacks: Tree) -> Any:
         """A function of one tensor, mapped over stacks of them."""
         if self.lax_map_scanned_layers and all(x.size for x in jax.tree.leaves(stacks)):
             # A batch of one would keep an axis of length one, which costs XLA several stacks of memory.
@@ -87,11 +90,22 @@ class Layering(NamedTuple):
         return jax.vmap(one)(*stacks)
 
 
-def choose(flag: Any, then: Callable[[Any], Any], otherwise: Callable[[Any], Any], operand: Any) -> Any:
+def choose(
+    flag: Flag, then: Callable[[Operand], Result], otherwise: Callable[[Operand], Result], operand: Operand
+) -> Result:
     """A decision of the plan: settled here where it is known, outside of `jax.jit` or as a Python boolean."""
     if isinstance(flag, jax.core.Tracer):
         return jax.lax.cond(flag, then, otherwise, operand)
     return pipeline.branch(bool(flag), then, otherwise, operand)
+
+
+class Tensors(NamedTuple):
+    """What is stepped: gradients, their states, which of them stack layers, and (v, H v) where these are fitted to."""
+
+    gradients: list[Leaf]
+    states: list[State]
+    scanned: list[bool]
+    pair: tuple[list[Leaf], list[Leaf]] | None
 
 
 class Stepper(NamedTuple):
@@ -103,15 +117,10 @@ class Stepper(NamedTuple):
     spread: Spread
     places: list[Any]
 
-    def step(
-        self,
-        gradients: list[Leaf],
-        states: list[State],
-        scanned: list[bool],
-        pair: tuple[list[Leaf], list[Leaf]] | None,
-    ) -> tuple[list[Leaf], list[State]]:
+    def step(self, tensors: Tensors) -> tuple[list[Leaf], list[State]]:
         """One step of all leaves; those of one shape and dtype in one call."""
-        pairs: list[Any] = [None] * len(gradients) if pair is None else list(zip(*pair, strict=True))
+        gradients, states, scanned, pair = tensors
+        pairs: list[Tree] = [None] * len(gradients) if pair is None else list(zip(*pair, strict=True))
         done: list[Any] = [None] * len(gradients)
         for indices in self.layering.buckets(gradients, scanned):
             members = [(gradients[i], states[i], pairs[i]) for i in indices]
@@ -125,27 +134,21 @@ class Stepper(NamedTuple):
                 done[i] = result
         return [u for u, _ in done], [s for _, s in done]
 
-    def started(
-        self,
-        schedule: Schedule,
-        gradients: list[Leaf],
-        scanned: list[bool],
-        pair: tuple[list[Leaf], list[Leaf]] | None,
-        states: list[State],
-    ) -> tuple[list[State], Leaf]:
+    def started(self, schedule: Schedule, tensors: Tensors) -> tuple[list[State], Leaf]:
         """The states with factors of their automatic scale, which is that of gradients, or of the pair if it is
         fitted; and whether there was anything to take it from."""
+        gradients, states, scanned, pair = tensors
         scales_of = partial(pipeline.initial_scales, self.recipe, schedule)
-        there = [i for i, g in enumerate(gradients) if g.size]
-        if not there:
+        filled = [i for i, g in enumerate(gradients) if g.size]
+        if not filled:
             return states, jnp.ones((), bool)
         scales, known = scales_of(self._sizes(gradients, scanned))
         if pair is not None:
-            of_pair, pair_known = scales_of(self._sizes(pair[1], scanned), [pair[0][i] for i in there])
+            of_pair, pair_known = scales_of(self._sizes(pair[1], scanned), [pair[0][i] for i in filled])
             scales = [jnp.where(self.plan.fit, x, y) for x, y in zip(of_pair, scales, strict=True)]
             known = jnp.where(self.plan.fit, pair_known, known)
         rescaled, started = partial(pipeline.rescaled, self.recipe), list(states)
-        for i, scale in zip(there, scales, strict=True):
+        for i, scale in zip(filled, scales, strict=True):
             if scanned[i]:
                 started[i] = jax.vmap(rescaled)(states[i], jnp.broadcast_to(scale, gradients[i].shape[:1]))
             else:
@@ -166,7 +169,7 @@ class Stepper(NamedTuple):
                 sizes |= zip(indices, map(one, own), strict=False)
         return [sizes[i] for i in sorted(sizes)]
 
-    def _alone(self, g: Leaf, state: State, pair: Any) -> tuple[Leaf, State]:
+    def _alone(self, g: Leaf, state: State, pair: Pair | None) -> tuple[Leaf, State]:
         """Of a leaf by itself: whole on every device, as its factors have to be; one that is much larger than they
         are, such as an embedding, stays split, and sums are exchanged instead."""
         whole, factors = self.spread.replicated, state.factors
@@ -175,19 +178,19 @@ class Stepper(NamedTuple):
         u, new = self._one(g, state._replace(factors=whole(factors)), pair)
         return u, new._replace(factors=whole(new.factors))
 
-    def _one(self, g: Leaf, state: State, pair: Any) -> tuple[Leaf, State]:
+    def _one(self, g: Leaf, state: State, pair: Pair | None) -> tuple[Leaf, State]:
         return pipeline.step(self.recipe, self.plan, g, state, choose=choose, pair=pair)
 
-    def _each(self, one: Callable[..., Any], *stacks: Any) -> Any:
+    def _each(self, one: Callable[..., Tree], *stacks: Tree) -> Any:
         """A function of one tensor, of every layer where it is."""
         return self.spread.each(partial(self.layering.over, one), *stacks)
 
-    def _parts(self, stack: Any, n: int) -> list[Any]:
+    def _parts(self, stack: Tree, n: int) -> list[Any]:
         """The n parts of stacks."""
         at = partial(jax.lax.dynamic_index_in_dim, keepdims=False)
         return [jax.tree.map(partial(at, index=sum(place)), stack) for place in self.places[:n]]
 
-    def _layers(self, g: Leaf, state: State, pair: Any) -> tuple[Leaf, State]:
+    def _layers(self, g: Leaf, state: State, pair: Pair | None) -> tuple[Leaf, State]:
         """Of a leaf that stacks layers."""
         if not g.size:
             return self.layering.over(self._one, g, state, pair)
@@ -198,15 +201,15 @@ class Stepper(NamedTuple):
             return together((u, new), g.shape[0])
         return together(u), new._replace(momentum=together(new.momentum))  # factors stay where they are
 
-    def _leaves(self, gradients: list[Leaf], states: list[State], pairs: list[Any]) -> list[tuple[Leaf, State]]:
+    def _leaves(self, gradients: list[Leaf], states: list[State], pairs: list[Tree]) -> list[tuple[Leaf, State]]:
         """Of several equal leaves. The factors are put together where they are needed and taken apart only where they
         are fitted: a step that leaves them as they are leaves them where they are."""
         recipe, plan, n = self.recipe, self.plan, len(gradients)
 
-        def stacked(leaves: list[Any]) -> Any:
+        def stacked(leaves: list[Tree]) -> Any:
             return self.spread.apart(jax.tree.map(lambda *xs: jnp.stack(xs), *leaves))
 
-        def unstacked(stack: Any) -> list[Any]:
+        def unstacked(stack: Tree) -> list[Any]:
             return self._parts(self.spread.together(stack, n), n)
 
         # Leaf by leaf: operations that are equal are compiled once, but each slice of a stack is another.
@@ -218,7 +221,7 @@ class Stepper(NamedTuple):
             return unstacked(self._each(partial(pipeline.direct, recipe, plan), factors, average))
 
         def fitted(leaves: list[Factors]) -> tuple[list[Factors], list[Leaf]]:
-            def one(x: Leaf, own: Factors, pair: Any) -> Factors:
+            def one(x: Leaf, own: Factors, pair: Pair | None) -> Factors:
                 return pipeline.fit(recipe, plan, x, own, pair=pair)
 
             old = stacked(leaves)
@@ -232,7 +235,7 @@ class Stepper(NamedTuple):
         return [(u, State(m, f)) for u, m, f in zip(us, momenta, factors, strict=True)]
 
 
-def numbers(count: Any, n: int) -> list[Any]:
+def numbers(count: Flag, n: int) -> list[Any]:
     """The numbers below n, each as two of which it is the sum.
 
     count: of steps, never negative, which the compiler does not know, and so it knows none of these numbers: slices of

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from itertools import count
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import optax
+
+# Of a parameter's layout along Auto axes nothing is known while its step is traced; that an array shall lie as it does
+# can be said by `shard_alike` alone, which JAX has nowhere else. All that is experimental here is in this file.
 from jax.experimental.shard_alike import shard_alike
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-Tree = Any
+from psgd_jax_backend._state import Path, Tree
 
 # Arrays of fewer numbers are kept whole on every device: what they would save is less than what they would cost.
 WORTH_SPREADING = 4096
-# JAX lowers equal operations of a program once, so that all arrays of one shape would be laid out alike. A number,
-# which nothing reads, keeps the pairs apart.
-PAIRS = count()
 
 
 class Spread(NamedTuple):
@@ -78,7 +77,7 @@ class Spread(NamedTuple):
         return PartitionSpec(*(names or None for names in split))
 
     # ---- a whole update ------------------------------------------------------------------
-    def run(self, work: Callable[..., Tree], likes: Callable[[], Tree], *args: Any) -> Tree:
+    def run(self, work: Callable[..., Tree], likes: Callable[[], Tree], *args: Tree) -> Tree:
         """work(*args) with Auto axes; its results lie as their counterparts in `likes()`: arrays, `PartitionSpec`s."""
         if self.mesh is None:
             return work(*args)
@@ -90,7 +89,9 @@ class Spread(NamedTuple):
             work = jax.sharding.auto_axes(work, axes=tuple(explicit), out_sharding=types)
         with self._context():
             out = work(*args)
-            return out if len(explicit) == len(kinds) else jax.tree.map(self._settled, like, out, is_leaf=_is_spec)
+            if len(explicit) == len(kinds):
+                return out
+            return jax.tree_util.tree_map_with_path(self._settled, like, out, is_leaf=_is_spec)
 
     def _context(self) -> Any:
         """The mesh in force."""
@@ -98,7 +99,7 @@ class Spread(NamedTuple):
             return nullcontext()
         return jax.set_mesh(self.mesh) if isinstance(self.mesh, Mesh) else jax.sharding.use_abstract_mesh(self.mesh)
 
-    def _type(self, like: Any) -> NamedSharding:
+    def _type(self, like: Tree) -> NamedSharding:
         """The layout of an array as its type says it, replicated where it says none."""
         mesh = self.mesh.abstract_mesh if isinstance(self.mesh, Mesh) else self.mesh
         if _is_spec(like):
@@ -107,15 +108,19 @@ class Spread(NamedTuple):
         return NamedSharding(mesh, PartitionSpec()) if own.mesh.empty else own
 
     @staticmethod
-    def _settled(like: Any, x: jax.Array) -> jax.Array:
-        """An array laid out by a specification, or as another, wherever that may lie."""
+    def _settled(path: Path, like: Tree, x: jax.Array) -> jax.Array:
+        """An array laid out by a specification, or as another, wherever that may lie.
+
+        JAX lowers equal operations of a program once, so that all arrays of one shape would be laid out alike. Their
+        path in the tree, which nothing reads, keeps them apart.
+        """
         if _is_spec(like):
             return jax.lax.with_sharding_constraint(x, like)
         if not x.ndim:
             return x
         if not isinstance(like, jax.core.Tracer):  # outside of jit, arrays know where they lie
             return jax.lax.with_sharding_constraint(x, like.sharding) if isinstance(like.sharding, NamedSharding) else x
-        with set_xla_metadata(pair=str(next(PAIRS))):
+        with set_xla_metadata(path=jax.tree_util.keystr(path)):
             return shard_alike(x, like)[0]
 
     # ---- stacks --------------------------------------------------------------------------
@@ -158,7 +163,7 @@ class Spread(NamedTuple):
         own = PartitionSpec(self.axes)
         return jax.shard_map(many, in_specs=own, out_specs=own)(*stacks)
 
-    def everywhere(self, one: Callable[..., Tree], *args: Any) -> Tree:
+    def everywhere(self, one: Callable[..., Tree], *args: Tree) -> Tree:
         """A function of whole arrays, on every device: they are gathered once, and nothing else is exchanged."""
         if not self.axes:
             return one(*args)
@@ -178,7 +183,7 @@ class Spread(NamedTuple):
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
 
 
-def _is_spec(x: Any) -> bool:
+def _is_spec(x: Tree) -> TypeGuard[PartitionSpec]:
     return isinstance(x, PartitionSpec)
 
 
@@ -222,7 +227,7 @@ def state_sharding(tx: optax.GradientTransformation, params: Tree) -> Tree:
     # With Explicit axes the shardings are part of the types, and types are what eval_shape is for.
     typed = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
 
-    def abstract(x: Any) -> jax.ShapeDtypeStruct:
+    def abstract(x: Tree) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(typed, x.sharding.spec))
 
     with jax.sharding.use_abstract_mesh(typed.abstract_mesh):

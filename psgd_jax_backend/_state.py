@@ -1,19 +1,24 @@
-"""The state of an optimizer in JAX's terms, and what becomes of it where gradients are not finite."""
+"""The state of an optimizer in JAX's terms."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
 
+from psgd.arrays import Factors
 from psgd.hyperparameters import Method
-from psgd.nonfinite import MAX_SKIPS, not_finite
+from psgd.joint import split_state
+from psgd.recipe import Recipe, State
 
 Leaf = jax.Array
-Tree = Any
+Tree = Any  # of arrays, in any containers
+TreeDef = Any  # a `jax.tree_util.PyTreeDef`, which checkers do not know
+Path = tuple[Any, ...]  # of a leaf in its tree
+Paths = list[tuple[Path, Any]]  # of all leaves, with them
+Flag = Leaf | bool  # a decision, which may be traced
+Pair = tuple[Leaf, Leaf]  # (v, H v)
 
 
 class PSGDState(NamedTuple):
@@ -39,76 +44,98 @@ class PSGDState(NamedTuple):
     P: Tree = None
 
 
-class Guard(NamedTuple):
-    """What to do about gradients that are not finite; see `scale_by_psgd`."""
-
-    nonfinite: str = "skip"
-    max_skips: int = MAX_SKIPS
-
-    def counters(self) -> Leaf | None:
-        """Before the first step."""
-        return jnp.zeros(2, jnp.int32) if self.nonfinite == "skip" else None
-
-    def finite(self, method: Method, paths: Sequence[Any], arrays: Sequence[Leaf]) -> Leaf | None:
-        """Is every entry finite, or None where nobody looks? Says so where the policy is to raise."""
-        there = [x for x in arrays if x.size]
-        if self.nonfinite == "propagate" or not there:
-            return None
-        flags = jnp.stack([jnp.isfinite(x).all() for x in there])
-        if self.nonfinite == "skip":
-            return jnp.sum(~flags) == 0  # `all` of so many would be worked out anew wherever it is asked
-        names = [
-            jax.tree_util.keystr(path) or "the parameter" for path, x in zip(paths, arrays, strict=False) if x.size
-        ]
-
-        def tell(flags: Any) -> None:
-            bad = next((name for name, ok in zip(names, flags, strict=False) if not ok), "a Hessian-vector product")
-            if not flags.all():
-                raise FloatingPointError(not_finite(method.name, bad))
-
-        if isinstance(flags, jax.core.Tracer):
-            jax.debug.callback(tell, flags)
-        else:
-            tell(flags)
-        return None
-
-    def counted(self, state: PSGDState, go: Leaf | None) -> Leaf | None:
-        """The counters after a step; too many in a row are an error where that can be seen."""
-        if state.skipped is None or go is None:
-            return state.skipped
-        total, row = state.skipped
-        skipped = jnp.stack([jnp.where(go, total, optax.safe_increment(total)), jnp.where(go, 0, row + 1)])
-        if not isinstance(skipped, jax.core.Tracer):
-            check_skips(state._replace(skipped=skipped), self.max_skips)
-        return skipped
-
-
-def check_skips(state: Tree, max_skips: int = MAX_SKIPS) -> None:
-    """Raise FloatingPointError if an optimizer has skipped `max_skips` steps in a row; waits for its state.
-
-    Inside `jax.jit` nothing can be raised, so call this outside, every so many steps.
-
-    Args:
-        state: of any transformation with PSGD methods in it.
-        max_skips: how many are too many.
-
-    Raises:
-        FloatingPointError: if there were so many.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from psgd_jax_backend import check_skips, kron
-        >>> check_skips(kron().init({"w": jnp.zeros((4, 3))}))
-    """
-    worst = max((int(own.skipped[1]) for own in states(state) if own.skipped is not None), default=0)
-    if worst >= max_skips:
-        raise FloatingPointError(
-            f"{worst} steps in a row had a gradient that is not finite; lower the learning rate, or go back to a "
-            "checkpoint"
-        )
-
-
 def states(state: Tree) -> list[PSGDState]:
     """The states of PSGD methods in the state of a transformation."""
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PSGDState))
     return [x for x in leaves if isinstance(x, PSGDState)]
+
+
+def state_arrays(state: Tree, params: Tree) -> dict[str, Leaf]:
+    """The state of a PSGD method as named arrays, as `psgd_torch_backend.state_arrays` names those of PyTorch.
+
+    Args:
+        state: of a transformation with one PSGD method in it.
+        params: the parameters of that state, or their shapes.
+
+    Returns:
+        "NAME/step", "NAME/since" (where the method counts it), "NAME/momentum", "NAME/Q/0", "NAME/L/0" and "NAME/P/0"
+        (where it is kept) with a number for each factor, NAME being the path of a parameter, joined by dots. Of one
+        preconditioner for all parameters each has its rows.
+
+    Raises:
+        ValueError: if there is no state of a PSGD method in `state`, or more than one.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from psgd_jax_backend import kron, state_arrays
+        >>> params = {"w": jnp.ones((4, 3))}
+        >>> state_arrays(kron().init(params), params)["w/Q/0"].shape
+        (4, 4)
+    """
+    found = states(state)
+    if len(found) != 1:
+        raise ValueError(f"state_arrays: the state holds {len(found)} PSGD states; give it the state of one method")
+    (kept,), treedef = found, jax.tree.structure(params)
+    is_one = isinstance(kept.Q, tuple) and all(isinstance(x, jax.Array) for x in kept.Q)
+    joint = is_one and not jax.tree_util.treedef_is_leaf(treedef)
+    momenta, parts = to_states(kept, treedef, joint)
+    parts = split_state(parts[0], [x.shape for x in jax.tree.leaves(params)]) if joint else parts
+    arrays: dict[str, Leaf] = {}
+    for (path, _), momentum, part in zip(jax.tree_util.tree_leaves_with_path(params), momenta, parts, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or "parameter"
+        single = {"step": kept.count, "since": kept.since, "momentum": momentum}
+        arrays |= {f"{name}/{kind}": x for kind, x in single.items() if x is not None}
+        factors = part.factors._asdict().items()
+        arrays |= {f"{name}/{kind}/{i}": x for kind, xs in factors for i, x in enumerate(xs)}
+    return arrays
+
+
+# ---- trees and leaves -------------------------------------------------------------------
+def to_trees(
+    counters: PSGDState, momenta: Sequence[Leaf | None], states: list[State], treedef: TreeDef, recipe: Recipe
+) -> PSGDState:
+    """The state of all leaves, with the counters of another."""
+    momentum = treedef.unflatten(momenta) if recipe.momentum else None
+    kept = Factors._fields if recipe.keeps_p else ("Q", "L")
+    if recipe.joint:
+        return counters._replace(momentum=momentum, **{name: getattr(states[0].factors, name) for name in kept})
+    open_, factors = _opened(treedef), [s.factors for s in states]
+    columns = {name: open_.unflatten([getattr(own, name) for own in factors]) for name in kept}
+    return counters._replace(momentum=momentum, **columns)
+
+
+def _opened(treedef: TreeDef) -> Any:
+    """The tree with a leaf in place of each box: a node around one leaf, such as flax's, that says something of the
+    parameter alone and may not hold several factors.
+    """
+
+    def is_box(x: Tree) -> bool:
+        children = jax.tree_util.treedef_children(jax.tree.structure(x))
+        container = isinstance(x, (Mapping, Sequence))
+        return not container and len(children) == 1 and jax.tree_util.treedef_is_leaf(children[0])
+
+    return jax.tree.structure(jax.tree.map(lambda _: 0, treedef.unflatten([0] * treedef.num_leaves), is_leaf=is_box))
+
+
+def to_states(state: PSGDState, treedef: TreeDef, joint: bool) -> tuple[list[Any], list[State]]:
+    """Momentum of each leaf; the states, of each leaf or of all as one vector (without momentum)."""
+    n = treedef.num_leaves
+    momenta = [None] * n if state.momentum is None else treedef.flatten_up_to(state.momentum)
+    trees = [tree for name in Factors._fields if (tree := getattr(state, name)) is not None]
+    columns = [[x] if joint else _opened(treedef).flatten_up_to(x) for x in trees]
+    # Some containers of state, such as flax's, give a tuple back as a node of their own.
+    factors = [Factors(*(tuple(jax.tree.leaves(x)) for x in row)) for row in zip(*columns, strict=True)]
+    owners = [None] if joint else momenta
+    return momenta, [State(m, f) for m, f in zip(owners, factors, strict=True)]
+
+
+def checked_states(method: Method, state: PSGDState, treedef: TreeDef, recipe: Recipe) -> tuple[list[Any], list[State]]:
+    """`to_states` of a state that may be of other trees than the gradients."""
+    try:
+        return to_states(state, treedef, recipe.joint)
+    except (ValueError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{method.name}: the state is of another tree than the gradients ({said}); give update the tree that init "
+            "was given"
+        ) from error

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from psgd import noise
 from psgd.calls import step_may_come_second
-
-Tree = Any
+from psgd_jax_backend._state import Leaf, Tree
 
 
 def names(tree: Tree) -> list[str]:
@@ -20,7 +19,7 @@ def names(tree: Tree) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator=".") or "0" for path, _ in paths]
 
 
-def vector(step_key: Any, params: Tree) -> Tree:
+def vector(step_key: Leaf, params: Tree) -> Tree:
     """The vector v: standard normal, for each leaf a function of the step's key and the leaf's name."""
     draws, (leaves, treedef) = noise.Counter(step_key), jax.tree.flatten(params)
     drawn = [
@@ -30,7 +29,7 @@ def vector(step_key: Any, params: Tree) -> Tree:
 
 
 def product(
-    loss_fn: Callable[..., Any], params: Tree, v: Tree, extra: Sequence[Any] = (), *, has_aux: bool = False
+    loss_fn: Callable[..., Tree], params: Tree, v: Tree, extra: Sequence[Tree] = (), *, has_aux: bool = False
 ) -> tuple[Any, Tree, Tree]:
     """The loss (with its auxiliary output), the gradient, and H v.
 
@@ -46,7 +45,7 @@ def product(
 
 
 def gradient(
-    loss_fn: Callable[..., Any], params: Tree, extra: Sequence[Any] = (), *, has_aux: bool = False
+    loss_fn: Callable[..., Tree], params: Tree, extra: Sequence[Tree] = (), *, has_aux: bool = False
 ) -> tuple[Any, Tree]:
     """The loss (with its auxiliary output) and the gradient, in the same convention."""
     out, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(params, *extra)
@@ -55,14 +54,14 @@ def gradient(
 
 @step_may_come_second
 def hessian_helper(
-    key: Any,
-    loss_fn: Callable[..., Any],
+    key: Leaf,
+    loss_fn: Callable[..., Tree],
     params: Tree,
-    loss_fn_extra_args: Sequence[Any] = (),
+    loss_fn_extra_args: Sequence[Tree] = (),
     has_aux: bool = False,
     preconditioner_update_probability: float = 1.0,
     *,
-    train_step: Any = None,
+    train_step: Leaf | int | None = None,
 ) -> tuple[Any, Tree, Tree, Tree, Any]:
     """Loss, gradient and, where a coin says so, the product H v of the Hessian with a random vector.
 

@@ -1,8 +1,8 @@
-"""The named faces of the transformation: `<name>` and `scale_by_<name>` for each registered method."""
+"""The named functions of the transformation: `<name>` and `scale_by_<name>` for each registered method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from inspect import Parameter, Signature
 from textwrap import fill
@@ -30,7 +30,7 @@ OPTAX_NAMES = {"lr": "learning_rate"}
 def _whole_skips(tx: Made) -> Made:
     """A chain in which nothing moves where its PSGD method skips a step: no weight decay either."""
 
-    def update(updates: Tree, state: Tree, params: Tree = None, **extra_args: Any) -> tuple[Tree, Tree]:
+    def update(updates: Tree, state: Tree, params: Tree = None, **extra_args: object) -> tuple[Tree, Tree]:
         updates, new = tx.update(updates, state, params, **extra_args)
         (own,) = states(new)
         if own.skipped is not None:
@@ -78,7 +78,7 @@ def _seed(value: Any) -> Any:
 
 
 def _checked(
-    function: str, method: type[Method], parameters: list[Parameter], args: tuple[Any, ...], given: dict[str, Any]
+    function: str, method: type[Method], parameters: list[Parameter], args: Sequence[object], given: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a function was given, by name: arguments of the method, arguments of the adapter. Nothing unknown is among
     them, and no array where the program's shape is meant.
@@ -109,7 +109,7 @@ def scaling(method: type[Method], module: str, name: str = "") -> Callable[..., 
     """`scale_by_<name>`: the method without learning rate and weight decay."""
     parameters, name = _parameters(method, "lr", "weight_decay", method.mask_name), f"scale_by_{name or method.name}"
 
-    def scale_by(*args: Any, **given: Any) -> Made:
+    def scale_by(*args: object, **given: Any) -> Made:
         hyperparameters, mapping = _checked(name, method, parameters, args, given)
         return scale_by_psgd(method.of(**hyperparameters), **mapping)
 
@@ -121,7 +121,7 @@ def named_function(method: type[Method], module: str, name: str = "") -> Callabl
     parameters, name = _parameters(method), name or method.name
     (field,) = (f for f in fields(method) if f.name == "lr")
 
-    def optimizer(*args: Any, **given: Any) -> Made:
+    def optimizer(*args: object, **given: Any) -> Made:
         hyperparameters, mapping = _checked(name, method, parameters, args, given)
         mask = hyperparameters.pop(method.mask_name, None)
         learning_rate = hyperparameters.pop("learning_rate", field.default)
@@ -204,7 +204,7 @@ OTHERS = {
 
 
 def _dressed(
-    function: Callable[..., Any],
+    function: Callable[..., Tree],
     name: str,
     method: type[Method],
     module: str,

@@ -80,8 +80,8 @@ def steps(optimizer: Any, params: Tree, grads: list[Tree]) -> tuple[Tree, Any, l
 @pytest.mark.contract("jax: arguments")
 @named
 def test_faces_make_transformations_with_extra_arguments(name: str):
-    for face in (getattr(psgd_jax_backend, name), getattr(psgd_jax_backend, f"scale_by_{name}")):
-        assert isinstance(face(), optax.GradientTransformationExtraArgs)
+    for function in (getattr(psgd_jax_backend, name), getattr(psgd_jax_backend, f"scale_by_{name}")):
+        assert isinstance(function(), optax.GradientTransformationExtraArgs)
 
 
 @pytest.mark.contract("jax: arguments")
@@ -89,12 +89,12 @@ def test_faces_make_transformations_with_extra_arguments(name: str):
 @named
 def test_an_unknown_name_lists_all_that_there_are(name: str):
     """The adapter's arguments and the mask too; and what was meant, where other packages call it otherwise."""
-    for face, wrong, meant in (
+    for public, wrong, meant in (
         (name, "lr", "learning_rate"),
         (name, "stak", "stack"),
         (f"scale_by_{name}", "sed", "seed"),
     ):
-        function = getattr(psgd_jax_backend, face)
+        function = getattr(psgd_jax_backend, public)
         with pytest.raises(ValueError, match="It has") as caught:
             function(**{wrong: 0.1})
         said, listed = re.fullmatch(r"(.*) It has (.*)", str(caught.value)).groups()
@@ -404,8 +404,8 @@ def numbers(name: str) -> dict[str, float]:
 
 
 def injected(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
-    face, shape = getattr(psgd_jax_backend, name), rank(name, 2)
-    made = optax.inject_hyperparams(face, static_args=tuple(shape))(**shape, **options)
+    function, shape = getattr(psgd_jax_backend, name), rank(name, 2)
+    made = optax.inject_hyperparams(function, static_args=tuple(shape))(**shape, **options)
     return fed(lambda: made)() if RECIPES[name].newton else made
 
 
@@ -469,9 +469,9 @@ def test_a_learning_rate_can_be_set_between_steps(name: str):
 @named
 def test_what_shapes_the_program_is_known(name: str):
     """All that is no number, whole numbers, bounds on sizes, and what the adapter takes; the documentation tells."""
-    face, scaling = getattr(psgd_jax_backend, name), getattr(psgd_jax_backend, f"scale_by_{name}")
+    function, scaling = getattr(psgd_jax_backend, name), getattr(psgd_jax_backend, f"scale_by_{name}")
     settings = {f.name: f for f in fields(METHODS[name])}
-    for made in (face, scaling):
+    for made in (function, scaling):
         static, free = set(made.static_args), set(numbers(name)) - {"learning_rate", "weight_decay"}
         assert {"stack", "lax_map_batch_size", "max_skips"} < static and not static & free
         assert ("scanned_layers" in static) is not RECIPES[name].joint
@@ -479,7 +479,9 @@ def test_what_shapes_the_program_is_known(name: str):
         assert f"`static_args={made.__name__}.static_args`" in made.__doc__
         injected = optax.inject_hyperparams(made, static_args=made.static_args)()
         assert {"stack", "max_skips"}.isdisjoint(injected.init(small() | {"v": normal((30,))}).hyperparams)
-    assert set(face.static_args) - set(scaling.static_args) == {"mask" if name in TAKE_MASK else "weight_decay_mask"}
+    assert set(function.static_args) - set(scaling.static_args) == {
+        "mask" if name in TAKE_MASK else "weight_decay_mask"
+    }
 
 
 @pytest.mark.contract("jax: hyperparameters")
@@ -488,17 +490,17 @@ def test_what_shapes_the_program_is_known(name: str):
 )
 def test_every_function_is_injected_as_adamw_is(name: str):
     """Nothing is said of what shapes the program: optax sees no number there, and numbers elsewhere move."""
-    face, params = getattr(psgd_jax_backend, name), small() | {"v": normal((30,))}
-    shown = inspect.signature(face).parameters
+    function, params = getattr(psgd_jax_backend, name), small() | {"v": normal((30,))}
+    shown = inspect.signature(function).parameters
     options = {"learning_rate": optax.linear_schedule(1e-3, 1e-4, 10)} if "learning_rate" in shown else {}
-    made = optax.inject_hyperparams(face)(**options)
+    made = optax.inject_hyperparams(function)(**options)
     method = METHODS.get(name.removeprefix("scale_by_"), METHODS["low_rank_approximation"])
     made = fed(lambda: made)() if method().recipe().newton else made
     state = jax.eval_shape(made.init, params)
     updates, new = jax.eval_shape(made.update, params, state, params)
     assert types(new) == types(state) and jax.tree.structure(updates) == jax.tree.structure(params)
     numbers = {k for k, p in shown.items() if isinstance(p.default, (int, float)) and not isinstance(p.default, bool)}
-    assert numbers and set(state.hyperparams) == numbers and numbers.isdisjoint(face.static_args)
+    assert numbers and set(state.hyperparams) == numbers and numbers.isdisjoint(function.static_args)
 
 
 def test_a_default_is_shown_as_it_is():
@@ -517,14 +519,14 @@ TRACED = [(procrustes, "max_skew_dense", 2.0), (quad, "max_skips", 3), (kron, "m
 
 @pytest.mark.contract("jax: hyperparameters")
 @pytest.mark.parametrize(
-    ("face", "name", "value"), [*TRACED, (scale_by_kron, "min_ndim_triangular", 1), (kron, "lax_map_batch_size", 4)]
+    ("function", "name", "value"), [*TRACED, (scale_by_kron, "min_ndim_triangular", 1), (kron, "lax_map_batch_size", 4)]
 )
-def test_what_shapes_the_program_is_no_array(face: Callable, name: str, value: float):
+def test_what_shapes_the_program_is_no_array(function: Callable, name: str, value: float):
     """optax makes arrays of all numbers that are given and that it is not told to leave alone."""
-    made, method = optax.inject_hyperparams(face)(**{name: value}), face.__name__.removeprefix("scale_by_")
-    known = optax.inject_hyperparams(face, static_args=face.static_args)(**{name: value})
+    made, method = optax.inject_hyperparams(function)(**{name: value}), function.__name__.removeprefix("scale_by_")
+    known = optax.inject_hyperparams(function, static_args=function.static_args)(**{name: value})
     assert name not in known.init(small()).hyperparams
-    remedy = f"with optax.inject_hyperparams give static_args={face.__name__}.static_args"
+    remedy = f"with optax.inject_hyperparams give static_args={function.__name__}.static_args"
     told = f"{method}: {name} shapes the program, .* {remedy}"
     for init in (made.init, jax.jit(made.init)):
         with pytest.raises(ValueError, match=told) as caught:

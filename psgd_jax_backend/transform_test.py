@@ -78,7 +78,7 @@ def run(made: tuple, params: Tree, steps: range) -> tuple[Tree, Any]:
     return params, state
 
 
-# ---- faces ----------------------------------------------------------------------------------
+# ---- functions ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", METHODS)
 def test_names_and_signatures(name: str):
     method = METHODS[name]

@@ -10,9 +10,17 @@ if _found is not None and Path(_found.origin or "").parent != Path(__file__).par
 
 from psgd.methods import METHODS
 from psgd.schedule import precond_update_prob_schedule
+from psgd_torch_backend._state import state_arrays
 from psgd_torch_backend.hessian import hessian_helper
-from psgd_torch_backend.optimizer import PSGD, named_class
+from psgd_torch_backend.named import named_class
+from psgd_torch_backend.optimizer import PSGD
 
 globals().update({method.title: named_class(method, __name__) for method in METHODS.values()})
 
-__all__ = ["PSGD", "hessian_helper", "precond_update_prob_schedule", *(method.title for method in METHODS.values())]
+__all__ = [
+    "PSGD",
+    "hessian_helper",
+    "precond_update_prob_schedule",
+    "state_arrays",
+    *(method.title for method in METHODS.values()),
+]

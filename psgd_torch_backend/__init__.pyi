@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from psgd.schedule import precond_update_prob_schedule as precond_update_prob_schedule
+from psgd_torch_backend._state import state_arrays as state_arrays
 from psgd_torch_backend.hessian import hessian_helper as hessian_helper
 from psgd_torch_backend.optimizer import PSGD as PSGD
 

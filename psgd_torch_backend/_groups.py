@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 
 from psgd._xp import is_array
+from psgd.arrays import Number
 from psgd.calls import by_name, checked_policy, is_count
 from psgd.hyperparameters import Method, checked, group_key, outside, plain
 from psgd.naming import nearest, shown, unknown
 from psgd.schedule import Annealed
 from psgd_torch_backend._arguments import ADAPTER_DEFAULTS
-from psgd_torch_backend._step import Group
 
+Group = dict[str, Any]
+Named = list[tuple[str, Tensor]]  # parameters with their names
+
+RATES = ("lr", "weight_decay")  # may change at every step, and are no part of a recipe
 SKIPS = ("skipped", "skipped_in_a_row")
 # Of torch itself: what every group has, and what its schedulers keep there.
 OF_TORCH = frozenset(
@@ -40,8 +44,8 @@ SWITCHES = {
 @cache
 def of_torchs_optimizers() -> frozenset[str]:
     """The arguments of torch's own optimizers: groups that were made for one may be given to another."""
-    made = [x for x in vars(torch.optim).values() if isinstance(x, type) and issubclass(x, torch.optim.Optimizer)]
-    return frozenset(name for x in made for name in inspect.signature(x).parameters)
+    classes = [x for x in vars(torch.optim).values() if isinstance(x, type) and issubclass(x, torch.optim.Optimizer)]
+    return frozenset(name for x in classes for name in inspect.signature(x).parameters)
 
 
 def keys(method: type[Method]) -> dict[str, Field[Any]]:
@@ -61,55 +65,65 @@ def known(method: type[Method]) -> tuple[str, ...]:
 
 def arguments(method: type[Method]) -> tuple[list[str], list[str]]:
     """The keys of its hyperparameters, in the order of a call: by position, in the published order, and by name."""
-    own = keys(method)
-    by_position = [key for name in method.positional for key in own if own[key].name == name]
-    return by_position, [key for key in own if key not in by_position]
+    by_key = keys(method)
+    by_position = [key for name in method.positional for key, f in by_key.items() if f.name == name]
+    return by_position, [key for key in by_key if key not in by_position]
 
 
-def by_position(owner: str, method: type[Method], values: Sequence[Any], named: Group) -> Group:
+def by_position(owner: str, method: type[Method], values: Sequence[object], keywords: Group) -> Group:
     """Arguments that were given by position and by name, all by name."""
     names, _ = arguments(method)
     why = "" if len(names) > 1 else f", since the order of {method.source} is another"
-    by_name(owner, names, values, under_keys(method, named), why)  # only to refuse what has no place, or two
-    return dict(zip(names, values, strict=False)) | named
+    by_name(owner, names, values, under_keys(method, keywords), why)  # only to refuse what has no place, or two
+    return dict(zip(names, values, strict=False)) | keywords
 
 
-def under_keys(method: type[Method], given: Group) -> Group:
+def under_keys(method: type[Method], values: Group) -> Group:
     """Hyperparameters under the keys that a group has for them."""
     for name, key in renamed(method).items():
-        if name in given and key in given:
+        if name in values and key in values:
             raise ValueError(
                 f"{method.name}: {name} and {key} are one hyperparameter, both are given; leave {name} out"
             )
-    return {renamed(method).get(name, name): value for name, value in given.items()}
+    return {renamed(method).get(name, name): value for name, value in values.items()}
 
 
-def method_of(method: type[Method], given: Group) -> Method:
-    """A method from hyperparameters, under their keys or names; errors say those that were given."""
-    own = keys(method) | {f.name: f for f in fields(method)}
-    for name in given:
-        if name not in own:
+def method_of(method: type[Method], values: Group) -> Method:
+    """A method from hyperparameters, under their keys or names; errors say those that were used."""
+    known_fields = keys(method) | {f.name: f for f in fields(method)}
+    for name in values:
+        if name not in known_fields:
             raise ValueError(unknown(method.name, name, known(method)))
-    under_keys(method, given)  # only to refuse what is given twice
-    values = {own[name].name: _number(method.name, name, value) for name, value in given.items()}
-    for name in given:
-        checked(method.name, own[name], values[own[name].name], name)
-    return method(**values)
+    under_keys(method, values)  # only to refuse what is given twice
+    numbers = {known_fields[name].name: _number(method.name, name, value) for name, value in values.items()}
+    for name in values:
+        checked(method.name, known_fields[name], numbers[known_fields[name].name], name)
+    return method(**numbers)
 
 
-def drop_switches(owner: str, given: Group) -> None:
+def drop_switches(owner: str, arguments: Group) -> None:
     """Take out the arguments of torch's own optimizers that choose between implementations, where they choose none."""
-    for name in [name for name in SWITCHES if name in given]:
-        value = given.pop(name)
+    for name in [name for name in SWITCHES if name in arguments]:
+        value = arguments.pop(name)
         if value is not None and value is not False:
             raise ValueError(
                 f"{owner}: {name}={value!r} would have no effect, {SWITCHES[name]}; leave it out, or give False"
             )
 
 
-def complete(owner: str, method: type[Method], given: Group) -> Group:
-    """Given hyperparameters, checked, with the defaults of the others, under their keys."""
-    flags = {name: given.get(name, default) for name, default in ADAPTER_DEFAULTS.items()}
+def complete(owner: str, method: type[Method], values: Group) -> Group:
+    """Hyperparameters and the adapter's arguments, checked, with the defaults of the others, under their keys."""
+    flags = _flags(owner, values)
+    record = method_of(method, {k: v for k, v in values.items() if k not in ADAPTER_DEFAULTS})
+    tensors = {name: x for name in RATES if isinstance(x := values.get(name), Tensor)}
+    dense = {name: x for name, x in tensors.items() if x.layout == torch.strided}
+    tensors = {name: x.reshape(()) if x.ndim else x for name, x in dense.items()}  # of axes of length one, a view
+    return {key: _plain(getattr(record, f.name)) for key, f in keys(method).items()} | tensors | flags
+
+
+def _flags(owner: str, values: Group) -> Group:
+    """The adapter's arguments, checked, with the defaults of the others."""
+    flags = {name: values.get(name, default) for name, default in ADAPTER_DEFAULTS.items()}
     if not (isinstance(flags["compile"], bool) or (isinstance(flags["compile"], str) and flags["compile"] == "full")):
         raise ValueError(f"{owner}: compile={shown(flags['compile'])} must be True, False or 'full'")
     for name in ("maximize", "stack"):
@@ -123,11 +137,7 @@ def complete(owner: str, method: type[Method], given: Group) -> Group:
     if not (isinstance(layers, bool) or (isinstance(layers, tuple) and all(isinstance(x, str) for x in layers))):
         raise ValueError(f"{owner}: scanned_layers={shown(layers)} must be True, False or a tuple of names")
     checked_policy(owner, flags["nonfinite"], flags["max_skips"])
-    made = method_of(method, {k: v for k, v in given.items() if k not in ADAPTER_DEFAULTS})
-    tensors = {name: x for name in ("lr", "weight_decay") if isinstance(x := given.get(name), Tensor)}
-    dense = {name: x for name, x in tensors.items() if x.layout == torch.strided}
-    tensors = {name: x.reshape(()) if x.ndim else x for name, x in dense.items()}  # of axes of length one, a view
-    return {key: _plain(getattr(made, f.name)) for key, f in keys(method).items()} | tensors | flags
+    return flags
 
 
 def missing(method: type[Method], group: Group) -> str:
@@ -144,7 +154,7 @@ def check_rates(method: type[Method], group: Group) -> None:
     to read their numbers is to wait for the device.
     """
     for f in fields(method):
-        if f.name not in ("lr", "weight_decay"):
+        if f.name not in RATES:
             continue
         value = group[f.name]
         if isinstance(value, Tensor) and value.device.type != "cpu":
@@ -159,17 +169,6 @@ def check_rates(method: type[Method], group: Group) -> None:
             raise ValueError(f"{method.name}: {name}={count!r} must be a whole number, not below 0; set it to 0")
 
 
-def key_of(values: Iterable[Any]) -> Any:
-    """What hyperparameters may be remembered by; None where one of them may change without becoming another object."""
-    values = tuple(values)
-    key = tuple(map(type, values)), values  # for True is 1
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return None if any(isinstance(x, Tensor) for x in values) else key
-
-
 @dataclass(frozen=True)
 class Watched:
     """A schedule that was given for a number: a function of the step, which may return anything."""
@@ -177,9 +176,9 @@ class Watched:
     owner: str
     name: str
     within: str
-    schedule: Callable[[Any], Any]
+    schedule: Callable[[Number], Any]
 
-    def __call__(self, step: Any) -> float:
+    def __call__(self, step: Number) -> float:
         value = self.schedule(step)
         number = value.item() if hasattr(value, "item") and prod(value.shape) == 1 else value
         within = f"[{self.within[1:]}"  # at a step it may be 0, which it may not be at all of them
@@ -193,12 +192,14 @@ class Watched:
         return number
 
 
-def watched(method: type[Method], given: Group) -> Group:
+def watched(method: type[Method], values: Group) -> Group:
     """Hyperparameters, with a look at what functions of the step return."""
-    own = keys(method)
+    by_key = keys(method)
     return {
-        k: Watched(method.name, k, own[k].metadata["within"], v) if callable(v) and not isinstance(v, Annealed) else v
-        for k, v in given.items()
+        k: Watched(method.name, k, by_key[k].metadata["within"], v)
+        if callable(v) and not isinstance(v, Annealed)
+        else v
+        for k, v in values.items()
     }
 
 
@@ -230,6 +231,44 @@ def _number(owner: str, name: str, value: Any) -> Any:
     return plain(value, static=True) if is_array(value) else value
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """A hyperparameter as plain data: a schedule of numbers is the tuple of them."""
     return tuple(value) if isinstance(value, tuple) else value
+
+
+# ---- the parameters of groups --------------------------------------------------------------
+def place(groups: Sequence[Group], group: Group) -> str:
+    """Where a group is among those of an optimizer, for an error."""
+    return next((f"param_groups[{i}]" for i, other in enumerate(groups) if other is group), "the state dict")
+
+
+def named_in(owner: str, groups: Sequence[Group], group: Group, first: int | None = None) -> Named:
+    """The parameters of a group with their names. Without names they are numbered, from `first` where that is known.
+
+    Raises ValueError for a group that was edited so that they do not go together.
+    """
+    params, names = group["params"], group.get("param_names")
+    if not isinstance(params, (list, tuple)) or not all(isinstance(p, Tensor) for p in params):
+        raise ValueError(f"{owner}: params of {place(groups, group)} must be a list of tensors")
+    if names is None:
+        names = [f"parameter {i}" if first is None else str(first + i) for i in range(len(params))]
+    elif not isinstance(names, (list, tuple)) or len(names) != len(params):
+        raise ValueError(
+            f"{owner}: {place(groups, group)} has {len(params)} params and param_names={names!r}; "
+            'give it as many names, or delete "param_names" from all groups'
+        )
+    return list(zip(names, params, strict=True))
+
+
+def all_named(owner: str, groups: Sequence[Group]) -> Named:
+    """Every parameter with its name: its own, or its number over all groups."""
+    named: Named = []
+    for group in groups:
+        named += named_in(owner, groups, group, len(named))
+    return named
+
+
+def layered(group: Group, named: Named) -> set[int]:
+    """The identities of the parameters of a group that stack layers."""
+    layers = group["scanned_layers"]
+    return {id(p) for name, p in named if layers is True or name in layers} if layers else set()

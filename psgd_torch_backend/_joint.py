@@ -12,22 +12,14 @@ import torch
 from torch import Tensor
 
 from psgd import noise, pipeline
+from psgd.arrays import Array
 from psgd.joint import join, join_states, split, split_state
-from psgd.recipe import leaves, rebuilt
+from psgd.recipe import Plan, State, leaves, rebuilt
 from psgd_torch_backend._checks import OURS, Forms, forms_of, rows_of, wrong_counter, wrong_tensors
+from psgd_torch_backend._compile import Steps, as_tensors, on_device
+from psgd_torch_backend._job import Job, PendingUpdate, complete_entry, is_true, rates, without_signal
 from psgd_torch_backend._noise import CachedDraws
-from psgd_torch_backend._state import begun, new_counters, to_entry, to_state, unscaled, write
-from psgd_torch_backend._step import (
-    Job,
-    PendingUpdate,
-    Steps,
-    as_tensors,
-    complete_entry,
-    is_true,
-    on_device,
-    rates,
-    without_signal,
-)
+from psgd_torch_backend._state import begun, count_step, new_counters, to_entry, to_state, unscaled, write
 
 LATE = (
     "has its first gradient after the first step; one preconditioner is for all parameters, so all must have one from "
@@ -43,49 +35,41 @@ class Joint:
 
     def __call__(self, job: Job) -> list[PendingUpdate]:
         """Step a group; its directions, of which some must wait for those of all others, come back."""
-        group, recipe, pairs, members = job.group, job.recipe, job.pairs, _members(job)
-        n = sum(p.numel() for p in members)
-        if not n:
+        members = _members(job)
+        shapes = [p.shape for p in members]
+        if not sum(p.numel() for p in members):
             return []
         self.begin(job)
         for p in members:
             complete_entry(job, p)
         entries = [job.state[p] for p in members]
         plan, state = job.plan(), join_states(list(map(to_state, entries)))
-        g = join([torch.zeros_like(p) if p.grad is None else p.grad for p in members])
-        g = -g if group["maximize"] else g
-        pair = None
-        if pairs is not None and pairs.fit:
-            nothing = {id(p): (torch.zeros_like(p), torch.zeros_like(p)) for p in members}  # of a frozen parameter
-            vs, hs = zip(*((nothing | pairs.by_parameter)[id(p)] for p in members), strict=True)
-            pair = join(list(vs)), join(list(hs))
-        if job.method.initial_scale() is None and unscaled(entries[0], pairs):
-            size = pipeline.size_of(recipe, g if pair is None else pair[1])
-            (scale,), known = pipeline.initial_scales(recipe, job.schedule, [size], None if pair is None else [pair[0]])
-            known = is_true(known)
-            if not known and (pairs is None or not job.schedule.counts):
+        g, pair = _joined_gradient(job, members), _joined_pair(job, members)
+        if job.method.initial_scale() is None and unscaled(entries[0], job.pairs):
+            scale, known = _first_scale(job, g, pair)
+            if not known and (job.pairs is None or not job.schedule.counts):
                 without_signal(job, {id(p) for p in members})
                 return []
             plan = plan._replace(fit=plan.fit and known)
-            state = pipeline.rescaled(recipe, state, scale)
-        on, numbers = on_device(plan, g.device), rates(group)
-        if group["compile"]:
-            on, *numbers = as_tensors(on, *numbers)
-        step = self.steps.of(recipe, False, (n,) if group["compile"] else None)
-        u, new = step(on, *numbers, g, g, state, None if group["compile"] else CachedDraws(on.key), pair)
-        for entry, rows in zip(entries, split_state(new, [p.shape for p in members]), strict=True):
+            state = pipeline.rescaled(job.recipe, state, scale)
+        u, new = self._step(job, plan, g, state, pair)
+        for entry, rows in zip(entries, split_state(new, shapes), strict=True):
             write(to_state(entry), rows)
-        for entry in entries:
-            entry["step"] = entry["step"] + 1
-            if "since" in entry:
-                entry["since"].fill_(0 if plan.fit else int(entry["since"]) + 1)
-        parts = split(u, [p.shape for p in members])
-        moved = [(p.detach(), x) for p, x in zip(members, parts, strict=True) if p.grad is not None]
-        return [
-            PendingUpdate(
-                group, job.schedule.max_norm if recipe.has_max_norm else None, *map(list, zip(*moved, strict=True))
-            )
-        ]
+            count_step(entry, fit=plan.fit)
+        moving = [(p.detach(), part) for p, part in zip(members, split(u, shapes), strict=True) if p.grad is not None]
+        targets, directions = map(list, zip(*moving, strict=True))
+        max_norm = job.schedule.max_norm if job.recipe.has_max_norm else None
+        return [PendingUpdate(job.group, max_norm, targets, directions)]
+
+    def _step(
+        self, job: Job, plan: Plan, g: Tensor, state: State, pair: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, State]:
+        """The core's step of the one vector, compiled if the group says so."""
+        plan, numbers = on_device(plan, g.device), rates(job.group)
+        if not job.group["compile"]:
+            return self.steps.of(job.recipe, False, None)(plan, *numbers, g, g, state, CachedDraws(plan.key), pair)
+        step = self.steps.of(job.recipe, False, tuple(g.shape))
+        return step(*as_tensors(plan, *numbers), g, g, state, None, pair)
 
     @staticmethod
     def begin(job: Job) -> None:
@@ -125,8 +109,8 @@ class Joint:
             yield name, wrong_counter(job.schedule, job.state[p])
         if not _started(job):
             return
-        there = {id(p) for _, p in members}
-        yield from ((name, LATE) for name, p in job.named if p.grad is not None and id(p) not in there)
+        stepped = {id(p) for _, p in members}
+        yield from ((name, LATE) for name, p in job.named if p.grad is not None and id(p) not in stepped)
         for name, p in members:
             yield name, wrong_tensors(p, job.state[p], self.forms(job, p), p.device)
 
@@ -146,6 +130,28 @@ def _members(job: Job) -> list[Tensor]:
     """The same in the order of their names."""
     present = {id(p) for p in _present(job)}
     return [p for _, p in sorted(job.named, key=lambda named: _by_part(named[0])) if id(p) in present]
+
+
+def _joined_gradient(job: Job, members: list[Tensor]) -> Tensor:
+    """The gradients of all as one vector."""
+    g = join([torch.zeros_like(p) if p.grad is None else p.grad for p in members])
+    return -g if job.group["maximize"] else g
+
+
+def _joined_pair(job: Job, members: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """v and H v of all as one vector each, where this step fits to them."""
+    if job.pairs is None or not job.pairs.fit:
+        return None
+    nothing = {id(p): (torch.zeros_like(p), torch.zeros_like(p)) for p in members}  # of a frozen parameter
+    vs, hs = zip(*((nothing | job.pairs.by_parameter)[id(p)] for p in members), strict=True)
+    return join(vs), join(hs)
+
+
+def _first_scale(job: Job, g: Tensor, pair: tuple[Tensor, Tensor] | None) -> tuple[Array, bool]:
+    """The first scale of the factors, and whether there is a signal that it is made of."""
+    probes, product = (None, g) if pair is None else ([pair[0]], pair[1])
+    (scale,), known = pipeline.initial_scales(job.recipe, job.schedule, [pipeline.size_of(job.recipe, product)], probes)
+    return scale, is_true(known)
 
 
 def _start(job: Job, members: list[Tensor]) -> None:

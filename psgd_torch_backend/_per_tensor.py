@@ -11,32 +11,32 @@ from torch import Tensor
 
 from psgd import pipeline
 from psgd.arrays import Factors
-from psgd.recipe import Plan, Schedule, State, leaves, rebuilt
+from psgd.recipe import Plan, State, leaves, rebuilt
 from psgd_torch_backend._checks import Forms, forms_of, wrong_counter, wrong_tensors
+from psgd_torch_backend._compile import Steps, as_tensors, on_device
 from psgd_torch_backend._fused import FusedStep, suited
+from psgd_torch_backend._job import (
+    Job,
+    PendingUpdate,
+    complete_entry,
+    gradient_of,
+    is_true,
+    rates,
+    without_signal,
+)
 from psgd_torch_backend._noise import CachedDraws
 from psgd_torch_backend._state import (
     begun,
     columns,
+    count_step,
     new_counters,
+    next_counters,
     parted,
     stacked,
     to_entry,
     to_state,
     unscaled,
     write,
-)
-from psgd_torch_backend._step import (
-    Job,
-    PendingUpdate,
-    Steps,
-    as_tensors,
-    complete_entry,
-    gradient_of,
-    is_true,
-    on_device,
-    rates,
-    without_signal,
 )
 
 Tensors = Tensor | list[Tensor]  # of one shape, stacked or by themselves
@@ -54,8 +54,8 @@ class PerTensor:
         self.steps = Steps()
 
     @cached_property
-    def passes(self) -> FusedStep:
-        """The compiled passes over large tensors."""
+    def fused_step(self) -> FusedStep:
+        """The step of large tensors, whose loops are compiled."""
         return FusedStep()
 
     def __call__(self, job: Job) -> list[PendingUpdate]:
@@ -68,7 +68,7 @@ class PerTensor:
         if pairs is None or not schedule.counts:
             job = without_signal(job, silent)
         plans: dict[Any, tuple[Plan, CachedDraws]] = {}
-        waiting: list[PendingUpdate] = []
+        updates: list[PendingUpdate] = []
         # The largest first: what they draw begins with what the others do.
         for (age, since, *_), bucket in sorted(_buckets(job).items(), key=lambda item: -item[1][0].numel()):
             when = age, since, bucket[0].device
@@ -78,11 +78,10 @@ class PerTensor:
                 plans[when] = plan, CachedDraws(plan.key)
             plan, draws = plans[when]
             plan = plan._replace(fit=plan.fit and id(bucket[0]) not in silent)
-            if since is not None:
-                for p in bucket:
-                    job.state[p]["since"].fill_(0 if plan.fit else since)
-            waiting += self._step(job, plan, draws, bucket)
-        return waiting
+            for p in bucket:
+                count_step(job.state[p], fit=plan.fit)
+            updates += self._step(job, plan, draws, bucket)
+        return updates
 
     @staticmethod
     def begin(job: Job) -> None:
@@ -95,7 +94,7 @@ class PerTensor:
     def plan(job: Job) -> None:
         """Ask for all that the step of a group needs to know, and change nothing."""
         for p in job.params:
-            job.plan_at(*_next(job.state.get(p), job.schedule))
+            job.plan_at(*next_counters(job.state.get(p), job.schedule))
 
     @staticmethod
     def forms(job: Job, p: Tensor) -> Forms:
@@ -118,18 +117,18 @@ class PerTensor:
         scanned = id(bucket[0]) in job.layered
         many, entries = scanned or len(bucket) > 1, [job.state[p] for p in bucket]
         state = columns(entries) if len(bucket) > 1 else to_state(entries[0])
-        seen = [gradient_of(p) for p in bucket]
-        given = [[p.detach() for p in bucket], [-g for g in seen] if job.group["maximize"] else seen]
+        gradients = [gradient_of(p) for p in bucket]
+        lists = [[p.detach() for p in bucket], [-g for g in gradients] if job.group["maximize"] else gradients]
         if job.pairs is not None and job.pairs.fit:
-            given += map(list, zip(*(job.pairs.by_parameter[id(p)] for p in bucket), strict=True))
-        tensors: list[Tensors] = [x[0] if scanned else x for x in given]
+            lists += map(list, zip(*(job.pairs.by_parameter[id(p)] for p in bucket), strict=True))
+        tensors: list[Tensors] = [x[0] if scanned else x for x in lists]
         count = len(tensors[0])
         size = job.group["stack_batch_size"] or at_a_time(count, state, bucket[0].device)
-        waiting: list[PendingUpdate] = []
+        updates: list[PendingUpdate] = []
         for some in (slice(i, i + size) for i in range(0, count, size)):
             batch = rebuilt(state, [x[some] for x in leaves(state)]) if many else state
-            waiting += self._batch(job, plan, draws, many, batch, *(x[some] for x in tensors))
-        return waiting
+            updates += self._batch(job, plan, draws, many, batch, *(x[some] for x in tensors))
+        return updates
 
     def _batch(
         self,
@@ -145,22 +144,22 @@ class PerTensor:
         """Step tensors of one shape together, compiled as the group says and as suits them."""
         group, recipe = job.group, job.recipe
         numbers, mode = rates(group), group["compile"]
-        wholly = mode == "full" or (mode and targets[0].device.type != "cpu")
+        full = mode == "full" or (mode and targets[0].device.type != "cpu")
         momenta = apart(state.momentum) if many and state.momentum is not None else [state.momentum] * len(targets)
-        passing = mode and not wholly and suited(recipe, [*apart(targets), *apart(gradients), *momenta])
-        if wholly or passing:
+        fused = mode and not full and suited(recipe, [*apart(targets), *apart(gradients), *momenta])
+        if full or fused:
             plan, *numbers = as_tensors(plan, *numbers)
-        given = tuple(together(x, many) for x in pair)
-        if passing:  # which writes momenta where they lie
+        vectors = tuple(together(x, many) for x in pair)
+        if fused:  # which writes momenta where they lie
             state = state._replace(momentum=None)
             tensors = apart(targets), apart(gradients), momenta
-            new = self.passes(recipe, plan, *numbers, *tensors, stacked(state).factors, draws, many, given)
+            new = self.fused_step(recipe, plan, *numbers, *tensors, stacked(state).factors, draws, many, vectors)
             if plan.fit:
                 write(state, State(None, new))
             return []
         p, g = together(targets, many), together(gradients, many)
-        step = self.steps.of(recipe, many, tuple(p.shape) if wholly else None)
-        change, new = step(plan, *numbers, p, g, stacked(state), None if wholly else draws, given or None)
+        step = self.steps.of(recipe, many, tuple(p.shape) if full else None)
+        change, new = step(plan, *numbers, p, g, stacked(state), None if full else draws, vectors or None)
         if not plan.fit:  # the factors are what they were
             state, new = (x._replace(factors=Factors((), ())) for x in (state, new))
         write(state, new)
@@ -218,10 +217,10 @@ def _scale(job: Job) -> set[int]:
     size = partial(pipeline.size_of, recipe)
     due = [p for p in job.params if p.numel() and unscaled(job.state[p], job.pairs)]
     pairs = job.pairs if job.pairs is not None and job.pairs.fit else None
-    seen = [gradient_of(p) if pairs is None else pairs.by_parameter[id(p)][1] for p in due]
+    signals = [gradient_of(p) if pairs is None else pairs.by_parameter[id(p)][1] for p in due]
     if not due:
         return set()
-    sizes = [(torch.vmap(size) if id(p) in layered else size)(x) for p, x in zip(due, seen, strict=True)]
+    sizes = [(torch.vmap(size) if id(p) in layered else size)(x) for p, x in zip(due, signals, strict=True)]
     probes = None if pairs is None else [pairs.by_parameter[id(p)][0] for p in due]
     scales, known = pipeline.initial_scales(recipe, job.schedule, sizes, probes)
     if not is_true(known):
@@ -237,20 +236,11 @@ def _scale(job: Job) -> set[int]:
     return set()
 
 
-def _next(entry: Any, schedule: Schedule) -> tuple[int, int | None]:
-    """What the counters of a parameter come to."""
-    if not begun(entry):
-        return 1, 1 if schedule.counts else None
-    return int(entry["step"]) + 1, int(entry["since"]) + 1 if "since" in entry else None
-
-
 def _buckets(job: Job) -> dict[tuple[Any, ...], list[Tensor]]:
-    """Parameters that step in one call, being of equal age, shape, dtype and device. All grow one step older."""
+    """Parameters that step in one call, being of equal age, shape, dtype and device: the counters come first."""
     buckets: dict[tuple[Any, ...], list[Tensor]] = {}
     for i, p in enumerate(job.params):
-        entry = job.state[p]
-        age = entry["step"].add_(1)
-        since = int(entry["since"]) + 1 if "since" in entry else None
+        counters = next_counters(job.state[p], job.schedule)
         alone = () if job.group["stack"] and id(p) not in job.layered else (i,)
-        buckets.setdefault((int(age), since, p.shape, p.dtype, p.device, *alone), []).append(p)
+        buckets.setdefault((*counters, p.shape, p.dtype, p.device, *alone), []).append(p)
     return buckets

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
+from torch import Tensor
 
 from psgd.arrays import Factors
 from psgd.recipe import Schedule, State, leaves, rebuilt
+from psgd_torch_backend._groups import all_named
 from psgd_torch_backend.hessian import Pairs
 
 Entry = dict[str, Any]  # {"step": ..., "momentum": ..., "Q": {"0": ...}, "L": {"0": ...}}, and "P" where it is kept
@@ -20,7 +22,7 @@ COUNTERS = ("step", "since")
 COUNTER_BYTES = 8  # int64, on the host
 
 
-def begun(entry: Any) -> TypeGuard[Entry]:
+def begun(entry: object) -> TypeGuard[Entry]:
     """Has a parameter state of ours? Others may keep theirs in its entry before we do."""
     return isinstance(entry, dict) and "Q" in entry
 
@@ -39,6 +41,20 @@ def age(entries: Sequence[Entry]) -> tuple[int, int | None]:
         return 0, 0
     steps, oldest = max(((int(entry["step"]), entry) for entry in entries), key=lambda pair: pair[0])
     return steps, int(oldest["since"]) if "since" in oldest else None
+
+
+def next_counters(entry: object, schedule: Schedule) -> tuple[int, int | None]:
+    """What the counters of a parameter come to at its next step."""
+    if not begun(entry):
+        return 1, 1 if schedule.counts else None
+    return int(entry["step"]) + 1, int(entry["since"]) + 1 if "since" in entry else None
+
+
+def count_step(entry: Entry, *, fit: bool) -> None:
+    """Count a step of a parameter. fit: does the step fit?"""
+    entry["step"].add_(1)
+    if "since" in entry:
+        entry["since"].fill_(0 if fit else int(entry["since"]) + 1)
 
 
 def unscaled(entry: Entry, pairs: Pairs | None) -> bool:
@@ -63,7 +79,7 @@ def columns(entries: Sequence[Entry]) -> State:
     factors = {}
     for name in Factors._fields:
         kept = [entry.get(name, {}) for entry in entries]  # some writers drop what is empty
-        factors[name] = tuple([own[str(i)] for own in kept] for i in range(len(kept[0])))
+        factors[name] = tuple([tensors[str(i)] for tensors in kept] for i in range(len(kept[0])))
     return State(momenta, Factors(**factors))
 
 
@@ -94,3 +110,44 @@ def parted(p: torch.Tensor, scanned: bool) -> tuple[tuple[int, ...], tuple[int, 
     """How many layers a parameter stacks, and the shape of one."""
     split = 1 if scanned else 0
     return tuple(p.shape[:split]), tuple(p.shape[split:])
+
+
+def state_arrays(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimizer of this package as flat names and tensors, for tools that compare, watch or export it.
+
+    Args:
+        optimizer: one of this package, before or after its first step.
+
+    Returns:
+        The tensors of the state themselves, not copies, by name: "NAME/step" and "NAME/since", the counters, and
+        "NAME/momentum", "NAME/Q/0", "NAME/L/0", "NAME/P/0", ..., as far as the method keeps them. NAME is that of the
+        parameter, or its number over all groups where parameters have no names. Parameters without a step yet, and what
+        others keep in the state, are left out.
+
+    Raises:
+        ValueError: two parameters, of two groups, have one name.
+
+    Example:
+        >>> import torch
+        >>> from psgd_torch_backend import KronWhiten, state_arrays
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> optimizer = KronWhiten(layer.named_parameters())
+        >>> layer(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step()
+        >>> {name: tuple(x.shape) for name, x in state_arrays(optimizer).items() if name.startswith("weight/Q")}
+        {'weight/Q/0': (2, 2), 'weight/Q/1': (3,)}
+    """
+    owner, arrays = type(optimizer).__name__, dict[str, Tensor]()
+    named = all_named(owner, optimizer.param_groups)
+    if len(dict(named)) < len(named):
+        names = [name for name, _ in named]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{owner}: two parameters are called {twice!r}; give each a name of its own")
+    for name, p in named:
+        entry = optimizer.state.get(p)
+        if not begun(entry):
+            continue
+        arrays |= {f"{name}/{key}": entry[key] for key in (*COUNTERS, "momentum") if key in entry}
+        for kind in Factors._fields:
+            arrays |= {f"{name}/{kind}/{i}": x for i, x in entry.get(kind, {}).items()}
+    return arrays

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -26,32 +26,46 @@ TWICE = (
     "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
 )
 Closure = Callable[[], Any]  # -> the loss, or a sequence that begins with it
+OfParameters = Tensor | Iterable[Tensor] | Mapping[str, Tensor]  # in the order of the parameters, or by their names
 
 
 class Pairs(NamedTuple):
     """Pairs (v, H v) by the identity of their parameter, and whether this step fits to them."""
 
     fit: bool
-    by_parameter: dict[int, Any]
+    by_parameter: dict[int, tuple[Tensor, Tensor]]
 
     @classmethod
-    def given(cls, owner: str, named: Sequence[tuple[str, Tensor]], **given: Any) -> Pairs | None:
-        """What a step of parameters was given as `vector`, `Hvp` and `update_preconditioner`; None if nothing."""
-        missing = [name for name, x in given.items() if x is None]
-        if len(missing) == len(given):
+    def of_arguments(
+        cls,
+        owner: str,
+        named: Sequence[tuple[str, Tensor]],
+        Hvp: OfParameters | None,
+        vector: OfParameters | None,
+        update_preconditioner: bool | None,
+    ) -> Pairs | None:
+        """What a step of parameters is called with; None if with nothing."""
+        arguments = {"Hvp": Hvp, "vector": vector, "update_preconditioner": update_preconditioner}
+        missing = [name for name, x in arguments.items() if x is None]
+        if len(missing) == len(arguments):
             return None
         if missing:
             raise ValueError(f"{owner}: {missing[0]} is missing; Hvp, vector and update_preconditioner go together")
-        columns = []
-        for name in ("vector", "Hvp"):
-            x = [given[name]] if isinstance(given[name], Tensor) else given[name]
-            own = [x.get(n) for n, _ in named] if isinstance(x, dict) else list(x) if hasattr(x, "__iter__") else [x]
-            shapes = [tuple(y.shape) if isinstance(y, Tensor) else None for y in own]
-            if shapes != [tuple(p.shape) for _, p in named]:
-                raise ValueError(f"{owner}: {name} must hold one tensor of the shape of each parameter, in their order")
-            columns.append(own)
+        columns = [_for_each(owner, named, name, arguments[name]) for name in ("vector", "Hvp")]
         by_parameter = {id(p): (v, h) for (_, p), v, h in zip(named, *columns, strict=True)}
-        return cls(bool(given["update_preconditioner"]), by_parameter)
+        return cls(bool(update_preconditioner), by_parameter)
+
+
+def _for_each(owner: str, named: Sequence[tuple[str, Tensor]], argument: str, x: object) -> list[Tensor]:
+    """What an argument holds for each parameter: a tensor of its shape."""
+    if isinstance(x, dict):
+        tensors: list[Any] = [x.get(name) for name, _ in named]
+    else:
+        tensors = [x] if isinstance(x, Tensor) or not isinstance(x, Iterable) else list(x)
+    shapes = [tuple(y.shape) if isinstance(y, Tensor) else None for y in tensors]
+    if shapes != [tuple(p.shape) for _, p in named]:
+        raise ValueError(f"{owner}: {argument} must hold one tensor of the shape of each parameter, in their order")
+    return tensors
 
 
 def vector(step_key: int, name: str, like: Tensor) -> Tensor:
@@ -76,16 +90,16 @@ def _freed(returned: Any) -> Any:
     return type(returned)([returned[0].detach(), *returned[1:]]) if type(returned) in (list, tuple) else returned
 
 
-def _derivative(loss: Tensor, params: Sequence[Tensor], **options: Any) -> tuple[Tensor | None, ...]:
+def _derivative(loss: Tensor, params: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor | None, ...]:
     try:
-        return torch.autograd.grad(loss, params, allow_unused=True, **options)
+        return torch.autograd.grad(loss, params, allow_unused=True, create_graph=create_graph)
     except RuntimeError as error:
         if "second time" in str(error):
             raise RuntimeError(MISUSED) from error
         raise
 
 
-def finished(returned: Any, params: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+def finished(returned: object, params: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
     """What a closure returned, and the parameters that were given their gradients here, since it had left that undone:
     it returned a loss, and none of them has one.
     """
@@ -178,6 +192,21 @@ def by_differences(
     return returned, grads, products
 
 
+def differentiated(
+    closure: Closure, params: Sequence[Tensor], vectors: Sequence[Tensor] | None, *, exactly: bool
+) -> tuple[Any, Pairs]:
+    """What the closure returns, and the pairs to fit to, where there are vectors; gradients are left in `p.grad`."""
+    if vectors is None:
+        returned, grads = gradients(closure, params)
+        pairs = Pairs(False, {})
+    else:
+        returned, grads, products = (exact if exactly else by_differences)(closure, params, vectors)
+        pairs = Pairs(True, {id(p): (v, h) for p, v, h in zip(params, vectors, products, strict=True)})
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    return returned, pairs
+
+
 @step_may_come_second
 def hessian_helper(
     key: int,
@@ -225,29 +254,29 @@ def hessian_helper(
         (True, True)
     """
     named = _named(params)
-    own = [p.detach().requires_grad_() for _, p in named]
+    leaves = [p.detach().requires_grad_() for _, p in named]
     words = noise.signed(key >> 32), noise.signed(key)
-    step_key = int(noise.key(namespace(own[0]), *words)[0])
+    step_key = int(noise.key(namespace(leaves[0]), *words)[0])
     coin = float(noise.uniform(torch.tensor([step_key], dtype=torch.int32), "fit"))
     early = train_step is not None and int(train_step) < 2
     update = preconditioner_update_probability >= 1 or coin < preconditioner_update_probability or early
 
     def closure() -> Any:
-        return loss_fn(_rebuilt(params, iter(own)), *loss_fn_extra_args)
+        return loss_fn(_rebuilt(params, iter(leaves)), *loss_fn_extra_args)
 
     if update:
         v = [vector(step_key, name, p) for name, p in named]
-        out, grads, hvp = exact(closure, own, v)
+        out, grads, hvp = exact(closure, leaves, v)
     else:
-        out, grads = gradients(closure, own)
-        v, hvp = [torch.zeros_like(p) for p in own], [torch.zeros_like(p) for p in own]
-    used = [torch.zeros_like(p) if g is None else g for p, g in zip(own, grads, strict=True)]
+        out, grads = gradients(closure, leaves)
+        v, hvp = [torch.zeros_like(p) for p in leaves], [torch.zeros_like(p) for p in leaves]
+    used = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
     out = out if has_aux else _first(out)
     loss = (out[0].detach(), *out[1:]) if has_aux else out.detach()
     return loss, *(_rebuilt(params, iter(xs)) for xs in (used, hvp, v)), update
 
 
-def _first(out: Any) -> Any:
+def _first(out: object) -> Any:
     return out[0] if isinstance(out, (tuple, list)) and out else out
 
 
@@ -259,7 +288,7 @@ def _named(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[str, Tensor]]:
     return [leaf for key, x in items for leaf in _named(x, (*path, str(key)))]
 
 
-def _rebuilt(tree: Any, tensors: Iterator[Tensor]) -> Any:
+def _rebuilt(tree: Any, tensors: Iterator[object]) -> Any:
     """Containers as those of `tree`, with other tensors."""
     if isinstance(tree, Tensor):
         return next(tensors)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from psgd_torch_backend import PSGD, Kron, KronNewton, KronWhiten, Procrustes
-from psgd_torch_backend._step import finite
+from psgd_torch_backend._nonfinite import finite
 from psgd_torch_backend._testing import (
     assert_untouched,
     equal,

@@ -19,7 +19,7 @@ from rich.console import Console
 
 import psgd_jax_backend
 import psgd_torch_backend
-from benchmarks.contenders import Layers, Run, jax_run, torch_run
+from benchmarks.layers import Layers, Run, jax_run, torch_run
 from benchmarks.tables import Cells, machine, one_table
 from psgd.hyperparameters import Method
 from psgd.methods import METHODS

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.contenders import Layers
 from benchmarks.cost import amortised
+from benchmarks.layers import Layers
 from psgd.methods import METHODS
 from psgd.pipeline import host_plan
 from psgd.schedule import Annealed

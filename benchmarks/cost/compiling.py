@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.peers import METHODS, Entrant
+from benchmarks.peers import PEERS, Entrant
 from benchmarks.racing import Field, Worker, field_of, versioned
 from benchmarks.sets import SETS, ParameterSet
 from benchmarks.tables import (
@@ -52,9 +52,9 @@ def once(field: Field, framework: str, entrant: Entrant, cache: str) -> dict[str
     """Seconds of the first steps in a new process; or why there are none."""
     spec = entrant.spec(framework, compiled=True, dtype="float32", probability=1.0) | {"scheduled": True}
     field.enter(entrant, entrant, spec, environment={CACHE: cache})
-    told = field.ask(entrant, "compile") or field.failures[entrant]
+    figures = field.ask(entrant, "compile") or field.failures[entrant]
     field.clear()
-    return told
+    return figures
 
 
 def row(field: Field, framework: str, entrant: Entrant, bare: float) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def measure(
         for parameters in sets:
             with field_of(parameters) as field:
                 for method in methods:
-                    entrants = [x for x in METHODS.get((framework, method), ()) if x.compiles]
+                    entrants = [x for x in PEERS.get((framework, method), ()) if x.compiles]
                     for entrant, name in versioned(entrants).items():
                         console.log(f"{parameters.name}, {framework}: {name}")
                         common = {"set": parameters.name, "framework": framework, "method": method, "who": name}
@@ -96,13 +96,13 @@ def cells(result: Mapping[str, Any]) -> Cells:
     def seconds(x: float | None) -> str:
         return "" if x is None else f"{x:.1f} s"
 
-    def told(r: Mapping[str, Any]) -> Sequence[str]:
+    def figures(r: Mapping[str, Any]) -> Sequence[str]:
         if r["why"]:
             return seconds(r["trivial_s"]), "does not run", "", r["why"].replace("|", "/")
         return *(seconds(r[k]) for k in ("trivial_s", "cold_s", "cached_s")), r["again"].replace("|", "/") or "nothing"
 
     head = ["set", "framework", "method", "who", "x + 1", "cold", "cached", "compiled again"]
-    return [head, *([*(r[k] for k in head[:4]), *told(r)] for r in result["rows"])]
+    return [head, *([*(r[k] for k in head[:4]), *figures(r)] for r in result["rows"])]
 
 
 def command(

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.cost import compiling
-from benchmarks.peers import METHODS, Entrant
+from benchmarks.peers import PEERS, Entrant
 from conformance import cli
 
 pytestmark = pytest.mark.xdist_group("compiling")  # what they look at is made once
@@ -17,9 +17,9 @@ METHOD = "quad"
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     file = tmp_path_factory.mktemp("out") / "compile.json"
-    entrants = (METHODS["jax", METHOD][0], Entrant("optax:nothing"), Entrant("optax:adam", compiles=False))
+    entrants = (PEERS["jax", METHOD][0], Entrant("optax:nothing"), Entrant("optax:adam", compiles=False))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiling, "METHODS", {("jax", METHOD): entrants})
+        patch.setattr(compiling, "PEERS", {("jax", METHOD): entrants})
         asked = ["bench", "compile", "--quick", "--framework", "jax", "--method", METHOD]
         done = CliRunner().invoke(cli.app, [*asked, "--json", str(file)])
     assert done.exit_code == 0, done.output

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.peers import METHODS, SCALE, Entrant
+from benchmarks.peers import PEERS, SCALE, Entrant
 from benchmarks.racing import Field, field_of, versioned
 from benchmarks.sets import SETS, ParameterSet, alike
 from benchmarks.tables import (
@@ -68,7 +68,7 @@ def measure(sets: Sequence[ParameterSet], methods: Sequence[str], console: Conso
     for parameters in sets:
         with field_of(parameters) as field:
             for framework, scale in SCALE.items():
-                entrants = [(m, x) for m in methods for x in METHODS.get((framework, m), ())]
+                entrants = [(m, x) for m in methods for x in PEERS.get((framework, m), ())]
                 entrants += [("", x) for x in scale]
                 names = versioned([x for _, x in entrants])
                 for method, entrant in entrants:
@@ -80,7 +80,7 @@ def measure(sets: Sequence[ParameterSet], methods: Sequence[str], console: Conso
 def cells(result: Mapping[str, Any]) -> Cells:
     """A row for each optimizer."""
 
-    def told(r: Mapping[str, Any]) -> Sequence[str]:
+    def figures(r: Mapping[str, Any]) -> Sequence[str]:
         if r["why"]:
             return "does not run", r["why"].replace("|", "/"), "", ""
         return (
@@ -91,7 +91,7 @@ def cells(result: Mapping[str, Any]) -> Cells:
         )
 
     head = ["set", "framework", "method", "who", "state", "of the parameters", "peak of a step", "of the largest stack"]
-    return [head, *([*(r[k] for k in head[:4]), *told(r)] for r in result["rows"])]
+    return [head, *([*(r[k] for k in head[:4]), *figures(r)] for r in result["rows"])]
 
 
 def command(

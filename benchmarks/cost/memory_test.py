@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.cost import memory
-from benchmarks.peers import METHODS, Entrant
+from benchmarks.peers import PEERS, Entrant
 from benchmarks.sets import SETS, ParameterSet
 from conformance import cli
 
@@ -20,7 +20,7 @@ def ran(tmp_path_factory):
     file = tmp_path_factory.mktemp("out") / "memory.json"
     missing = Entrant("nobody:QUAD", home=".venv-nobody")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "METHODS", {("torch", METHOD): (METHODS["torch", METHOD][0], missing)})
+        patch.setattr(memory, "PEERS", {("torch", METHOD): (PEERS["torch", METHOD][0], missing)})
         patch.setattr(memory, "SCALE", {"torch": (Entrant("torch.optim:AdamW", scale=True),), "jax": ()})
         done = CliRunner().invoke(cli.app, ["bench", "memory", "--quick", "--method", METHOD, "--json", str(file)])
     assert done.exit_code == 0, done.output

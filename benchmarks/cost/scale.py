@@ -18,18 +18,18 @@ import typer
 from rich.console import Console
 
 from benchmarks.cost import floor
-from benchmarks.peers import METHODS, PERIOD, USUAL
+from benchmarks.peers import PEERS, PERIOD, USUAL
 from benchmarks.racing import Field, field_of
 from benchmarks.sets import GPTS, SETS, ParameterSet
 from benchmarks.tables import Cells, JsonFile, Markdown, Quick, frameworks, machine, methods, tell
 from conformance.plots import colour, hue, png, quiet
 from conformance.terminal import writable
-from psgd.methods import METHODS as RECORDS
-from psgd.summary import Parameter, rows
+from psgd.methods import METHODS
+from psgd.summary import Parameter, parameter_costs
 
 DEPTHS, WIDTH = (2, 4, 8, 16, 32), 128  # layers, of that width
 WIDTHS, DEPTH = (64, 128, 256, 512, 1024), 4  # so many layers each
-WAYS = {"torch, eager": ("torch", False), "torch, compiled": ("torch", True), "jax": ("jax", True)}
+VARIANTS = {"torch, eager": ("torch", False), "torch, compiled": ("torch", True), "jax": ("jax", True)}
 PRODUCTS = "products"
 TOKENS = 65_536
 
@@ -39,19 +39,21 @@ def layers(count: int, width: int, rounds: int) -> ParameterSet:
     return ParameterSet(f"{count} of {width} x {width}", ((width, width),) * count, "equal layers", rounds, pool=4)
 
 
-def point(field: Field, method: str, ways: Iterable[str]) -> dict[str, Any]:
-    """Milliseconds of each way on one set of layers, and how many operations an eager step launches."""
-    for way in ways:
-        framework, compiled = WAYS[way]
-        entrant = METHODS[framework, method][0]
-        field.enter(way, entrant, entrant.spec(framework, compiled=compiled, dtype="float32", probability=1.0), laps=3)
-    settings = dict(METHODS["torch", method][0].settings)
+def point(field: Field, method: str, variants: Iterable[str]) -> dict[str, Any]:
+    """Milliseconds of each variant on one set of layers, and how many operations an eager step launches."""
+    for variant in variants:
+        framework, compiled = VARIANTS[variant]
+        entrant = PEERS[framework, method][0]
+        field.enter(
+            variant, entrant, entrant.spec(framework, compiled=compiled, dtype="float32", probability=1.0), laps=3
+        )
+    settings = dict(PEERS["torch", method][0].settings)
     products = floor.of_step(method, settings, field.parameters.shapes, "float32", fit=True)
     field.enter_products(PRODUCTS, "torch", "float32", products)
     seen = field.race(field.parameters.rounds)
     return {
-        "ms": {way: float(1e3 * np.median(x)) for way, x in seen.items()},
-        "launches": field.ask(next(iter(WAYS)), "launches"),
+        "ms": {variant: float(1e3 * np.median(x)) for variant, x in seen.items()},
+        "launches": field.ask(next(iter(VARIANTS)), "launches"),
         "products": sum(often for *_, often in products),
         "flops": floor.flops(products),
         "why": {str(k): v for k, v in field.failures.items()},
@@ -61,7 +63,11 @@ def point(field: Field, method: str, ways: Iterable[str]) -> dict[str, Any]:
 def measure(method: str, console: Console, *, quick: bool) -> dict[str, Any]:
     """All figures, as plain data."""
     depths, width, widths, depth, rounds = ((1, 2), 4, (4, 8), 1, 2) if quick else (DEPTHS, WIDTH, WIDTHS, DEPTH, 7)
-    ways = [way for way, (framework, compiled) in WAYS.items() if not (quick and framework == "torch" and compiled)]
+    variants = [
+        variant
+        for variant, (framework, compiled) in VARIANTS.items()
+        if not (quick and framework == "torch" and compiled)
+    ]
     made: list[dict[str, Any]] = []
     for panel, points in (
         ("layers", [(n, layers(n, width, rounds)) for n in depths]),
@@ -70,7 +76,7 @@ def measure(method: str, console: Console, *, quick: bool) -> dict[str, Any]:
         for at, parameters in points:
             console.log(f"{method}: {parameters.name}")
             with field_of(parameters) as field:
-                made.append({"panel": panel, "at": at, "set": parameters.name, **point(field, method, ways)})
+                made.append({"panel": panel, "at": at, "set": parameters.name, **point(field, method, variants)})
     return {"machine": machine(), "method": method, "rows": made, "share": share_of_training(method)}
 
 
@@ -80,8 +86,8 @@ def share_of_training(method: str, name: str = "gpt-12x768", tokens: int = TOKEN
     A method that may fit now and then is counted at one fit in a period.
     """
     parameters = [Parameter(str(i), shape) for i, shape in enumerate(SETS[name].shapes)]
-    counted = rows(RECORDS[method](), parameters)
-    every = PERIOD if METHODS["torch", method][0].probability else 1
+    counted = parameter_costs(METHODS[method](), parameters)
+    every = PERIOD if PEERS["torch", method][0].probability else 1
     own = sum(r.apply for r in counted) + sum(r.fit for r in counted) / every
     training = GPTS[name].training_flops(tokens)
     return {
@@ -110,15 +116,18 @@ def by_panel(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
 
 def cells(result: Mapping[str, Any]) -> Cells:
     """A row for each set of layers."""
-    ways = list(dict.fromkeys(way for r in result["rows"] for way in r["ms"]))
-    head = ["set", *ways, "launched", "operations"]
+    variants = list(dict.fromkeys(variant for r in result["rows"] for variant in r["ms"]))
+    head = ["set", *variants, "launched", "operations"]
 
-    def ms(r: Mapping[str, Any], way: str) -> str:
-        return f"{r['ms'][way]:.2f} ms" if way in r["ms"] else r["why"].get(way, "").replace("|", "/")
+    def ms(r: Mapping[str, Any], variant: str) -> str:
+        return f"{r['ms'][variant]:.2f} ms" if variant in r["ms"] else r["why"].get(variant, "").replace("|", "/")
 
     return [
         head,
-        *([r["set"], *(ms(r, way) for way in ways), str(r["launches"]), f"{r['flops']:.3g}"] for r in result["rows"]),
+        *(
+            [r["set"], *(ms(r, variant) for variant in variants), str(r["launches"]), f"{r['flops']:.3g}"]
+            for r in result["rows"]
+        ),
     ]
 
 
@@ -149,13 +158,13 @@ def picture(result: Mapping[str, Any], path: Path) -> None:
 def draw(axes: Any, name: str, points: Sequence[Mapping[str, Any]]) -> None:
     """One panel, both axes logarithmic."""
     at = [p["at"] for p in points]
-    for i, way in enumerate(WAYS):
-        some = [(p["at"], p["ms"][way]) for p in points if way in p["ms"]]
+    for i, variant in enumerate(VARIANTS):
+        some = [(p["at"], p["ms"][variant]) for p in points if variant in p["ms"]]
         if some:
-            axes.plot(*zip(*some, strict=True), color=hue(i), linewidth=2.4, marker="o", markersize=4, label=way)
+            axes.plot(*zip(*some, strict=True), color=hue(i), linewidth=2.4, marker="o", markersize=4, label=variant)
     predicted = [p["ms"][PRODUCTS] for p in points]
-    look = {"color": colour("muted"), "linewidth": 1.2, "linestyle": (0, (4, 2))}
-    axes.plot(at, predicted, label="its matrix products alone", **look)
+    style = {"color": colour("muted"), "linewidth": 1.2, "linestyle": (0, (4, 2))}
+    axes.plot(at, predicted, label="its matrix products alone", **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.minorticks_off()

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 
 import psgd_jax_backend
-from benchmarks.contenders import LAYERWISE
+from benchmarks.layers import LAYERWISE
 from benchmarks.tables import Cells, machine, one_table
 
 DEPTHS = (6, 12, 24, 48)

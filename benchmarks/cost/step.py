@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.cost import floor
-from benchmarks.peers import METHODS, PERIOD, RARELY, SCALE, Entrant
+from benchmarks.peers import PEERS, PERIOD, RARELY, SCALE, Entrant
 from benchmarks.racing import Field, field_of, versioned
 from benchmarks.sets import SETS, ParameterSet
 from benchmarks.tables import (
@@ -52,7 +52,7 @@ NONE: dict[str, Any] = dict.fromkeys(
 def beside(framework: str, method: str, parameters: ParameterSet, *, keep_p: bool = False) -> list[Entrant]:
     """Ours, its peers, and who is there for scale."""
     scale = SCALE[framework][1:2] if parameters.numbers > LARGE else SCALE[framework]
-    ours, *peers = METHODS[framework, method]
+    ours, *peers = PEERS[framework, method]
     if keep_p:
         ours = replace(ours, settings={**ours.settings, "keep_p": True})
     return [ours, *peers, *scale]
@@ -130,14 +130,14 @@ def rows_of(
     for other in others:
         theirs = averaged(seen, other, updates)
         if mine is None:
-            told, why = NONE, f"ours does not run: {failures[ours]}"
+            times, why = NONE, f"ours does not run: {failures[ours]}"
         elif theirs is None:
-            own = figures(mine, mine)
-            told, why = {**NONE, **{k: own[k] for k in ("ours_ms", "ours_quartiles_ms")}}, failures[other]
+            alone_ms = figures(mine, mine)
+            times, why = {**NONE, **{k: alone_ms[k] for k in ("ours_ms", "ours_quartiles_ms")}}, failures[other]
         else:
-            told, why = figures(mine, theirs), None
+            times, why = figures(mine, theirs), None
         kind = {"fastest": False, "scale": other.scale}
-        rows.append({**common, "updates": updates, "peer": names[other], **kind, **told, **alone, "why": why})
+        rows.append({**common, "updates": updates, "peer": names[other], **kind, **times, **alone, "why": why})
     able = [r for r in rows if not r["scale"] and r["ratio"] is not None]
     if able:
         rows.append({**max(able, key=lambda r: r["ratio"]), "fastest": True})
@@ -188,7 +188,7 @@ def measure(
     for parameters in sets:
         for framework in frameworks:
             for mode in modes if framework == "torch" else [m for m in modes if m == "compiled"]:
-                for method in [m for m in methods if (framework, m) in METHODS]:
+                for method in [m for m in methods if (framework, m) in PEERS]:
                     which = parameters, framework, mode, method, dtype, updates, console
                     result["rows"] += raced(*which, keep_p=keep_p)
     return result
@@ -198,7 +198,7 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> Cells:
     """A row for each pairing; the fastest of the same method has a mark instead of its second row."""
     best = [{**r, "fastest": False} for r in rows if r["fastest"]]
 
-    def told(r: Mapping[str, Any]) -> Sequence[str]:
+    def times(r: Mapping[str, Any]) -> Sequence[str]:
         over = "" if r["floor_ratio"] is None else f"{r['floor_ratio']:.2f}"
         if r["why"]:
             return (*(in_ms(r, "ours"), "", "does not run", r["why"].replace("|", "/"), over),)
@@ -207,7 +207,7 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> Cells:
         return in_ms(r, "ours"), in_ms(r, "peer"), ratio, f"{low:.2f} to {high:.2f}", over
 
     head = ["method", "fits", "beside", "ours", "the other", "ours / the other", "quartiles", "ours / products"]
-    return [head, *([r["method"], r["updates"], r["peer"], *told(r)] for r in rows if not r["fastest"])]
+    return [head, *([r["method"], r["updates"], r["peer"], *times(r)] for r in rows if not r["fastest"])]
 
 
 def leaders(rows: Sequence[Mapping[str, Any]]) -> Cells:
@@ -277,5 +277,5 @@ def command(
         Console(stderr=True),
         keep_p=keep_p,
     )
-    told = {"A step beside the fastest": leaders(result["rows"])} if fastest else tables(result)
-    tell(result, told, json_file, as_markdown=markdown, last=summary(result))
+    shown = {"A step beside the fastest": leaders(result["rows"])} if fastest else tables(result)
+    tell(result, shown, json_file, as_markdown=markdown, last=summary(result))

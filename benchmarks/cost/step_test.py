@@ -8,13 +8,13 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.cost import step
-from benchmarks.peers import METHODS, Entrant
+from benchmarks.peers import PEERS, Entrant
 from benchmarks.sets import SETS
 from conformance import cli
 
 pytestmark = pytest.mark.xdist_group("step")  # what they look at is made once
 
-PEERS = '''
+SOURCE = '''
 import torch
 
 class Plain(torch.optim.SGD):
@@ -46,9 +46,9 @@ METHOD = "kron"
 @pytest.fixture(scope="module")
 def entrants(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peers")
-    (folder / "strangers.py").write_text(PEERS)
+    (folder / "strangers.py").write_text(SOURCE)
     path = (str(folder),)
-    ours = METHODS["torch", METHOD][0]
+    ours = PEERS["torch", METHOD][0]
     return (
         ours,
         Entrant("strangers:Plain", probability="share", path=path),
@@ -64,7 +64,7 @@ def ran(entrants, tmp_path_factory):
     file = tmp_path_factory.mktemp("out") / "step.json"
     scale = {"torch": (Entrant("torch.optim:AdamW", wrapped=True, scale=True),)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "METHODS", {("torch", METHOD): entrants})
+        patch.setattr(step, "PEERS", {("torch", METHOD): entrants})
         patch.setattr(step, "SCALE", scale)
         asked = ["bench", "step", "--quick", "--method", METHOD, "--framework", "torch", "--mode", "eager"]
         done = CliRunner().invoke(cli.app, [*asked, "--json", str(file)])

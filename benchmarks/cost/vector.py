@@ -3,8 +3,8 @@
     python -m benchmarks.cost.vector [--json FILE] [--markdown] [--quick]
 
 All parameters are one vector of n numbers to such a method, so that T1 and T2 have rank one. A fit is timed by
-processor time, in PyTorch, both ways in alternated rounds; the ratio is the median over rounds of its ratio in the same
-round. Geometries with a rotation multiply whole matrices in any case.
+processor time, in PyTorch, both variants in alternated rounds; the ratio is the median over rounds of its ratio in the
+same round. Geometries with a rotation multiply whole matrices in any case.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def formed(fit: Callable[[], Factors]) -> None:
         fit()
 
 
-WAYS = {"thin": thin, "formed": formed}
+VARIANTS = {"thin": thin, "formed": formed}
 
 
 def fit_of(geometry: Geometry, n: int) -> Callable[[], Factors]:
@@ -66,28 +66,28 @@ def fit_of(geometry: Geometry, n: int) -> Callable[[], Factors]:
     return partial(kron.fit, geometry, TraceBound(), factors, Pair(h, v), 0.1, 0.9, draws)
 
 
-def seconds(way: Callable[[Callable[[], Factors]], None], fit: Callable[[], Factors]) -> float:
+def seconds(variant: Callable[[Callable[[], Factors]], None], fit: Callable[[], Factors]) -> float:
     """Processor time of a fit."""
     start = process_time()
-    way(fit)
+    variant(fit)
     return process_time() - start
 
 
 def row(name: str, n: int, rounds: int) -> dict[str, Any]:
     """The figures of one geometry at one length."""
     fit = fit_of(GEOMETRIES[name], n)
-    for way in WAYS.values():
-        way(fit)
-    seen: dict[str, list[float]] = {way: [] for way in WAYS}
+    for variant in VARIANTS.values():
+        variant(fit)
+    seen: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for i in range(rounds):
-        for way in turns(list(WAYS), i):
-            seen[way].append(seconds(WAYS[way], fit))
+        for variant in turns(list(VARIANTS), i):
+            seen[variant].append(seconds(VARIANTS[variant], fit))
     ratios = np.divide(seen["thin"], seen["formed"])
     return {
         "geometry": name,
         "rotates": GEOMETRIES[name].turn is not None,
         "n": n,
-        **{f"{way}_ms": float(1e3 * np.median(x)) for way, x in seen.items()},
+        **{f"{variant}_ms": float(1e3 * np.median(x)) for variant, x in seen.items()},
         "ratio": float(np.median(ratios)),
     }
 

@@ -1,4 +1,4 @@
-"""The benchmark of a vector's fit runs, both ways, and puts back what it changes."""
+"""The benchmark of a vector's fit runs, both variants, and puts back what it changes."""
 
 import json
 
@@ -9,7 +9,7 @@ from psgd import thin
 from psgd.geometry import GEOMETRIES
 
 
-def test_each_geometry_is_timed_both_ways(tmp_path, capsys):
+def test_each_geometry_is_timed_in_both_variants(tmp_path, capsys):
     file = tmp_path / "vector.json"
     vector.main(["--quick", "--markdown", "--json", str(file)])
     rows = json.loads(file.read_text())["rows"]

@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import cycle, pairwise
+from itertools import pairwise
 from math import inf
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,132 +21,24 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import torch
 from jax import lax
 from rich.console import Console
 
-import psgd_jax_backend
-import psgd_torch_backend
-from benchmarks.tables import Cells, machine, tables_and_picture
-from conformance.plots import HUES, colour, png, power_of_ten, quiet
-from psgd import criterion, noise, pipeline
+from benchmarks.tables import machine, tables_and_picture
+from benchmarks.training.experiments_figures import BFGS, picture, tables
+from benchmarks.training.valley import (
+    MEMORY,
+    QUICK,
+    Setup,
+    valley,
+)
+from psgd import criterion, noise
 from psgd._xp import identity, namespace
 from psgd.arrays import Array, Factors
 from psgd.geometry import GEOMETRIES
-from psgd.hyperparameters import Method
 from psgd.kron import DenseRule, Kronecker
-from psgd.methods import METHODS
 from psgd.spectral import TraceBound
-from psgd_jax_backend import hessian
-
-REACHED, AGREED = 1e-10, 1e-8  # a loss that counts as the minimum; a relative difference that counts as none
-RATE = 1.0  # learning rate of the walk
-MEMORY = 0.9  # beta_L of the fits
-BFGS = "BFGS"
-LOOKS: dict[str, Any] = {
-    "torch": {"linewidth": 3.4, "alpha": 0.4},
-    "jax": {"linewidth": 1.2, "linestyle": (0, (4, 2))},
-}
-
-
-@dataclass(frozen=True)
-class Setup:
-    """How much is run. fits, drifts: steps of the fits to a fixed and to a drifting Hessian; shown: those of torch,
-    whose eager steps are slow, and of the picture."""
-
-    dimensions: int = 100
-    walk: int = 2_000
-    seeds: int = 5
-    size: int = 20
-    fits: int = 30_000
-    drifts: int = 10_000
-    shown: int = 3_000
-    marks: int = 90
-
-
-QUICK = Setup(dimensions=6, walk=12, seeds=2, size=4, fits=30, drifts=20, shown=10, marks=8)
-
-
-# ---- Rosenbrock's valley ---------------------------------------------------------------
-def rosenbrock(x: Array) -> Array:
-    """sum 100 (x[1::2] - x[0::2]^2)^2 + (1 - x[0::2])^2."""
-    even, odd = x[0::2], x[1::2]
-    return (100 * (odd - even**2) ** 2 + (1 - even) ** 2).sum()
-
-
-def of_all_parameters() -> type[Method]:
-    """The method that fits one matrix to Hessian-vector products of all parameters."""
-
-    def fits(method: type[Method]) -> bool:
-        recipe = method().recipe()
-        return recipe.joint and recipe.newton and isinstance(recipe.preconditioner, Kronecker)
-
-    (found,) = filter(fits, METHODS.values())
-    return found
-
-
-def settings(geometry: str, seed: Any) -> dict[str, Any]:
-    """The hyperparameters of the walk beside its learning rate. `seed` may be traced."""
-    return {"dQ": geometry, "lr_preconditioner": 0.5, "momentum": 0.9, "seed": seed}
-
-
-def torch_walk(geometry: str, seed: int, setup: Setup) -> np.ndarray:
-    """The loss after each step."""
-    x = torch.nn.Parameter(torch.zeros(setup.dimensions, dtype=torch.float64))
-    optimizer = getattr(psgd_torch_backend, of_all_parameters().title)([x], RATE, **settings(geometry, seed))
-    before = [optimizer.step(lambda: rosenbrock(x)).detach() for _ in range(setup.walk)]
-    return torch.stack([*before[1:], rosenbrock(x).detach()]).numpy()
-
-
-def jax_walk(geometry: str, setup: Setup) -> Callable[[int], np.ndarray]:
-    """The same as a function of the seed, compiled once for all of them."""
-    method = of_all_parameters()
-
-    @jax.jit
-    def walk(seed: Array) -> Array:
-        given = settings(geometry, seed)
-        transform, schedule = getattr(psgd_jax_backend, method.name)(RATE, **given), method.of(**given).schedule()
-
-        def step(carry: Any, t: Array) -> Any:
-            x, state = carry
-            v = hessian.vector(pipeline.plan(schedule, t, jnp).key, x)
-            _, g, h = hessian.product(rosenbrock, x, v)
-            updates, state = transform.update(g, state, x, Hvp=h, vector=v, update_preconditioner=True)
-            x = optax.apply_updates(x, updates)
-            return (x, state), rosenbrock(x)
-
-        x = jnp.zeros(setup.dimensions)
-        return lax.scan(step, (x, transform.init(x)), jnp.arange(1, setup.walk + 1, dtype=jnp.int32))[1]
-
-    return lambda seed: np.asarray(walk(jnp.asarray(seed, dtype=jnp.int32)))
-
-
-def first(true: np.ndarray) -> int | None:
-    """The number, from 1, of the first step that is true."""
-    return int(np.argmax(true)) + 1 if true.any() else None
-
-
-def agreement(a: np.ndarray, b: np.ndarray) -> int:
-    """The last step until which two curves are the same."""
-    return (first(~(np.abs(a - b) <= AGREED * np.abs(b))) or len(a) + 1) - 1
-
-
-def valley(setup: Setup, progress: Console) -> list[dict[str, Any]]:
-    """A row for each geometry and framework, with one figure for each seed."""
-    rows = []
-    for geometry in GEOMETRIES:
-        progress.log(f"Rosenbrock: {geometry}")
-        with jax.enable_x64(True):
-            ours = list(map(jax_walk(geometry, setup), range(setup.seeds)))
-        losses = {"torch": [torch_walk(geometry, seed, setup) for seed in range(setup.seeds)], "jax": ours}
-        agreed = [agreement(*pair) for pair in zip(*losses.values(), strict=True)]
-        for framework, curves in losses.items():
-            finals = [float(curve[-1]) for curve in curves]
-            reached = [first(curve < REACHED) for curve in curves]
-            row = {"geometry": geometry, "framework": framework, "finals": finals, "reached": reached, "agreed": agreed}
-            rows.append(row)
-    return rows
 
 
 # ---- Hessians to fit -------------------------------------------------------------------
@@ -154,7 +46,7 @@ def valley(setup: Setup, progress: Console) -> list[dict[str, Any]]:
 class Panel:
     """Pairs to fit, (steps, n) each, and the Hessians H' that errors are taken with.
 
-    rate: of the fits. marks: the steps after which errors are taken; hessians: H' there, (marks, n, n). told: those
+    rate: of the fits. marks: the steps after which errors are taken; hessians: H' there, (marks, n, n). reported: those
     that the table has.
     """
 
@@ -164,20 +56,20 @@ class Panel:
     hs: np.ndarray
     marks: np.ndarray
     hessians: np.ndarray
-    told: tuple[int, ...]
+    reported: tuple[int, ...]
 
     def until(self, step: int) -> Panel:
         """Its beginning."""
         n = int((self.marks <= step).sum())
         return Panel(
-            self.title, self.rate, self.vs[:step], self.hs[:step], self.marks[:n], self.hessians[:n], self.told
+            self.title, self.rate, self.vs[:step], self.hs[:step], self.marks[:n], self.hessians[:n], self.reported
         )
 
 
-def marked(steps: int, count: int, told: Sequence[int]) -> np.ndarray:
-    """Steps at even distances on a log axis, among them those that are told and the last."""
+def marked(steps: int, count: int, reported: Sequence[int]) -> np.ndarray:
+    """Steps at even distances on a log axis, among them those that are reported and the last."""
     even = np.round(np.geomspace(1, steps, count)).astype(int)
-    return np.unique([*even, *(t for t in told if t <= steps), steps])
+    return np.unique([*even, *(t for t in reported if t <= steps), steps])
 
 
 def fixed(title: str, rate: float, eps: float, setup: Setup) -> Panel:
@@ -187,24 +79,24 @@ def fixed(title: str, rate: float, eps: float, setup: Setup) -> Panel:
     values, vectors = np.linalg.eigh(h)
     seen = vectors * np.sqrt(values**2 + eps**2) @ vectors.T
     vs, ns = random.standard_normal((2, steps, n))
-    told = (1_000, 3_000, 10_000, 30_000)
-    marks = marked(steps, setup.marks, told)
-    return Panel(title, rate, vs, vs @ h + eps * ns, marks, np.broadcast_to(seen, (len(marks), n, n)), told)
+    reported = (1_000, 3_000, 10_000, 30_000)
+    marks = marked(steps, setup.marks, reported)
+    return Panel(title, rate, vs, vs @ h + eps * ns, marks, np.broadcast_to(seen, (len(marks), n, n)), reported)
 
 
 def drifting(title: str, rate: float, setup: Setup) -> Panel:
     """H begins as ones / 4 and grows by u u' at each step, u ~ U(0, 1)^n."""
     n, steps, random = setup.size, setup.drifts, np.random.default_rng(0)
     us, vs = random.uniform(size=(steps, n)), random.standard_normal((steps, n))
-    told = (100, 1_000, 10_000)
-    marks, h = marked(steps, setup.marks, told), np.full((n, n), 0.25)
+    reported = (100, 1_000, 10_000)
+    marks, h = marked(steps, setup.marks, reported), np.full((n, n), 0.25)
     hs, seen = np.zeros((steps, n)), []
     for t, (u, v) in enumerate(zip(us, vs, strict=True), start=1):
         h = h + np.outer(u, u)
         hs[t - 1] = h @ v
         if t in marks:
             seen.append(h)
-    return Panel(title, rate, vs, hs, marks, np.stack(seen), told)
+    return Panel(title, rate, vs, hs, marks, np.stack(seen), reported)
 
 
 def panels(setup: Setup) -> list[Panel]:
@@ -325,11 +217,13 @@ def fits(setup: Setup, progress: Console) -> list[dict[str, Any]]:
                 shown = eager(learner, short, torch.from_numpy)
             for framework, own, errors in (("torch", short, shown), ("jax", panel, scanned(learner, panel))):
                 curve = {"marks": own.marks.tolist(), "errors": errors.tolist()}
-                rows.append({"panel": panel.title, "method": name, "framework": framework, "told": panel.told, **curve})
+                rows.append(
+                    {"panel": panel.title, "method": name, "framework": framework, "reported": panel.reported, **curve}
+                )
     return rows
 
 
-# ---- what is told ----------------------------------------------------------------------
+# ---- the program ----------------------------------------------------------------------
 def measure(setup: Setup, progress: Console) -> dict[str, Any]:
     """All figures, as plain data."""
     return {
@@ -338,92 +232,6 @@ def measure(setup: Setup, progress: Console) -> dict[str, Any]:
         "rosenbrock": valley(setup, progress),
         "fitting": fits(setup, progress),
     }
-
-
-def valley_cells(result: dict[str, Any]) -> Cells:
-    """A row for each geometry and framework; steps are medians over the seeds, those that never come being last."""
-
-    def cells(r: dict[str, Any]) -> Sequence[str]:
-        finals, reached = r["finals"], [inf if t is None else t for t in r["reached"]]
-        middle = float(np.median(reached)) if np.isfinite(reached).sum() > len(reached) / 2 else inf
-        span = f"{min(finals):.0e} to {max(finals):.0e}"
-        steps = "never" if middle == inf else f"{middle:.0f}", f"{np.median(r['agreed']):.0f}", f"{min(r['agreed'])}"
-        return r["geometry"], r["framework"], f"{np.median(finals):.1e}", span, *steps
-
-    head = "geometry", "framework", "final f", "range", f"below {REACHED:.0e} at", "the same until", "at least until"
-    return [head, *map(cells, result["rosenbrock"])]
-
-
-def fits_cells(rows: Sequence[dict[str, Any]]) -> Cells:
-    """A row for each learner and framework of one panel."""
-
-    def cells(r: dict[str, Any]) -> Sequence[str]:
-        at = dict(zip(r["marks"], r["errors"], strict=True))
-        return r["method"], r["framework"], *(f"{at[t]:.2g}" if t in at else "–" for t in r["told"])
-
-    head = "method", "framework", *(f"step {t:,}" for t in rows[0]["told"])
-    return [head, *map(cells, rows)]
-
-
-def by_panel(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of the fits, panel by panel."""
-    titles = dict.fromkeys(r["panel"] for r in result["fitting"])
-    return {title: [r for r in result["fitting"] if r["panel"] == title] for title in titles}
-
-
-def tables(result: dict[str, Any]) -> dict[str, Cells]:
-    """All tables with their titles."""
-    setup = result["setup"]
-    title = (
-        f"Rosenbrock in {setup['dimensions']} dimensions, {setup['walk']:,} steps, medians of {setup['seeds']} seeds"
-    )
-    fitted = {f"{name}: ‖P H′ - I‖ of P fitted to H": fits_cells(rows) for name, rows in by_panel(result).items()}
-    return {title: valley_cells(result), **fitted}
-
-
-def tints(methods: Sequence[str]) -> dict[str, str]:
-    """A colour for each; of BFGS that of ink."""
-    hues = cycle(map(colour, [*HUES, "bad"]))
-    return {name: colour("ink") if name == BFGS else next(hues) for name in methods}
-
-
-def draw(axes: Any, title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """The errors of one panel: torch broad and pale, JAX dashed on top."""
-    axes.set(xscale="log", yscale="log", title=title, xlabel="step")
-    of = tints(list(dict.fromkeys(r["method"] for r in rows)))
-    for r in rows:
-        axes.plot(r["marks"], r["errors"], color=of[r["method"]], **LOOKS[r["framework"]])
-    for method, tint in of.items():
-        axes.plot([], [], color=tint, linewidth=2.4, label=method)
-    for framework, look in LOOKS.items():
-        axes.plot([], [], color=colour("muted"), label=framework, **look)
-    ticked(axes.xaxis, *axes.get_xlim())
-    ticked(axes.yaxis, *axes.get_ylim())
-
-
-def ticked(axis: Any, low: float, high: float) -> None:
-    """Ticks at powers of ten, every second of them where there are many."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    powers = np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + 1)
-    axis.set_major_locator(FixedLocator(10.0 ** powers[powers % (2 if len(powers) > 7 else 1) == 0]))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(power_of_ten))
-
-
-def picture(result: dict[str, Any], path: Path) -> None:
-    """Write a PNG of the fits, a panel each, with one legend."""
-    with png(path, (10.4, 4.4)) as figure:
-        drawn = by_panel(result)
-        row = figure.subplots(1, len(drawn))
-        for axes, (title, rows) in zip(row, drawn.items(), strict=True):
-            draw(axes, title, rows)
-            quiet(axes)
-            axes.get_legend().remove()
-        row[0].set_ylabel("‖P H′ - I‖", color=colour("muted"))
-        handles, labels = row[0].get_legend_handles_labels()
-        look = {"ncols": len(labels), "labelcolor": colour("ink"), "handlelength": 2.4, "columnspacing": 1.3}
-        figure.legend(handles, labels, loc="outside lower center", **look)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

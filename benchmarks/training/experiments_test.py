@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.training import experiments
+from benchmarks.training import experiments, experiments_figures, valley
 from benchmarks.training.experiments import QUICK, Setup
 from psgd.methods import METHODS
 
@@ -127,67 +127,68 @@ def test_bfgs_meets_the_secant_equation_and_stays_positive():
 
 # ---- Rosenbrock's valley -----------------------------------------------------------------
 def test_the_method_of_the_valley_is_found_by_its_recipe():
-    assert experiments.of_all_parameters() is METHODS["dense_newton"]
+    assert valley.of_all_parameters() is METHODS["dense_newton"]
 
 
 def test_the_function_is_rosenbrocks():
-    assert experiments.rosenbrock(np.zeros(100)) == 50
-    assert experiments.rosenbrock(np.ones(100)) == 0
-    assert experiments.rosenbrock(np.asarray([2.0, 1.0])) == 901
+    assert valley.rosenbrock(np.zeros(100)) == 50
+    assert valley.rosenbrock(np.ones(100)) == 0
+    assert valley.rosenbrock(np.asarray([2.0, 1.0])) == 901
 
 
 def walks(geometry, setup):
     """The losses of every seed in JAX."""
     with jax.enable_x64(True):
-        return list(map(experiments.jax_walk(geometry, setup), range(setup.seeds)))
+        return list(map(valley.jax_walk(geometry, setup), range(setup.seeds)))
 
 
 def test_the_valley_is_walked_to_its_end():
     losses = walks("QEP", Setup())
     assert np.median([curve[-1] for curve in losses]) < 1e-14
-    assert all(1_000 < experiments.first(curve < 1e-10) < 2_000 for curve in losses)  # recorded: 1431
+    assert all(1_000 < valley.first(curve < 1e-10) < 2_000 for curve in losses)  # recorded: 1431
     assert len({curve[-1] for curve in losses}) == 5
 
 
 @pytest.mark.parametrize("geometry", ["EQ", "Q0.5EQ1.5"])
 def test_both_frameworks_walk_one_trajectory(geometry):
-    setup = Setup(dimensions=20, walk=60, seeds=2)
+    setup = Setup(dimensions=20, valley_steps=60, seeds=2)
     ours = walks(geometry, setup)
     for seed, curve in enumerate(ours):
-        assert experiments.agreement(experiments.torch_walk(geometry, seed, setup), curve) == 60
-    assert experiments.agreement(*ours) < 60
+        assert valley.agreement(valley.torch_walk(geometry, seed, setup), curve) == 60
+    assert valley.agreement(*ours) < 60
 
 
 def test_steps_are_counted_from_one():
-    assert experiments.first(np.asarray([False, False, True, True])) == 3
-    assert experiments.first(np.zeros(3, bool)) is None
+    assert valley.first(np.asarray([False, False, True, True])) == 3
+    assert valley.first(np.zeros(3, bool)) is None
 
 
 def test_agreement_ends_at_the_first_difference():
     a = np.asarray([1.0, 2.0, 3.0, 4.0])
-    assert experiments.agreement(a, a) == 4
-    assert experiments.agreement(a * (1 + 1e-9), a) == 4
-    assert experiments.agreement(np.asarray([1.0, 2.0, 3.1, 4.0]), a) == 2
-    assert experiments.agreement(np.asarray([1.0, np.nan, 3.0, 4.0]), a) == 1
+    assert valley.agreement(a, a) == 4
+    assert valley.agreement(a * (1 + 1e-9), a) == 4
+    assert valley.agreement(np.asarray([1.0, 2.0, 3.1, 4.0]), a) == 2
+    assert valley.agreement(np.asarray([1.0, np.nan, 3.0, 4.0]), a) == 1
 
 
 def test_a_step_is_told_where_most_seeds_get_there():
     row = {"geometry": "any", "framework": "jax", "finals": [1e-20, 2e-20, 3e-9], "agreed": [50, 60, 80]}
 
-    def told(reached):
-        return experiments.valley_cells({"rosenbrock": [row | {"reached": reached}]})[1]
+    def cells(reached):
+        return experiments_figures.valley_cells({"rosenbrock": [row | {"reached": reached}]})[1]
 
-    assert told([900, None, 700]) == ("any", "jax", "2.0e-20", "1e-20 to 3e-09", "900", "60", "50")
-    assert told([900, None, None])[4] == "never"
+    assert cells([900, None, 700]) == ("any", "jax", "2.0e-20", "1e-20 to 3e-09", "900", "60", "50")
+    assert cells([900, None, None])[4] == "never"
 
 
 # ---- the program -------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experiments")
-    few = {name: experiments.GEOMETRIES[name] for name in ("EQ", "QUAD")}
+    few = {name: valley.GEOMETRIES[name] for name in ("EQ", "QUAD")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "GEOMETRIES", few)
+        for module in (experiments, valley):
+            patch.setattr(module, "GEOMETRIES", few)
         experiments.main(["--quick", "--json", str(folder / "all.json"), "--picture", str(folder / "fits.png")])
     assert (folder / "fits.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((folder / "all.json").read_text())
@@ -198,10 +199,10 @@ def test_every_figure_is_there(result):
     assert [(r["geometry"], r["framework"]) for r in result["rosenbrock"]] == ways
     assert all(len(r["finals"]) == len(r["reached"]) == len(r["agreed"]) == 2 for r in result["rosenbrock"])
     ways += [("BFGS", "torch"), ("BFGS", "jax")]
-    for rows in experiments.by_panel(result).values():
+    for rows in experiments_figures.by_panel(result).values():
         assert [(r["method"], r["framework"]) for r in rows] == ways
         assert all(len(r["marks"]) == len(r["errors"]) > 3 for r in rows)
-    assert len(experiments.by_panel(result)) == 3
+    assert len(experiments_figures.by_panel(result)) == 3
     assert {"processor", "torch", "jax"} <= result["machine"].keys()
 
 
@@ -223,14 +224,14 @@ def test_tables_are_printed(result, flags, monkeypatch, capsys):
 
 
 def test_a_table_has_the_steps_that_were_done():
-    told = {"told": [100, 1_000, 10_000], "method": "any", "framework": "torch"}
-    head, row = experiments.fits_cells([told | {"marks": [7, 100, 1_000], "errors": [3.0, 1.0, 0.123]}])
+    row_of = {"reported": [100, 1_000, 10_000], "method": "any", "framework": "torch"}
+    head, row = experiments_figures.fits_cells([row_of | {"marks": [7, 100, 1_000], "errors": [3.0, 1.0, 0.123]}])
     assert list(head) == ["method", "framework", "step 100", "step 1,000", "step 10,000"]
     assert list(row) == ["any", "torch", "1", "0.12", "–"]
 
 
 def test_progress_is_told_on_its_own_console(monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "GEOMETRIES", {"EQ": experiments.GEOMETRIES["EQ"]})
+    monkeypatch.setattr(valley, "GEOMETRIES", {"EQ": valley.GEOMETRIES["EQ"]})
     quiet = Console(quiet=True)
-    assert len(experiments.valley(replace(QUICK, walk=2, seeds=1), quiet)) == 2
+    assert len(valley.valley(replace(QUICK, valley_steps=2, seeds=1), quiet)) == 2
     assert capsys.readouterr().out == ""

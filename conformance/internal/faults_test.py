@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from conformance.internal import faults
-from conformance.internal.faults import CATCHERS, FAULTS, GOLDEN, LOCKED, NOISE, Fault, caught, table
+from conformance.internal import planting
+from conformance.internal.faults import FAULTS, table
+from conformance.internal.planting import CATCHERS, GOLDEN, LOCKED, NOISE, Fault, caught
 from psgd import axes, rotate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,13 +40,14 @@ def test_catchers_of_the_core_run_no_adapter():
     """So that a fault in an adapter leaves them what they saw."""
     program = """if True:
         import sys
-        from conformance import golden
+        from pathlib import Path
+        from conformance.internal import golden
         from conformance.frameworks import FRAMEWORKS
-        folder = golden.Path(sys.argv[1])
+        folder = Path(sys.argv[1])
         assert all(golden.replay(case, folder, FRAMEWORKS["numpy"]).passed for case in golden.cases(folder))
         assert not {"psgd_torch_backend", "psgd_jax_backend"} & sys.modules.keys()
     """
-    done = subprocess.run([sys.executable, "-c", program, faults.FOLDER], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", program, planting.FOLDER], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
@@ -62,7 +64,7 @@ def test_faults_are_many_and_in_every_part():
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_is_gone_after_its_block(fault):
     def parts():
-        return [getattr(faults._function(fault.place), part) for part in faults.PARTS]
+        return [getattr(planting._function(fault.place), part) for part in planting.PARTS]
 
     before = parts()
     with fault.planted():

@@ -136,9 +136,9 @@ def drawn(stream: str, steps: int) -> np.ndarray:
     return np.concatenate([hostile, normal(random, steps - len(hostile))])
 
 
-# ---- who walks on them ------------------------------------------------------------------------
+# ---- who runs on them -------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Contender:
+class FuzzCase:
     """A method with its defaults, or with the option that bounds a whole step where its tensors have no bound."""
 
     method: str
@@ -148,72 +148,72 @@ class Contender:
     def title(self) -> str:
         return self.method + (f", {self.bound}" if self.bound else "")
 
-    def made(self) -> Method:
+    def configured(self) -> Method:
         return settings(METHODS[self.method], lr=1.0, **({self.bound: 1.0} if self.bound else {}))
 
     def limit(self) -> float:
         """What the RMS of a direction may not pass."""
-        clipped = self.bound is not None or self.made().recipe().clip.rms < inf
+        clipped = self.bound is not None or self.configured().recipe().clip.rms < inf
         return BOUND if clipped else inf
 
 
-def contenders() -> list[Contender]:
+def cases() -> list[FuzzCase]:
     """Every method; those without bounds with the option that gives them one, too."""
     found = []
     for name, kind in METHODS.items():
         names = {f.name for f in fields(kind)} & {"grad_clip_max_norm", "update_global_norm_clip"}
-        found += [Contender(name), *(Contender(name, bound) for bound in sorted(names))]
+        found += [FuzzCase(name), *(FuzzCase(name, bound) for bound in sorted(names))]
     return found
 
 
 @dataclass(frozen=True)
-class Seen:
+class Directions:
     """The RMS of the direction of each step, and whether all state was finite in the end."""
 
     lengths: np.ndarray
     finite: bool
 
 
-def walked_by_torch(contender: Contender, dtype: str, gradients: np.ndarray, vectors: np.ndarray) -> Seen:
+def run_torch(case: FuzzCase, dtype: str, gradients: np.ndarray, vectors: np.ndarray) -> Directions:
     """Directions of a `torch.optim.Optimizer`."""
     torch: Any = import_module("torch")
-    made, kind = contender.made(), METHODS[contender.method]
+    configured, kind = case.configured(), METHODS[case.method]
     p = torch.nn.Parameter(torch.zeros(SHAPE, dtype=getattr(torch, dtype)))
-    options = {f.name: getattr(made, f.name) for f in fields(made)}
+    options = {f.name: getattr(configured, f.name) for f in fields(configured)}
     optimizer = getattr(import_module("psgd_torch_backend"), kind.title)([p], **options, max_skips=len(gradients))
     lengths = []
     for g, v in zip(torch.tensor(gradients).to(p.dtype), torch.tensor(vectors).to(p.dtype), strict=True):
         p.grad = g
-        pair = {"Hvp": [g], "vector": [v], "update_preconditioner": True} if made.recipe().newton else {}
+        pair = {"Hvp": [g], "vector": [v], "update_preconditioner": True} if configured.recipe().newton else {}
         optimizer.step(**pair)
         lengths.append(p.detach().double().square().mean().sqrt().item())
         p.detach().zero_()
     state = [x for x in _tensors(optimizer.state[p]) if torch.is_tensor(x)]
-    return Seen(np.array(lengths), all(bool(x.isfinite().all()) for x in state))
+    return Directions(np.array(lengths), all(bool(x.isfinite().all()) for x in state))
 
 
 def _tensors(entry: Any) -> list[Any]:
     return [x for value in entry.values() for x in _tensors(value)] if isinstance(entry, dict) else [entry]
 
 
-def walked_by_jax(contender: Contender, dtype: str, gradients: np.ndarray, vectors: np.ndarray) -> Seen:
+def run_jax(case: FuzzCase, dtype: str, gradients: np.ndarray, vectors: np.ndarray) -> Directions:
     """Directions of an optax transformation, in a scan."""
     jnp: Any = import_module("jax.numpy")
-    lengths, finite = _scanned(contender)(*(jnp.asarray(x, dtype) for x in (gradients, vectors)))
-    return Seen(np.asarray(lengths, np.float64), bool(finite))
+    lengths, finite = _scanned(case)(*(jnp.asarray(x, dtype) for x in (gradients, vectors)))
+    return Directions(np.asarray(lengths, np.float64), bool(finite))
 
 
 @cache
-def _scanned(contender: Contender) -> Callable[..., Any]:
+def _scanned(case: FuzzCase) -> Callable[..., Any]:
     jax: Any = import_module("jax")
-    made, jnp = contender.made(), jax.numpy
-    tx = import_module("psgd_jax_backend").scale_by_psgd(made)
+    configured, jnp = case.configured(), jax.numpy
+    tx = import_module("psgd_jax_backend").scale_by_psgd(configured)
 
     @jax.jit
     def run(gradients: Any, vectors: Any) -> Any:
         def step(state: Any, drawn: Any) -> Any:
             g, v = drawn
-            pair = {"Hvp": g, "vector": v, "update_preconditioner": True} if made.recipe().newton else {}
+            pair = {"Hvp": g, "vector": v, "update_preconditioner": True} if configured.recipe().newton else {}
             u, state = tx.update(g, state, jnp.zeros_like(g), **pair)
             most = jnp.max(jnp.abs(u.astype(jnp.float32)))
             unit = jnp.where(most > 0, most, 1)
@@ -226,13 +226,13 @@ def _scanned(contender: Contender) -> Callable[..., Any]:
     return run
 
 
-WALKERS = {"torch": walked_by_torch, "jax": walked_by_jax}
+RUNNERS = {"torch": run_torch, "jax": run_jax}
 DTYPES = ("float32", "bfloat16")
 
 
 # ---- what was seen ----------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Row:
+class FuzzResult:
     """One stream. largest, last: RMS of the directions, in learning rates."""
 
     framework: str
@@ -244,29 +244,29 @@ class Row:
     complaints: list[str]
 
 
-def row(framework: str, contender: Contender, dtype: str, stream: str, steps: int) -> Row:
-    """A stream, walked and judged."""
+def judged(framework: str, case: FuzzCase, dtype: str, stream: str, steps: int) -> FuzzResult:
+    """A stream, run and judged."""
     gradients = drawn(stream, steps)
     vectors = np.random.default_rng(1).standard_normal(gradients.shape)
-    seen = WALKERS[framework](contender, dtype, gradients, vectors)
-    lengths = seen.lengths
+    directions = RUNNERS[framework](case, dtype, gradients, vectors)
+    lengths = directions.lengths
     window = max(steps // 20, 1)
     largest, last = float(np.max(lengths)), float(np.median(lengths[-window:]))
     lowest = min(float(np.median(part)) for part in np.array_split(lengths[steps // 2 :], 10))
     found = [
         ("a direction is not finite", not np.isfinite(lengths).all()),
-        ("state is not finite", not seen.finite),
-        (f"moves by more than {BOUND:g}", largest > contender.limit()),
+        ("state is not finite", not directions.finite),
+        (f"moves by more than {BOUND:g}", largest > case.limit()),
         ("does not move again", steps >= STEPS and not (last >= AGAIN or last > 2 * lowest > 0)),
     ]
-    return Row(framework, contender.title, dtype, stream, largest, last, [words for words, bad in found if bad])
+    return FuzzResult(framework, case.title, dtype, stream, largest, last, [words for words, bad in found if bad])
 
 
 # ---- telling ----------------------------------------------------------------------------------
 HEAD = ("framework", "dtype", "method", "streams", "steps", "largest", "last", "verdict")
 
 
-def told(rows: Sequence[Row], steps: int) -> list[str]:
+def summarised(rows: Sequence[FuzzResult], steps: int) -> list[str]:
     """All streams of a method in a framework and a dtype, as one line but for its verdict."""
     largest = max(rows, key=lambda row: row.largest)
     last = [row.last for row in rows]
@@ -276,38 +276,38 @@ def told(rows: Sequence[Row], steps: int) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Walk, tell, and say by the exit code whether all is well."""
+    """Run, report, and say by the exit code whether all is well."""
     parser = argparse.ArgumentParser(
         prog="python -m conformance.internal.fuzz", description="Is any gradient too hostile?"
     )
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="length of a stream")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was seen here too")
     parser.add_argument("--markdown", action="store_true", help="print the table as docs/soak.md has it")
-    parser.add_argument("--framework", action="append", choices=WALKERS, help="this one alone; may be repeated")
+    parser.add_argument("--framework", action="append", choices=RUNNERS, help="this one alone; may be repeated")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="this one alone; may be repeated")
     parser.add_argument("--method", action="append", choices=METHODS, help="this one alone; may be repeated")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     with exits():
-        writable(given.json)
-    found, lines, progress = list[Row](), list[list[str]](), console(stderr=True)
-    chosen = [c for c in contenders() if c.method in (given.method or METHODS)]
-    for framework in given.framework or WALKERS:
-        for dtype in given.dtype or DTYPES:
-            for contender in chosen:
+        writable(options.json)
+    found, lines, progress = list[FuzzResult](), list[list[str]](), console(stderr=True)
+    chosen = [c for c in cases() if c.method in (options.method or METHODS)]
+    for framework in options.framework or RUNNERS:
+        for dtype in options.dtype or DTYPES:
+            for case in chosen:
                 start = perf_counter()
-                rows = list(map(partial(row, framework, contender, dtype, steps=given.steps), STREAMS))
+                rows = list(map(partial(judged, framework, case, dtype, steps=options.steps), STREAMS))
                 found += rows
                 bad = [f"{row.stream}: {'; '.join(row.complaints)}" for row in rows if row.complaints]
-                lines.append([*told(rows, given.steps), "FAIL: " + ", ".join(bad) if bad else "pass"])
+                lines.append([*summarised(rows, options.steps), "FAIL: " + ", ".join(bad) if bad else "pass"])
                 progress.print(f"{' '.join(lines[-1])}: {perf_counter() - start:.0f} s", markup=False)
-    if given.markdown:
+    if options.markdown:
         console().print(terminal.markdown([HEAD, *lines]), markup=False, soft_wrap=True)
     else:
         sheet = Sheet(HEAD[:3], HEAD[3:])
         for line in lines:
             sheet.add_row(*line[:-1], verdict(line[-1] == "pass"))
         console().print(sheet)
-    conclude(found, given.json)
+    conclude(found, options.json)
 
 
 if __name__ == "__main__":

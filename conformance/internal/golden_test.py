@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conformance.frameworks import FRAMEWORKS
-from conformance.internal import golden
+from conformance.internal import golden, golden_cases, golden_optimizers, golden_player
 from psgd import rotate
 from psgd.geometry import GEOMETRIES
 
@@ -201,15 +201,15 @@ def results(case):
     found = {}
     for name in sorted(arrays(case), key=lambda name: [int(x) if x.isdigit() else x for x in name.split("/")]):
         kind, step, *_ = name.split("/")
-        if kind in golden.RESULTS:
+        if kind in golden_player.RESULTS:
             found.setdefault(kind, {})[int(step)] = name
     return [steps[t] for steps in found.values() for t in sorted({min(steps), max(steps)})]
 
 
 def played(name, without):
     """A case replayed without some of its arrays, in memory."""
-    data = golden.Data({k: x for k, x in arrays(CASES[name]).items() if k not in without})
-    golden.compared(golden.Player(CASES[name], data, FRAMEWORKS["numpy"]))
+    data = golden_cases.Data({k: x for k, x in arrays(CASES[name]).items() if k not in without})
+    golden.compared(golden_player.Player(CASES[name], data, FRAMEWORKS["numpy"]))
 
 
 @pytest.mark.parametrize("name", first_of("family", "function", where=lambda case: case["steps"] < 10))
@@ -276,7 +276,7 @@ def test_a_result_that_nothing_was_computed_for_fails(tmp_path):
 
 
 # ---- sweeps that were not needed -------------------------------------------------------------
-class Counted(golden.Recording):
+class Counted(golden_player.Recording):
     """A recording that counts what is asked of it, by whether it was used."""
 
     used = masked = 0
@@ -304,7 +304,8 @@ def test_a_recording_shows_sweeps_that_go_on():
 @pytest.mark.parametrize("name", SWEEPING)
 @pytest.mark.parametrize("framework", ["numpy", "torch"])
 def test_masked_sweeps_use_exactly_the_recorded_draws(name, framework, monkeypatch):
-    monkeypatch.setattr(golden, "Recording", Counted)
+    for module in (golden, golden_optimizers):
+        monkeypatch.setattr(module, "Recording", Counted)
     monkeypatch.setattr(Counted, "used", 0)
     monkeypatch.setattr(Counted, "masked", 0)
     assert_replays(name, framework)
@@ -337,7 +338,7 @@ def test_error(got, want, atol, expected):
     ("value", "expected"), [("inf", np.inf), ([2.0, 10.0], (2.0, 10.0)), (0.5, 0.5), (None, None), ("adam", "adam")]
 )
 def test_recorded_options(value, expected):
-    assert golden.number(value) == expected
+    assert golden_player.number(value) == expected
 
 
 # ---- what is not supported -------------------------------------------------------------------

@@ -12,6 +12,7 @@ import psgd_jax_backend
 import psgd_torch_backend
 from conformance.compare import compare
 from psgd import summary
+from psgd.cost import BYTES
 from psgd.geometry import GEOMETRIES
 from psgd.kron import DenseRule, Kronecker
 from psgd.methods import METHODS
@@ -24,7 +25,12 @@ WHITENING = [name for name in KEEPING if not METHODS[name]().recipe().newton]
 
 def settings(name: str) -> dict:
     """The work of half precisions in float64, for a tight comparison."""
-    return {"preconditioner_dtype": None} if name == "kwns4" else {}
+    return {"preconditioner_dtype": None} if factors_dtype(name) else {}
+
+
+def factors_dtype(name: str) -> str | None:
+    """The dtype of a method's factors by default, where it is not that of the parameters."""
+    return getattr(METHODS[name](), "preconditioner_dtype", None)
 
 
 def made(name: str, params, **options) -> PSGD:
@@ -91,7 +97,7 @@ def test_what_is_kept_is_p(name: str):
 def test_a_step_without_a_fit_multiplies_less(name: str):
     rows = [summary.row(METHODS[name](keep_p=keep), "w", (256, 256)) for keep in (False, True)]
     assert rows[1].apply < 0.8 * rows[0].apply
-    factors = 2 * 256 * 256 * (2 if name == "kwns4" else 4)
+    factors = 2 * 256 * 256 * BYTES[factors_dtype(name) or "float32"]
     assert rows[1].state == rows[0].state + factors
 
 

@@ -25,8 +25,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from conformance.internal import mesh as meshes
-from conformance.internal.mesh import BOUND, DEVICES, LAYOUTS, MESHES, MODES, apart, made_mesh, put
+from conformance.internal import mesh as mesh_command
+from conformance.internal import mesh_measures as measures
+from conformance.internal import mesh_runs as runs
+from conformance.internal.mesh_runs import BOUND, DEVICES, LAYOUTS, MESHES, MODES, apart, mesh_of, put
 from psgd.methods import METHODS
 from psgd_jax_backend import affine, lra, quad, state_sharding, xmat
 from psgd_jax_backend._state import states
@@ -46,7 +48,7 @@ ENVIRONMENT = {
 }
 SECONDS = 1800
 
-walking, other = (pytest.mark.xdist_group(name) for name in ("mesh walks", "mesh others"))
+walking, other = (pytest.mark.xdist_group(name) for name in ("mesh runs", "mesh others"))
 sharding = pytest.mark.contract("jax: sharding")
 state_of = pytest.mark.contract("jax: state sharding")
 checkpoints = pytest.mark.contract("jax: checkpoints")
@@ -122,10 +124,10 @@ def test_each_method_and_each_place_is_in_the_rotation():
 @state_of
 @walking
 @pytest.mark.parametrize(("name", "place"), ROTATION, ids=["-".join([name, *place]) for name, place in ROTATION])
-def test_a_walk_is_that_of_one_device(name: str, place: tuple[str, str, str]):
-    row = meshes.walk_row(name, *place, steps=10)
+def test_a_run_is_that_of_one_device(name: str, place: tuple[str, str, str]):
+    row = measures.run_result(name, *place, steps=10)
     assert not row.complaints and row.exchanges
-    assert apart(meshes.reference(name, 10)[0], meshes.walker(name).start()) > 1e-3  # it does walk
+    assert apart(runs.reference(name, 10)[0], runs.runner(name).start()) > 1e-3  # it does move
 
 
 # ---- users ------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ def start(shapes: dict[str, tuple[int, ...]] = PARAMS) -> Tree:
 
 
 def on_mesh(mode: str = "explicit", shapes: dict[str, tuple[int, ...]] = PARAMS, mesh: str = "4x2") -> Tree:
-    return put(start(shapes), made_mesh(mesh, mode), "both")
+    return put(start(shapes), mesh_of(mesh, mode), "both")
 
 
 def slope(params: Tree, t: Any) -> Tree:
@@ -249,7 +251,7 @@ def test_layers_lie_over_the_axes_they_are_spread_over():
 @other
 def test_a_mesh_in_force_changes_nothing():
     params = on_mesh()
-    with jax.set_mesh(made_mesh("4x2", "explicit")):
+    with jax.set_mesh(mesh_of("4x2", "explicit")):
         state = jax.jit(plain().init)(params)  # no shardings need be told here
         assert lie_as(state, state_sharding(plain(), params))
         ours = scanned(plain(), params, state)
@@ -262,7 +264,7 @@ def test_a_mesh_in_force_changes_nothing():
 @pytest.mark.parametrize("make", [lra, xmat])
 def test_one_preconditioner_of_all_parameters_may_begin_with_a_mesh_in_force(make: Callable):
     params = on_mesh()
-    with jax.set_mesh(made_mesh("4x2", "explicit")):
+    with jax.set_mesh(mesh_of("4x2", "explicit")):
         assert lie_as(jax.jit(make().init)(params), state_sharding(make(), params))
 
 
@@ -283,7 +285,7 @@ def test_an_update_outside_of_jit(mode: str):
 @other
 def test_each_device_may_have_its_own_batch():
     """Inside jax.shard_map: replicated parameters, a mean of gradients, and all devices step alike."""
-    mesh, tx = made_mesh("8", "auto"), plain()
+    mesh, tx = mesh_of("8", "auto"), plain()
     params, x = {"w": np.ones((4, 3))}, np.random.default_rng(1).standard_normal((16, 4))
 
     def loss(params: Tree, x: jax.Array) -> jax.Array:
@@ -331,7 +333,7 @@ def test_a_learning_rate_may_be_traced():
 @sharding
 @other
 def test_an_ensemble_may_lie_on_a_mesh():
-    tx, mesh = quad(0.01, scanned_layers={"s": True}), made_mesh("4x2", "auto")
+    tx, mesh = quad(0.01, scanned_layers={"s": True}), mesh_of("4x2", "auto")
     members = np.random.default_rng(2).standard_normal((2, 4, 8, 8))
 
     def stepped(w: Any) -> Any:
@@ -491,7 +493,7 @@ def ran_at(port: int, processes: int, devices: int, folder: Path) -> list[np.nda
 
 
 @processes
-def test_two_processes_walk_as_one(tmp_path: Path):
+def test_two_processes_run_as_one(tmp_path: Path):
     two, one, single = (ran(*how, tmp_path) for how in ((2, 4), (1, 4), (1, 1)))
     assert all(np.array_equal(x, y) for x, y in zip(two, one, strict=True))
     assert apart(two, single) <= BOUND and len(two) > 8
@@ -504,61 +506,61 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
 
 
-def test_the_command_walks_and_weighs_by_itself(tmp_path: Path):
+def test_the_command_runs_and_weighs_by_itself(tmp_path: Path):
     """And eight devices are there without being asked for."""
     file = tmp_path / "mesh.json"
-    flags = "--only=walks", "--only=bytes", "--mesh=8", "--mode=auto", "--layout=rows", "--steps=3"
+    flags = "--only=runs", "--only=bytes", "--mesh=8", "--mode=auto", "--layout=rows", "--steps=3"
     done = command(*flags, "--markdown", f"--json={file}")
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
-    (row,) = found["walks"]
+    (row,) = found["runs"]
     assert (row["method"], row["mesh"], row["mode"], row["layout"], row["steps"]) == ("xmat", "8", "auto", "rows", 3)
     assert not row["complaints"] and row["params"] <= BOUND
-    assert [r["form"] for r in found["bytes"]] == list(meshes.FORMS)
+    assert [r["form"] for r in found["bytes"]] == list(measures.FORMS)
     assert all(6 * r["spread"] <= r["alone"] for r in found["bytes"])
     assert "| xmat |" in done.stdout and "all-gather" in done.stdout
 
 
-def walked(**seen: Any) -> meshes.WalkRow:
+def result_with(**seen: Any) -> measures.RunResult:
     fine = dict(mesh="8", mode="auto", layout="rows", steps=9, params=1e-16, state=2e-16, exchanges={"all-gather": 3})
-    return meshes.WalkRow("xmat", 1.0, **{"complaints": []} | fine | seen)
+    return measures.RunResult("xmat", 1.0, **{"complaints": []} | fine | seen)
 
 
 @pytest.mark.parametrize("flags", [[], ["--markdown"]])
 def test_failure_is_told(flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(meshes, "devices", lambda: None)
-    rows = [walked(), walked(mesh="4x2", complaints=["traced 2 times"])]
-    part = meshes.PARTS["walks"]
-    monkeypatch.setitem(meshes.PARTS, "walks", part._replace(rows=lambda given, names: iter(rows[:1])))
-    meshes.main(["--only=walks", *flags])
+    monkeypatch.setattr(mesh_command, "devices", lambda: None)
+    rows = [result_with(), result_with(mesh="4x2", complaints=["traced 2 times"])]
+    part = mesh_command.PARTS["runs"]
+    monkeypatch.setitem(mesh_command.PARTS, "runs", part._replace(rows=lambda given, names: iter(rows[:1])))
+    mesh_command.main(["--only=runs", *flags])
     assert "pass" in capsys.readouterr().out
-    monkeypatch.setitem(meshes.PARTS, "walks", part._replace(rows=lambda given, names: iter(rows)))
+    monkeypatch.setitem(mesh_command.PARTS, "runs", part._replace(rows=lambda given, names: iter(rows)))
     with pytest.raises(SystemExit) as exit:
-        meshes.main(["--only=walks", *flags])
+        mesh_command.main(["--only=runs", *flags])
     told = capsys.readouterr()
     assert exit.value.code == 1 and "FAIL" in told.out and "traced 2 times" in told.err
 
 
-def test_a_walk_is_judged(monkeypatch: pytest.MonkeyPatch):
+def test_a_run_is_judged(monkeypatch: pytest.MonkeyPatch):
     """What is planted in one is told."""
-    who = meshes.walker("quad")
+    who = runs.runner("quad")
     gather = "%g = f64[80,80]{1,0} all-gather(%x), dimensions={0}\n"
     both = gather + "%h = (f64[1,64,64]{2,1,0}, /*index=1*/f64[8]{0}) all-gather-start(%y)\n%i = f64[] all-reduce(%z)\n"
-    assert meshes.exchanges(both) == [
+    assert measures.exchanges(both) == [
         ("all-gather", [(80, 80)]),
         ("all-gather", [(1, 64, 64), (8,)]),
         ("all-reduce", [()]),
     ]
-    assert meshes.gathered(who, both) == {"lone 80x80": 1, "bucket2 64x64": 1}
+    assert measures.gathered(who, both) == {"lone 80x80": 1, "bucket2 64x64": 1}
 
     def judged(program: str = gather, moved: tuple[str, ...] = (), traces: int = 1, scale: float = 1.0) -> list[str]:
         params = {"w": np.ones(3)}
-        done = meshes.Walked(params, {"w": scale * np.ones(3)}, params, list(moved), traces, 1, program)
-        monkeypatch.setattr(meshes, "reference", lambda *_: (params, params))
-        for name in ("made_mesh", "put", "begun"):
-            monkeypatch.setattr(meshes, name, lambda *_: None)
-        monkeypatch.setattr(meshes, "walk", lambda *_: done)
-        return meshes.walk_row("quad", "8", "auto", "rows", 3).complaints
+        done = runs.Outcome(params, {"w": scale * np.ones(3)}, params, list(moved), traces, 1, program)
+        monkeypatch.setattr(measures, "reference", lambda *_: (params, params))
+        for name in ("mesh_of", "put", "begun"):
+            monkeypatch.setattr(measures, name, lambda *_: None)
+        monkeypatch.setattr(measures, "run", lambda *_: done)
+        return measures.run_result("quad", "8", "auto", "rows", 3).complaints
 
     assert judged() == []
     assert judged(both) == ["gathered: bucket2 64x64 1 times"]

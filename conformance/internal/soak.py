@@ -15,173 +15,40 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
-from importlib import import_module
 from math import nan, prod, sqrt
 from pathlib import Path
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from rich.markup import escape
 
 from conformance import terminal
-from conformance.drivers import Arrays, JaxEager, TorchEager
+from conformance.drivers import Arrays
+from conformance.internal.soak_runs import (
+    RANK,
+    RATE,
+    RUNNERS,
+    RUNS,
+    Runner,
+    SoakRun,
+    TorchRunner,
+)
 from conformance.packages import release
-from conformance.problems import Problem
 from conformance.terminal import Sheet, console, exits, verdict, writable, write_json
 from psgd import criterion
 from psgd.hyperparameters import Method
 from psgd.methods import METHODS
-from psgd.recipe import leaves
 
-LOOKS = 20
-RATE = 0.01  # of learning
-RANK = 2  # of preconditioners that have one: below the four numbers of the problem
+CHECKPOINTS = 20
 SETTLED = 1000  # steps; what happens before is the start
-Draw = Callable[[np.random.Generator, int], np.ndarray]  # of n gradients, or of their noise
 
 
-# ---- what is walked on ------------------------------------------------------------------------
-def normal(random: np.random.Generator, *shape: int) -> np.ndarray:
-    return random.standard_normal(shape, dtype=np.float32)
-
-
-# f(W) = 0.5 |A (W - W*) B|^2 by A^T A, B B^T and W*; its Hessian has eigenvalues from 0.3 to 2.8.
-QUADRATIC: Arrays = {
-    "left": np.array([[2.0, 0.5], [0.5, 1.0]]),
-    "right": np.array([[1.2, -0.3], [-0.3, 0.5]]),
-    "optimum": np.array([[0.5, -0.5], [1.0, 0.25]]),
-}
-
-
-def slope(apart: Any, known: Mapping[str, Any]) -> Any:
-    """A^T A X B B^T: the gradient of f at W* + X, and the product of its Hessian with X."""
-    return known["left"] @ apart @ known["right"]
-
-
-def given(curved: bool, w: Any, g: Any, v: Any, known: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The gradient, from what was drawn; and (v, H v), where H without f is g g^T, the Hessian of <g, W>^2 / 2."""
-    if not curved:
-        return {"w": g}, {"w": (v, g * (g * v).sum())}
-    return {"w": slope(w - known["optimum"], known) + g}, {"w": (v, slope(v, known))}
-
-
+# ---- checkpoints ------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Walk:
-    """What the gradients are. draw: them, or where they are those of f (`curved`) their noise."""
-
-    name: str
-    steps: int
-    shape: tuple[int, int]
-    draw: Draw
-    curved: bool = False
-
-    def start(self) -> Arrays:
-        return {"w": np.zeros(self.shape)}
-
-    def problem(self) -> Problem:
-        """As drivers want it."""
-        none: Arrays = {}
-        return Problem(self.name, "", lambda _: self.start(), lambda *_: none, lambda *_: 0.0, RATE, chaotic=True)
-
-    def drawn(self, number: int, n: int) -> Arrays:
-        """What chance gives to the n steps before a look: the same in both frameworks and for every method."""
-        random = np.random.default_rng(number)
-        return {"g": self.draw(random, n), "v": normal(random, n, *self.shape)}
-
-    def loss(self, w: np.ndarray) -> float | None:
-        """f without noise."""
-        apart = w - QUADRATIC["optimum"] if self.curved else w
-        return float(np.sum(apart * slope(apart, QUADRATIC))) / 2 if self.curved else None
-
-
-ROWS, COLUMNS = 6, 4
-
-
-def of_rank_one(random: np.random.Generator, n: int) -> np.ndarray:
-    """Any vector on the left, always the same on the right, so that most directions of the right are never seen."""
-    return normal(random, n, ROWS, 1) * np.array([1.0, -1.0, 0.5, 2.0], np.float32)
-
-
-def constant(random: np.random.Generator, n: int) -> np.ndarray:
-    """Ones."""
-    return np.ones((n, ROWS, COLUMNS), np.float32)
-
-
-def sparse(random: np.random.Generator, n: int) -> np.ndarray:
-    """Zeros but in one row, at each step another one by lot."""
-    here = random.integers(ROWS, size=n)[:, None, None] == np.arange(ROWS)[:, None]
-    return np.where(here, normal(random, n, ROWS, COLUMNS), np.float32(0))
-
-
-WALKS = (
-    Walk("noisy quadratic", 1_000_000, (2, 2), lambda random, n: normal(random, n, 2, 2), curved=True),
-    Walk("rank one", 20_000, (ROWS, COLUMNS), of_rank_one),
-    Walk("constant", 20_000, (ROWS, COLUMNS), constant),
-    Walk("sparse", 20_000, (ROWS, COLUMNS), sparse),
-)
-
-
-# ---- who walks --------------------------------------------------------------------------------
-class TorchWalker(TorchEager):
-    """PyTorch, step by step."""
-
-    def walk(self, walk: Walk, drawn: Arrays) -> None:
-        """A step for each of the draws."""
-        known, w = self.batch(QUADRATIC), self.tensors["w"].detach()
-        for g, v in zip(*(x.unbind() for x in self.batch(drawn).values()), strict=True):
-            self.advance(*given(walk.curved, w, g, v, known))
-
-    def dtypes(self) -> list[str]:
-        """Of the parameter and of its state."""
-        (p,) = self.tensors.values()
-        to_state = import_module("psgd_torch_backend._state").to_state
-        return [str(x.dtype) for x in [p, *leaves(to_state(self.optimizer.state[p]))]]
-
-
-class CompiledWalker(TorchWalker):
-    """PyTorch, step by step, compiled."""
-
-    flags: ClassVar[dict[str, bool]] = {"compile": True}
-
-
-class JaxWalker(JaxEager):
-    """JAX, all steps in one scan under `jax.jit`."""
-
-    def walk(self, walk: Walk, drawn: Arrays) -> None:
-        """A step for each of the draws."""
-        self.tree, self.inner = self.scan(walk.curved, (self.tree, self.inner), self.batch(drawn))
-
-    @cached_property
-    def scan(self) -> Any:
-        """Compiled once, whatever is begun anew."""
-        return self.jax.jit(self._scan, static_argnums=0)
-
-    def _scan(self, curved: bool, held: Any, drawn: Any) -> Any:
-        known = self.batch(QUADRATIC)
-
-        def step(held: Any, own: Any) -> Any:
-            self.tree, self.inner = held
-            self.advance(*given(curved, self.tree["w"], own["g"], own["v"], known))
-            return (self.tree, self.inner), None
-
-        return self.jax.lax.scan(step, held, drawn)[0]
-
-    def dtypes(self) -> list[str]:
-        """Of the parameter and of its state."""
-        return [str(x.dtype) for x in self.jax.tree.leaves((self.tree, self.inner))]
-
-
-Walker = TorchWalker | JaxWalker
-WALKERS: dict[str, type[Walker]] = {"jax": JaxWalker, "torch": CompiledWalker}
-
-
-# ---- looking ----------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Look:
+class Checkpoint:
     """What was seen after a step: how many were counted and skipped, which arrays are not finite, the norm of Q; and
     what was raised, after which nothing follows."""
 
@@ -201,30 +68,30 @@ def norm_of_q(state: Arrays, *, whole: bool) -> float:
     return float(np.max(norms, initial=0.0)) if whole else prod(norms)  # NumPy's, of which a NaN comes out
 
 
-def look(driver: Walker, walk: Walk, step: int) -> Look:
+def checkpoint(driver: Runner, run: SoakRun, step: int) -> Checkpoint:
     """At everything that a run holds."""
     params, _, state = driver.snapshot()
     bad = [name for name, x in (params | state).items() if not np.isfinite(x).all()]
     norm = norm_of_q(state, whole=driver.method.recipe().joint)
     skipped, _ = driver.skipped()
-    return Look(step, int(state.get("w/step", 0)), skipped, bad, driver.dtypes(), norm, walk.loss(params["w"]))
+    return Checkpoint(step, int(state.get("w/step", 0)), skipped, bad, driver.dtypes(), norm, run.loss(params["w"]))
 
 
-def walked(driver: Walker, walk: Walk) -> Iterator[Look]:
+def checkpoints(driver: Runner, run: SoakRun) -> Iterator[Checkpoint]:
     """A run from the start, as seen on the way."""
-    driver.begin({name: driver.array(x) for name, x in walk.start().items()})
-    n = walk.steps // LOOKS
-    for i in range(LOOKS):
+    driver.begin({name: driver.array(x) for name, x in run.start().items()})
+    n = run.steps // CHECKPOINTS
+    for i in range(CHECKPOINTS):
         try:
-            driver.walk(walk, walk.drawn(i, n))
+            driver.run(run, run.drawn(i, n))
         except (ArithmeticError, RuntimeError) as error:
-            yield replace(look(driver, walk, (i + 1) * n), raised=f"{type(error).__name__}: {error}")
+            yield replace(checkpoint(driver, run, (i + 1) * n), raised=f"{type(error).__name__}: {error}")
             return
-        yield look(driver, walk, (i + 1) * n)
+        yield checkpoint(driver, run, (i + 1) * n)
 
 
 # ---- judging ----------------------------------------------------------------------------------
-def ceiling(method: Method, walk: Walk) -> float:
+def ceiling(method: Method, run: SoakRun) -> float:
     """The norm that Q may reach, of gradients with entries near 1.
 
     What is fitted is never below the noise d that damps it. In directions that are never seen one factor settles where
@@ -234,9 +101,9 @@ def ceiling(method: Method, walk: Walk) -> float:
     spread of the noise, in each factor, and for as many directions as there are numbers.
     """
     schedule, recipe = method.schedule(), method.recipe()
-    k, root = 1 if recipe.joint else len(walk.shape), sqrt(prod(walk.shape))
+    k, root = 1 if recipe.joint else len(run.shape), sqrt(prod(run.shape))
     if recipe.damping is criterion.undamped:
-        return (2 * sqrt(2 * float(schedule.rate(np, 1.0)) * walk.steps)) ** k * root
+        return (2 * sqrt(2 * float(schedule.rate(np, 1.0)) * run.steps)) ** k * root
     return 2**k * float(schedule.damping) ** (-k / (k + 1)) * root
 
 
@@ -246,48 +113,48 @@ FASTEST = 2.5
 LARGEST_LOSS = 10 * RATE  # a whitened step is about as long as the rate, and f settles near it
 
 
-def largest(looks: Sequence[Look]) -> float:
+def largest(points: Sequence[Checkpoint]) -> float:
     """The largest norm of Q, NaN if one is."""
-    return float(np.max([x.norm for x in looks], initial=0.0))
+    return float(np.max([x.norm for x in points], initial=0.0))
 
 
-def growth(looks: Sequence[Look]) -> float:
+def growth(points: Sequence[Checkpoint]) -> float:
     """The largest norm of Q in the second half of a run, over that in the first."""
-    half = len(looks) // 2
-    return largest(looks[half:]) / largest(looks[:half]) if half else nan
+    half = len(points) // 2
+    return largest(points[half:]) / largest(points[:half]) if half else nan
 
 
-def complaints(looks: Sequence[Look], limit: float) -> list[str]:
+def complaints(points: Sequence[Checkpoint], limit: float) -> list[str]:
     """What is wrong with a run, and since which step. limit: of the norm of Q."""
-    settled = [x for x in looks if x.step >= SETTLED]
+    settled = [x for x in points if x.step >= SETTLED]
     losses = [x for x in settled if x.loss is not None and not x.loss <= LARGEST_LOSS]
     found = {
-        "{0.raised}": [x for x in looks if x.raised],
-        "not finite: {0.bad}": [x for x in looks if x.bad],
-        "{0.count} steps counted": [x for x in looks if x.count != x.step],
-        "{0.skipped} steps skipped": [x for x in looks if x.skipped],
-        "other dtypes": [x for x in looks if x.dtypes != looks[0].dtypes],
-        f"‖Q‖ is {{0.norm:.3g}}, above {limit:.3g}": [x for x in looks if not x.norm <= limit],
+        "{0.raised}": [x for x in points if x.raised],
+        "not finite: {0.bad}": [x for x in points if x.bad],
+        "{0.count} steps counted": [x for x in points if x.count != x.step],
+        "{0.skipped} steps skipped": [x for x in points if x.skipped],
+        "other dtypes": [x for x in points if x.dtypes != points[0].dtypes],
+        f"‖Q‖ is {{0.norm:.3g}}, above {limit:.3g}": [x for x in points if not x.norm <= limit],
         "f is {0.loss:.3g}": losses,
     }
-    told = [f"{what.format(seen[0])} at step {seen[0].step}" for what, seen in found.items() if seen]
-    if len(settled) > LOOKS // 2 and growth(looks) > FASTEST:
-        told.append(f"‖Q‖ grew {growth(looks):.2g} times in the second half")
-    return told
+    wrong = [f"{what.format(points[0])} at step {points[0].step}" for what, points in found.items() if points]
+    if len(settled) > CHECKPOINTS // 2 and growth(points) > FASTEST:
+        wrong.append(f"‖Q‖ grew {growth(points):.2g} times in the second half")
+    return wrong
 
 
 @dataclass(frozen=True)
-class Row:
+class SoakResult:
     """A run and what is wrong with it."""
 
     framework: str
     method: str
-    walk: str
+    run: str
     steps: int
     limit: float
     seconds: float
     complaints: list[str]
-    looks: list[Look]
+    checkpoints: list[Checkpoint]
 
 
 def settings(method: type[Method], lr: float = RATE, **hyperparameters: Any) -> Method:
@@ -296,16 +163,18 @@ def settings(method: type[Method], lr: float = RATE, **hyperparameters: Any) -> 
     return method.of(lr=lr, weight_decay=0.0, **ranks, **hyperparameters)
 
 
-def rows(walker: type[Walker], name: str, walks: Sequence[Walk]) -> Iterator[Row]:
+def results(runner: type[Runner], name: str, runs: Sequence[SoakRun]) -> Iterator[SoakResult]:
     """The runs of a method in a framework. Those on like gradients share what was compiled."""
-    method, drivers = settings(METHODS[name]), dict[bool, Walker]()
-    for walk in walks:
-        if walk.curved not in drivers:
-            drivers[walk.curved] = walker(method, walk.problem(), walk.start(), "float32")
-        start, limit = perf_counter(), ceiling(method, walk)
-        looks = list(walked(drivers[walk.curved], walk))
+    method, drivers = settings(METHODS[name]), dict[bool, Runner]()
+    for run in runs:
+        if run.curved not in drivers:
+            drivers[run.curved] = runner(method, run.problem(), run.start(), "float32")
+        start, limit = perf_counter(), ceiling(method, run)
+        points = list(checkpoints(drivers[run.curved], run))
         seconds = perf_counter() - start
-        yield Row(walker.framework.name, name, walk.name, walk.steps, limit, seconds, complaints(looks, limit), looks)
+        yield SoakResult(
+            runner.framework.name, name, run.name, run.steps, limit, seconds, complaints(points, limit), points
+        )
 
 
 # ---- telling ----------------------------------------------------------------------------------
@@ -313,26 +182,27 @@ WORDS, NUMBERS = ("framework", "method", "gradients"), ("steps", "largest ‖Q�
 HEAD = (*WORDS, *NUMBERS, "verdict")
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: SoakResult) -> list[str]:
     """A row in words, but for its verdict."""
-    last = row.looks[-1]
+    last = row.checkpoints[-1]
     loss = "" if last.loss is None else f"{last.loss:.3f}"
-    numbers = f"{row.steps:,}", f"{largest(row.looks):.3g}", f"{last.norm:.3g}", f"{growth(row.looks):.2f}", loss
-    return [row.framework, row.method, row.walk, *numbers]
+    norms = f"{largest(row.checkpoints):.3g}", f"{last.norm:.3g}", f"{growth(row.checkpoints):.2f}"
+    numbers = f"{row.steps:,}", *norms, loss
+    return [row.framework, row.method, row.run, *numbers]
 
 
-def table(found: Sequence[Row]) -> Sheet:
+def table(found: Sequence[SoakResult]) -> Sheet:
     """For a terminal."""
-    made = Sheet(WORDS, [*NUMBERS, HEAD[-1]])
+    sheet = Sheet(WORDS, [*NUMBERS, HEAD[-1]])
     for row in found:
-        made.add_row(*cells(row), " ".join([verdict(not row.complaints), escape("; ".join(row.complaints))]).rstrip())
-    return made
+        sheet.add_row(*cells(row), " ".join([verdict(not row.complaints), escape("; ".join(row.complaints))]).rstrip())
+    return sheet
 
 
-def markdown(found: Sequence[Row]) -> str:
+def markdown(found: Sequence[SoakResult]) -> str:
     """For a document."""
-    told = [[*cells(row), "FAIL: " + "; ".join(row.complaints) if row.complaints else "pass"] for row in found]
-    return terminal.markdown([HEAD, *told])
+    lines = [[*cells(row), "FAIL: " + "; ".join(row.complaints) if row.complaints else "pass"] for row in found]
+    return terminal.markdown([HEAD, *lines])
 
 
 def conclude(found: Sequence[Any], path: Path | None) -> None:
@@ -343,36 +213,36 @@ def conclude(found: Sequence[Any], path: Path | None) -> None:
         sys.exit(1)
 
 
-LONG = WALKS[0].steps
-SHORT = {LONG: 200, WALKS[1].steps: 60}  # of --quick
+LONG = RUNS[0].steps
+SHORT = {LONG: 200, RUNS[1].steps: 60}  # of --quick
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Walk, tell, and say by the exit code whether all is well."""
+    """Run, report, and say by the exit code whether all is well."""
     parser = argparse.ArgumentParser(prog="python -m conformance.internal.soak", description="Does anything drift?")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was seen here too")
     parser.add_argument("--markdown", action="store_true", help="print the table as docs/soak.md has it")
     parser.add_argument("--quick", action="store_true", help="few steps: does it run?")
-    parser.add_argument("--framework", action="append", choices=WALKERS, help="this one alone; may be repeated")
+    parser.add_argument("--framework", action="append", choices=RUNNERS, help="this one alone; may be repeated")
     parser.add_argument("--method", action="append", choices=METHODS, help="this one alone; may be repeated")
-    parser.add_argument("--torch-steps", type=int, default=LONG, metavar="N", help="length of PyTorch's longest walk")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--torch-steps", type=int, default=LONG, metavar="N", help="length of PyTorch's longest run")
+    options = parser.parse_args(arguments)
     with exits():
-        writable(given.json)
-    found, progress = list[Row](), console(stderr=True)
-    for framework in given.framework or WALKERS:
-        lengths = SHORT if given.quick else {LONG: given.torch_steps} if framework == "torch" else {}
-        walks = [replace(walk, steps=lengths.get(walk.steps, walk.steps)) for walk in WALKS]
-        walker = TorchWalker if given.quick and framework == "torch" else WALKERS[framework]
-        for name in given.method or (METHODS if framework == "jax" else list(METHODS)[:1]):
-            for row in rows(walker, name, walks):
+        writable(options.json)
+    found, progress = list[SoakResult](), console(stderr=True)
+    for framework in options.framework or RUNNERS:
+        lengths = SHORT if options.quick else {LONG: options.torch_steps} if framework == "torch" else {}
+        runs = [replace(run, steps=lengths.get(run.steps, run.steps)) for run in RUNS]
+        runner = TorchRunner if options.quick and framework == "torch" else RUNNERS[framework]
+        for name in options.method or (METHODS if framework == "jax" else list(METHODS)[:1]):
+            for row in results(runner, name, runs):
                 found.append(row)
                 progress.print(f"{' '.join(cells(row)[:4])}: {row.seconds:.0f} s", markup=False)
-    if given.markdown:
+    if options.markdown:
         console().print(markdown(found), markup=False, soft_wrap=True)
     else:
         console().print(table(found))
-    conclude(found, given.json)
+    conclude(found, options.json)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from conformance.internal import soak
-from conformance.internal.soak import LOOKS, WALKS, JaxWalker, TorchWalker, Walk, complaints, look, rows
+from conformance.internal import soak, soak_runs
+from conformance.internal.soak import CHECKPOINTS, checkpoint, complaints, results
+from conformance.internal.soak_runs import RUNS, JaxRunner, SoakRun, TorchRunner
 from psgd.geometry import GEOMETRIES
 from psgd.methods import METHODS
 
-WALKERS = pytest.mark.parametrize("walker", [JaxWalker, TorchWalker], ids=["jax", "torch"])
+RUNNERS = pytest.mark.parametrize("runner", [JaxRunner, TorchRunner], ids=["jax", "torch"])
 CHOSEN = ["xmat", "dense_newton"]
-QUADRATIC, POOR = (replace(walk, steps=3 * LOOKS) for walk in (WALKS[0], WALKS[-1]))
+QUADRATIC, POOR = (replace(run, steps=3 * CHECKPOINTS) for run in (RUNS[0], RUNS[-1]))
 
 
 def quick(*flags: str) -> list[str]:
@@ -33,34 +34,40 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def test_every_method_walks_everywhere_in_both_frameworks(result: dict):
-    expected = [(f, m, w.name) for f in ("jax", "torch") for m in CHOSEN for w in WALKS]
-    assert [(r["framework"], r["method"], r["walk"]) for r in result["rows"]] == expected
+    expected = [(f, m, w.name) for f in ("jax", "torch") for m in CHOSEN for w in RUNS]
+    assert [(r["framework"], r["method"], r["run"]) for r in result["rows"]] == expected
     for r in result["rows"]:
-        assert r["steps"] == (200 if r["walk"] == WALKS[0].name else 60)
-        steps = [x["step"] for x in r["looks"]]
-        assert steps == [x["count"] for x in r["looks"]] == list(range(steps[0], r["steps"] + 1, r["steps"] // LOOKS))
-        assert not r["complaints"] and all(0 < x["norm"] < r["limit"] for x in r["looks"])
-        assert all((x["loss"] is None) == (r["walk"] != WALKS[0].name) for x in r["looks"])
+        assert r["steps"] == (200 if r["run"] == RUNS[0].name else 60)
+        steps = [x["step"] for x in r["checkpoints"]]
+        assert (
+            steps
+            == [x["count"] for x in r["checkpoints"]]
+            == list(range(steps[0], r["steps"] + 1, r["steps"] // CHECKPOINTS))
+        )
+        assert not r["complaints"] and all(0 < x["norm"] < r["limit"] for x in r["checkpoints"])
+        assert all((x["loss"] is None) == (r["run"] != RUNS[0].name) for x in r["checkpoints"])
 
 
 def test_both_frameworks_are_given_the_same(result: dict):
     """So that they see the same; in float32, and a few steps only."""
-    norms = {f: [x["norm"] for r in result["rows"] if r["framework"] == f for x in r["looks"]] for f in soak.WALKERS}
+    norms = {
+        f: [x["norm"] for r in result["rows"] if r["framework"] == f for x in r["checkpoints"]] for f in soak.RUNNERS
+    }
     assert norms["jax"] == pytest.approx(norms["torch"], rel=1e-2)
 
 
 def test_the_loss_falls(result: dict):
     for r in result["rows"]:
-        if r["walk"] == WALKS[0].name:
-            assert r["looks"][-1]["loss"] < 0.5 * WALKS[0].loss(np.zeros((2, 2)))
+        if r["run"] == RUNS[0].name:
+            assert r["checkpoints"][-1]["loss"] < 0.5 * RUNS[0].loss(np.zeros((2, 2)))
 
 
 @pytest.mark.parametrize("flags", [[], ["--markdown"]])
 def test_a_table_is_printed_and_failure_is_told(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    fine, failed = ([made(walk.steps, walk) for walk in WALKS] for made in (row, lost))
-    monkeypatch.setattr(soak, "rows", lambda walker, name, walks: iter(fine if name == "xmat" else failed))
+    fine, failed = ([made(run.steps, run) for run in RUNS] for made in (row, lost))
+    monkeypatch.setattr(soak, "results", lambda runner, name, runs: iter(fine if name == "xmat" else failed))
     soak.main(["--method=xmat", "--framework=jax", *flags])
     lines = capsys.readouterr().out.splitlines()
     assert sum("xmat" in line and "1,000,000" in line and "pass" in line for line in lines) == 1
@@ -74,11 +81,11 @@ def test_a_table_is_printed_and_failure_is_told(
 def test_the_registry_is_walked_by_jax_and_its_first_method_by_pytorch(monkeypatch: pytest.MonkeyPatch):
     seen = []
 
-    def noted(walker, name, walks):
-        seen.append((walker.framework.name, name, [walk.steps for walk in walks]))
-        return iter([row(walks[0].steps, walks[0])])
+    def noted(runner, name, runs):
+        seen.append((runner.framework.name, name, [run.steps for run in runs]))
+        return iter([row(runs[0].steps, runs[0])])
 
-    monkeypatch.setattr(soak, "rows", noted)
+    monkeypatch.setattr(soak, "results", noted)
     soak.main(["--torch-steps=500"])
     assert seen == [
         *(("jax", name, [1_000_000, 20_000, 20_000, 20_000]) for name in METHODS),
@@ -87,18 +94,18 @@ def test_the_registry_is_walked_by_jax_and_its_first_method_by_pytorch(monkeypat
 
 
 # ---- what is planted --------------------------------------------------------------------------
-def looks(steps: int) -> list[soak.Look]:
+def sound(steps: int) -> list[soak.Checkpoint]:
     """A run in which all is well."""
-    each = steps // LOOKS
-    return [soak.Look((i + 1) * each, (i + 1) * each, 0, [], ["float32"], 2.0, 0.01) for i in range(LOOKS)]
+    each = steps // CHECKPOINTS
+    return [soak.Checkpoint((i + 1) * each, (i + 1) * each, 0, [], ["float32"], 2.0, 0.01) for i in range(CHECKPOINTS)]
 
 
-def row(steps: int, walk: Walk) -> soak.Row:
-    return soak.Row("jax", "xmat", walk.name, steps, 10.0, 0.0, [], looks(steps))
+def row(steps: int, run: SoakRun) -> soak.SoakResult:
+    return soak.SoakResult("jax", "xmat", run.name, steps, 10.0, 0.0, [], sound(steps))
 
 
-def lost(steps: int, walk: Walk) -> soak.Row:
-    return replace(row(steps, walk), complaints=["7 steps skipped at step 8"])
+def lost(steps: int, run: SoakRun) -> soak.SoakResult:
+    return replace(row(steps, run), complaints=["7 steps skipped at step 8"])
 
 
 PLANTED = {
@@ -118,19 +125,19 @@ PLANTED = {
 
 @pytest.mark.parametrize(("said", "changes"), PLANTED.items(), ids=PLANTED)
 def test_each_fault_of_a_single_look_is_found(said: str, changes: dict):
-    run = looks(20_000)
+    run = sound(20_000)
     assert not complaints(run, 10.0)
     run[14] = replace(run[14], **changes)
-    assert any(said in told and ("at step 15000" in told or "grew" in told) for told in complaints(run, 10.0))
+    assert any(said in words and ("at step 15000" in words or "grew" in words) for words in complaints(run, 10.0))
 
 
 def test_a_start_is_not_judged_by_its_loss_nor_by_its_growth():
-    run = [replace(x, norm=2.0**i, loss=1.0) for i, x in enumerate(looks(400))]
+    run = [replace(x, norm=2.0**i, loss=1.0) for i, x in enumerate(sound(400))]
     assert not complaints(run, inf)
 
 
-@WALKERS
-def test_a_planted_nan_fails(walker: type):
+@RUNNERS
+def test_a_planted_nan_fails(runner: type):
     """It is skipped, which a run without one never does."""
 
     def draw(random: np.random.Generator, n: int) -> np.ndarray:
@@ -138,52 +145,53 @@ def test_a_planted_nan_fails(walker: type):
         noise[0, 0, 0] = nan
         return noise
 
-    fine, failed = rows(walker, "xmat", [QUADRATIC]), rows(walker, "xmat", [replace(QUADRATIC, draw=draw)])
+    fine, failed = results(runner, "xmat", [QUADRATIC]), results(runner, "xmat", [replace(QUADRATIC, draw=draw)])
     assert not next(fine).complaints
     assert next(failed).complaints == ["2 steps counted at step 3", "1 steps skipped at step 3"]
 
 
 def test_what_is_raised_ends_a_run_and_fails():
     """PyTorch raises after so many skipped steps in a row, at the very first look."""
-    walk = replace(QUADRATIC, steps=20 * LOOKS, draw=lambda random, n: np.full((n, 2, 2), nan, np.float32))
-    (failed,) = rows(TorchWalker, "xmat", [walk])
-    assert len(failed.looks) == 1 and failed.complaints[0].startswith("FloatingPointError: XMat: 10 steps in a row")
+    run = replace(QUADRATIC, steps=20 * CHECKPOINTS, draw=lambda random, n: np.full((n, 2, 2), nan, np.float32))
+    (failed,) = results(TorchRunner, "xmat", [run])
+    assert len(failed.checkpoints) == 1
+    assert failed.complaints[0].startswith("FloatingPointError: XMat: 10 steps in a row")
     assert failed.complaints[0].endswith("at step 20") and "0 steps counted at step 20" in failed.complaints
     assert "FloatingPointError" in soak.markdown([failed])
 
 
 @pytest.mark.parametrize("place", ["parameter", "momentum", "Q", "L"])
 def test_a_nan_in_what_is_held_is_seen(place: str):
-    driver = TorchWalker(soak.settings(METHODS["quad"]), POOR.problem(), POOR.start(), "float32")
-    driver.walk(POOR, POOR.drawn(0, 2))
-    assert not look(driver, POOR, 2).bad
+    driver = TorchRunner(soak.settings(METHODS["quad"]), POOR.problem(), POOR.start(), "float32")
+    driver.run(POOR, POOR.drawn(0, 2))
+    assert not checkpoint(driver, POOR, 2).bad
     (p,) = driver.tensors.values()
     state = driver.optimizer.state[p]
     held = {"parameter": p.detach(), "momentum": state["momentum"], "Q": state["Q"]["1"], "L": state["L"]["1"]}
     held[place].view(-1)[-1] = nan
     expected = {"parameter": "w", "momentum": "w/momentum", "Q": "w/Q/1", "L": "w/L/1"}
-    seen = look(driver, POOR, 2)
+    seen = checkpoint(driver, POOR, 2)
     assert seen.bad == [expected[place]] and (place == "Q") == np.isnan(seen.norm)
 
 
-@WALKERS
-def test_dtypes_of_parameter_and_state_are_seen(walker: type):
-    driver = walker(
+@RUNNERS
+def test_dtypes_of_parameter_and_state_are_seen(runner: type):
+    driver = runner(
         replace(soak.settings(METHODS["xmat"]), mu_dtype="bfloat16"), POOR.problem(), POOR.start(), "float32"
     )
-    driver.walk(POOR, POOR.drawn(0, 1))
+    driver.run(POOR, POOR.drawn(0, 1))
     seen = {name.removeprefix("torch.") for name in driver.dtypes()}
     assert {"float32", "bfloat16"} <= seen
 
 
-@WALKERS
-def test_an_unbounded_factor_fails(walker: type, monkeypatch: pytest.MonkeyPatch):
+@RUNNERS
+def test_an_unbounded_factor_fails(runner: type, monkeypatch: pytest.MonkeyPatch):
     def grown(q, d, m):
         return 1.5 * q
 
     monkeypatch.setitem(GEOMETRIES, "EQ", replace(GEOMETRIES["EQ"], move=grown))
-    (failed,) = rows(walker, "kron", [POOR])
-    assert any("‖Q‖ is" in told for told in failed.complaints)
+    (failed,) = results(runner, "kron", [POOR])
+    assert any("‖Q‖ is" in words for words in failed.complaints)
 
 
 def test_the_norm_is_that_of_the_kronecker_product():
@@ -198,26 +206,24 @@ def test_the_norm_is_that_of_the_kronecker_product():
 # ---- what is walked on ------------------------------------------------------------------------
 def test_gradient_and_product_are_those_of_the_loss():
     """By PyTorch's derivatives of |A (W - W*) B|^2 / 2."""
-    walk = WALKS[0]
-    known = {name: torch.from_numpy(x) for name, x in soak.QUADRATIC.items()}
+    run = RUNS[0]
+    known = {name: torch.from_numpy(x) for name, x in soak_runs.QUADRATIC.items()}
     a, b = torch.linalg.cholesky(known["left"]).mT, torch.linalg.cholesky(known["right"])
     w, v = torch.randn(2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def loss(w: torch.Tensor) -> torch.Tensor:
         return ((a @ (w - known["optimum"]) @ b) ** 2).sum() / 2
 
-    g, pair = soak.given(True, w, torch.zeros_like(w), v, known)
+    g, pair = soak_runs.gradient_and_pair(True, w, torch.zeros_like(w), v, known)
     torch.testing.assert_close(g["w"], torch.func.grad(loss)(w))
     torch.testing.assert_close(pair["w"], (v, torch.func.jvp(torch.func.grad(loss), (w,), (v,))[1]))
-    assert walk.loss(w.numpy()) == pytest.approx(float(loss(w)))
+    assert run.loss(w.numpy()) == pytest.approx(float(loss(w)))
 
 
-@pytest.mark.parametrize(
-    ("walk", "filled"), [*zip(WALKS[1:], (24, 24, 4), strict=True)], ids=[w.name for w in WALKS[1:]]
-)
-def test_poor_gradients_are_poor(walk: Walk, filled: int):
-    gradients = walk.drawn(0, 50)["g"]
+@pytest.mark.parametrize(("run", "filled"), [*zip(RUNS[1:], (24, 24, 4), strict=True)], ids=[w.name for w in RUNS[1:]])
+def test_poor_gradients_are_poor(run: SoakRun, filled: int):
+    gradients = run.drawn(0, 50)["g"]
     assert set(np.linalg.matrix_rank(gradients)) == {1}
     assert {np.count_nonzero(g) for g in gradients} == {filled}
-    if walk.name == "sparse":
+    if run.name == "sparse":
         assert {int(np.flatnonzero(g.any(axis=1))[0]) for g in gradients} == set(range(6))

@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from psgd.schedule import precond_update_prob_schedule as precond_update_prob_schedule
+from psgd_torch_backend._state import state_arrays as state_arrays
 from psgd_torch_backend.hessian import hessian_helper as hessian_helper
 from psgd_torch_backend.optimizer import PSGD as PSGD
 """
@@ -33,20 +34,21 @@ from typing import Any, ParamSpec, Protocol
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from psgd.schedule import precond_update_prob_schedule as precond_update_prob_schedule
+from psgd_jax_backend._nonfinite import check_skips as check_skips
 from psgd_jax_backend._sharding import state_sharding as state_sharding
 from psgd_jax_backend._state import PSGDState as PSGDState
-from psgd_jax_backend._state import check_skips as check_skips
+from psgd_jax_backend._state import state_arrays as state_arrays
+from psgd_jax_backend._summary import summary as summary
 from psgd_jax_backend.hessian import hessian_helper as hessian_helper
 from psgd_jax_backend.transform import scale_by_psgd as scale_by_psgd
-from psgd_jax_backend.transform import summary as summary
 
 _P = ParamSpec("_P")
 
-class _Face(Protocol[_P]):
+class _OptaxFunction(Protocol[_P]):
     static_args: tuple[str, ...]
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> GradientTransformationExtraArgs: ...
 
-def _face(function: Callable[_P, GradientTransformationExtraArgs]) -> _Face[_P]: ...
+def _optax_function(function: Callable[_P, GradientTransformationExtraArgs]) -> _OptaxFunction[_P]: ...
 """
 
 
@@ -70,7 +72,7 @@ def default(method: type[Method], name: str) -> Any:
     return next(f.default for f in fields(method) if f.name == name)
 
 
-def torch_face(method: type[Method]) -> str:
+def torch_class(method: type[Method]) -> str:
     """The class of a method."""
     own, (placed, named) = keys(method), by_position_and_name(method)
     written = {key: "        " + argument(f).lstrip().replace(f.name, key, 1) for key, f in own.items()}
@@ -99,22 +101,22 @@ def jax_function(name: str) -> str:
     parameters = list(signature(getattr(psgd_jax_backend, name)).parameters.values())
     lines = [(p.kind is Parameter.KEYWORD_ONLY, parameter(p)) for p in parameters]
     placed, named = ("".join(line for by_name, line in lines if by_name is kind) for kind in (False, True))
-    return f"@_face\ndef {name}(\n{placed}    *,\n{named}) -> GradientTransformationExtraArgs: ...\n"
+    return f"@_optax_function\ndef {name}(\n{placed}    *,\n{named}) -> GradientTransformationExtraArgs: ...\n"
 
 
-def jax_face(method: type[Method]) -> str:
+def jax_functions(method: type[Method]) -> str:
     """The functions of a method."""
     names = [method.name, method.also] if method.also else [method.name]
     return "".join(jax_function(prefix + name) for prefix in ("", "scale_by_") for name in names)
 
 
-def stub(head: str, face: Callable[[type[Method]], str]) -> str:
-    return HEAD + head + "".join(face(method) for method in METHODS.values())
+def stub(head: str, of_method: Callable[[type[Method]], str]) -> str:
+    return HEAD + head + "".join(of_method(method) for method in METHODS.values())
 
 
 STUBS: dict[str, Callable[[], str]] = {
-    "psgd_torch_backend/__init__.pyi": lambda: stub(TORCH, torch_face),
-    "psgd_jax_backend/__init__.pyi": lambda: stub(JAX, jax_face),
+    "psgd_torch_backend/__init__.pyi": lambda: stub(TORCH, torch_class),
+    "psgd_jax_backend/__init__.pyi": lambda: stub(JAX, jax_functions),
 }
 
 

@@ -17,11 +17,11 @@ from psgd.schedule import Annealed, at, coin, corrected, early, evenly, nesterov
 from psgd.shapes import matrix, matrix_order
 from psgd.spectral import NormBound
 
-NORM_BOUND = NormBound(probes=0, products=2)
+NORM_BOUND = NormBound(probes=0, products=2)  # psgd_jax `_norm_lower_bound`
 
 
 def order_of_psgd_jax(*own: str) -> tuple[str, ...]:
-    """The published order of its functions with a coin, with the arguments that only one of them has."""
+    """The published order of the arguments of the functions with a coin. own: those that only one function has."""
     before = ("lr", "preconditioner_update_probability", "b1", "nesterov", "weight_decay", "mask")
     after = ("precond_lr", "precond_init_scale", "update_global_norm_clip", "step_normalizer_order", "seed")
     return (*before, *own, *after, "mu_dtype", "precision")
@@ -91,7 +91,7 @@ class KronJax(Method):
             whiten="momentum" if self.momentum_into_precond_update else "gradient",
             damping=criterion.proportional,
             balance_last=False,
-            clip=Clip(rms=1.1),
+            clip=Clip(rms=1.1),  # fixed in psgd_jax
             widens_half=True,
             momentum_dtype=self.mu_dtype,
             factor_dtype=self.precond_dtype,
@@ -105,9 +105,9 @@ class KronJax(Method):
             momentum=self.b1,
             rate=lambda xp, step: self.preconditioner_lr,
             beta_lipschitz=0.0,
-            damping=2.0**-11.5,  # the square root of float32's epsilon
+            damping=2.0**-11.5,  # the square root of float32's epsilon, fixed in psgd_jax
             fit=evenly(self.preconditioner_update_probability),
-            balance=coin("balance", 0.01),
+            balance=coin("balance", 0.01),  # fixed in psgd_jax
             counts=True,
             seed=self.seed,
         )
@@ -145,7 +145,7 @@ class PsgdJax(Method):
     precision: str | None = precise("tensorfloat32", "fit and apply the factors")
 
     def shared(self) -> dict[str, Any]:
-        """The part of the recipe that all of them have."""
+        """The part of the recipe that all methods with a coin have."""
         return {
             "momentum": is_positive(self.b1),
             "has_max_norm": self.update_global_norm_clip is not None,
@@ -162,6 +162,7 @@ class PsgdJax(Method):
             rate=lambda xp, step: at(self.precond_lr, step),
             beta_lipschitz=0.0,
             damping=0.0,
+            # All three numbers are fixed in psgd_jax.
             fit=early(2, coin("fit", self.preconditioner_update_probability)),
             balance=coin("balance", 0.01),
             side=coin("side", 0.5),

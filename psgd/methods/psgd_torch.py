@@ -19,7 +19,7 @@ from psgd.spectral import TraceBound
 
 
 def geometry_name() -> Any:
-    """The hyperparameter `dQ`; psgd_torch also writes "Q0p5EQ1p5"."""
+    """The hyperparameter `dQ`: a registered geometry; "Q0p5EQ1p5", as psgd_torch also writes, is Q0.5EQ1.5."""
     return setting("Q0.5EQ1.5", "the geometry", kind="name", names=lambda: tuple(GEOMETRIES))
 
 
@@ -46,12 +46,12 @@ def step_bound() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class PsgdTorch(Method):
-    """What the methods of psgd_torch share: a capped average, a coin, a running bound, damping relative to rounding."""
+    """What the methods of psgd_torch share: a capped average, a coin, running Lipschitz estimates, relative damping."""
 
     momentum: float = setting(0.0, "weight of the past in the average of gradients, at most", "[0, 1)")
     preconditioner_update_probability: float = setting(1.0, "probability of a fit, by one coin a step", "(0, 1]")
     lr_preconditioner: float = setting(0.1, "step size of the factors", "(0, 1)")
-    betaL: float = setting(0.9, "memory of the running bound on the residual", "[0, 1)")
+    betaL: float = setting(0.9, "weight of the past in the Lipschitz estimates of the factors", "[0, 1)")
     damping: float = setting(1e-9, "noise added to what is fitted, beside one rounding of it", NOISES)
     preconditioner_init_scale: float | None = setting(
         None, "first scale of Q; None takes it from what is fitted first", SCALES
@@ -70,14 +70,14 @@ class PsgdTorch(Method):
             damping=self.damping,
             fit=coin("fit", self.preconditioner_update_probability),
             balance=self.balance(),
-            side=coin("side", 0.5),
+            side=coin("side", 0.5),  # fixed in psgd_torch: U or V moves, with equal probability
             seed=self.seed,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Whitening(PsgdTorch):
-    """What its whitening methods share."""
+    """What the whitening methods of psgd_torch share: gradient or momentum is whitened, the direction bounded."""
 
     whiten_grad: bool = setting(True, "whiten the gradient; False whitens the momentum", kind="flag")
     update_preconditioner_first: bool = setting(True, "fit before preconditioning, or after", kind="flag")
@@ -89,7 +89,7 @@ class Whitening(PsgdTorch):
             raise ValueError(f"{self.name}: whiten_grad=False whitens the momentum; give momentum > 0 with it")
 
     def shared(self) -> dict[str, Any]:
-        """The part of the recipe that all of them have."""
+        """The part of the recipe that all whitening methods have."""
         return {
             "momentum": is_positive(self.momentum),
             "whiten": "gradient" if self.whiten_grad else "momentum",
@@ -100,14 +100,14 @@ class Whitening(PsgdTorch):
 
 @dataclass(frozen=True, kw_only=True)
 class Newton(PsgdTorch):
-    """What its methods for the inverse of the Hessian share: a pair (v, H v) at every fit, a bounded step."""
+    """What the Newton methods of psgd_torch share: a pair (v, H v) at every fit, and a bounded step."""
 
     lr: float = setting(0.01, "learning rate", "[0, inf)")
     grad_clip_max_norm: float = step_bound()
     exact_hessian_vector_product: bool = exactness()
 
     def shared(self) -> dict[str, Any]:
-        """The part of the recipe that all of them have."""
+        """The part of the recipe that all Newton methods have."""
         return {
             "newton": True,
             "momentum": is_positive(self.momentum),
@@ -116,7 +116,7 @@ class Newton(PsgdTorch):
 
     def schedule(self) -> Schedule:
         base = super().schedule()
-        # Published: a preconditioner whose first scale is to be found is fitted as soon as there is anything to fit.
+        # As published: a preconditioner that takes its first scale from a pair is fitted to the first one there is.
         fit = unfitted(base.fit) if self.preconditioner_init_scale is None else base.fit
         return replace(base, fit=fit, counts=True, max_norm=self.grad_clip_max_norm)
 
@@ -133,6 +133,7 @@ class OfAxes(PsgdTorch):
     keep_p: bool = keeping()
 
     def balance(self) -> When:
+        # The probability is fixed in psgd_torch. A geometry that balances before each fit needs no coin.
         return never if GEOMETRIES[self.dQ].balance_first else coin("balance", 0.01)
 
     def kronecker(self) -> Kronecker:
@@ -164,7 +165,7 @@ class OfRank(PsgdTorch):
     rank_of_approximation: int = setting(10, "rank; 0 is a diagonal preconditioner", RANKS, "integer")
 
     def joint(self) -> dict[str, Any]:
-        """The preconditioner, in a recipe."""
+        """The part of the recipe that says what the preconditioner is."""
         return {"preconditioner": LRA(self.rank_of_approximation), "joint": True}
 
 
@@ -217,7 +218,7 @@ class Kwns4(Whitening):
     keep_p: bool = keeping()
 
     def balance(self) -> When:
-        return coin("balance", 0.01)
+        return coin("balance", 0.01)  # fixed in psgd_torch
 
     def recipe(self) -> Recipe:
         dense = DenseRule(self.preconditioner_max_size, self.preconditioner_max_skew)

@@ -19,8 +19,9 @@ from psgd.spectral import NormBound
 class QuadTorch(Method):
     """What the two optimizers of quad_torch share: whitening of the momentum, merged to a matrix, at every step.
 
-    One automatic scale serves all tensors, and every factor gets all of it, so that with the automatic scale a vector
-    starts at P = 1/rms(g) and a matrix at 1/rms(g)^2, as in quad_torch.
+    One automatic scale serves all tensors, and every factor is multiplied by all of it, so that with it a vector starts
+    at P = 1/rms(g) and a matrix at 1/rms(g)^2, as in quad_torch. Numbers that are no hyperparameters here (norm bound,
+    RMS clip 1.1, gain 1/5, beta_L 0.95, timescale, floor, period) are fixed in quad_torch.
     """
 
     geometry: ClassVar[Geometry]

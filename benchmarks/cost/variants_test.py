@@ -5,25 +5,25 @@ import json
 import pytest
 
 from benchmarks import tables
-from benchmarks.contenders import LAYERWISE, contenders
-from benchmarks.cost import ways
+from benchmarks.cost import variants
+from benchmarks.layers import LAYERWISE, step_variants
 
-pytestmark = pytest.mark.xdist_group("ways")  # what they look at is made once
+pytestmark = pytest.mark.xdist_group("variants")  # what they look at is made once
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    path = tmp_path_factory.mktemp("benchmarks") / "ways.json"
-    ways.main(["--quick", "--json", str(path)])
+    path = tmp_path_factory.mktemp("benchmarks") / "variants.json"
+    variants.main(["--quick", "--json", str(path)])
     return json.loads(path.read_text())
 
 
-def test_every_method_is_timed_in_every_way_that_needs_no_compiler(result):
+def test_every_method_is_timed_in_every_variant_that_needs_no_compiler(result):
     expected = [
-        (name, way.framework, way.variant)
+        (name, variant.framework, variant.name)
         for name, method in LAYERWISE.items()
-        for way in contenders(method)
-        if not way.slow_to_start
+        for variant in step_variants(method)
+        if not variant.slow_to_start
     ]
     assert [(r["method"], r["framework"], r["variant"]) for r in result["rows"]] == expected
 
@@ -35,7 +35,7 @@ def test_a_row_holds_a_median_between_its_quartiles_and_a_speedup(result):
         assert r["speedup"] > 0
 
 
-def test_speedups_are_over_the_first_way_of_a_framework(result):
+def test_speedups_are_over_the_first_variant_of_a_framework(result):
     firsts = {(r["method"], r["framework"]): r["speedup"] for r in reversed(result["rows"])}
     assert set(firsts.values()) == {1.0}
 
@@ -47,7 +47,7 @@ def test_the_machine_and_the_setup_are_told(result):
 
 
 def test_tables_for_a_terminal_and_for_a_document_have_every_row(result):
-    cells = ways.cells(result)
+    cells = variants.cells(result)
     assert len([row for row in tables.sheet("a title", cells).rows if row]) == len(result["rows"])
     lines = tables.markdown_table("a title", cells).splitlines()
     assert len(lines) == 2 + 2 + len(result["rows"])

@@ -1,9 +1,10 @@
-"""What a step costs: every registered method on forty equal layers, in each framework and way of stepping.
+"""What a step costs: every registered method on forty equal layers, in each framework and variant of the step.
 
-    python -m benchmarks.cost.ways [--json FILE] [--markdown] [--quick]
+    python -m benchmarks.cost.variants [--json FILE] [--markdown] [--quick]
 
-Ways are timed in alternated rounds, so that a drift of the machine meets them all alike. Times are medians with their
-quartiles; a speed-up is the median, over rounds, of the ratio to the first way of the same framework in that round.
+Variants are timed in alternated rounds, so that a drift of the machine meets them all alike. Times are medians with
+their quartiles; a speed-up is the median, over rounds, of the ratio to the first variant of the same framework in that
+round.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from benchmarks.contenders import LAYERWISE, Contender, Layers, Run, contenders
+from benchmarks.layers import LAYERWISE, Layers, Run, StepVariant, step_variants
 from benchmarks.racing import turns
 from benchmarks.tables import Cells, machine, one_table
 from psgd.hyperparameters import Method
@@ -24,7 +25,7 @@ from psgd.hyperparameters import Method
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured how often. slow: also the ways that need a compiler of many seconds."""
+    """What is measured how often. slow: also the variants that need a compiler of many seconds."""
 
     layers: Layers = field(default_factory=Layers)
     rounds: int = 15
@@ -46,20 +47,20 @@ def timed(run: Run, steps: int) -> float:
 
 def alternated(runs: Mapping[str, Run], rounds: int, steps: int) -> dict[str, np.ndarray]:
     """Seconds a step of each, (rounds,). Each round starts with another one."""
-    seen = {name: np.zeros(rounds) for name in runs}
+    by_variant = {name: np.zeros(rounds) for name in runs}
     for i in range(rounds):
         for name in turns(list(runs), i):
-            seen[name][i] = timed(runs[name], steps)
-    return seen
+            by_variant[name][i] = timed(runs[name], steps)
+    return by_variant
 
 
-def row(method: type[Method], contender: Contender, seconds: np.ndarray, first: np.ndarray) -> dict[str, Any]:
-    """The figures of one way. `first`: seconds of the first way of its framework, round by round."""
+def row(method: type[Method], variant: StepVariant, seconds: np.ndarray, first: np.ndarray) -> dict[str, Any]:
+    """The figures of one variant. `first`: seconds of the first of its framework, round by round."""
     low, median, high = 1e3 * np.quantile(seconds, [0.25, 0.5, 0.75])
     return {
         "method": method.name,
-        "framework": contender.framework,
-        "variant": contender.variant,
+        "framework": variant.framework,
+        "variant": variant.name,
         "median_ms": float(median),
         "quartiles_ms": [float(low), float(high)],
         "speedup": float(np.median(first / seconds)),
@@ -67,17 +68,17 @@ def row(method: type[Method], contender: Contender, seconds: np.ndarray, first: 
 
 
 def step_times(method: type[Method], setup: Setup) -> list[dict[str, Any]]:
-    """A row for each way to step with a method. The frameworks take turns, lest their threads meet."""
+    """A row for each variant of a method's step. The frameworks take turns, lest their threads meet."""
     rows = []
-    ways = [c for c in contenders(method) if setup.slow or not c.slow_to_start]
-    for framework in dict.fromkeys(c.framework for c in ways):
-        own = {c.variant: c for c in ways if c.framework == framework}
-        runs = {variant: c.start(setup.layers) for variant, c in own.items()}
+    variants = [c for c in step_variants(method) if setup.slow or not c.slow_to_start]
+    for framework in dict.fromkeys(c.framework for c in variants):
+        of_framework = {c.name: c for c in variants if c.framework == framework}
+        runs = {name: c.start(setup.layers) for name, c in of_framework.items()}
         for run in runs.values():
             timed(run, steps=1)
-        seen = alternated(runs, setup.rounds, setup.steps)
-        first = next(iter(seen.values()))
-        rows += [row(method, own[variant], seconds, first) for variant, seconds in seen.items()]
+        by_variant = alternated(runs, setup.rounds, setup.steps)
+        first = next(iter(by_variant.values()))
+        rows += [row(method, of_framework[name], times, first) for name, times in by_variant.items()]
     return rows
 
 
@@ -92,15 +93,15 @@ def measure(console: Console, *, quick: bool) -> dict[str, Any]:
 
 
 def cells(result: Mapping[str, Any]) -> Cells:
-    """What each way of stepping took."""
+    """What each variant of the step took."""
 
-    def told(r: Mapping[str, Any]) -> Sequence[str]:
+    def figures(r: Mapping[str, Any]) -> Sequence[str]:
         low, high = r["quartiles_ms"]
-        figures = f"{r['median_ms']:.2f} ms", f"{low:.2f} to {high:.2f}", f"{r['speedup']:.1f}×"
-        return r["method"], r["framework"], r["variant"], *figures
+        times = f"{r['median_ms']:.2f} ms", f"{low:.2f} to {high:.2f}", f"{r['speedup']:.1f}×"
+        return r["method"], r["framework"], r["variant"], *times
 
-    head = "method", "framework", "way", "median", "quartiles", "speed-up"
-    return [head, *map(told, result["rows"])]
+    head = "method", "framework", "variant", "median", "quartiles", "speed-up"
+    return [head, *map(figures, result["rows"])]
 
 
 def titled(result: Mapping[str, Any]) -> str:
@@ -111,7 +112,7 @@ def titled(result: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    one_table("ways", "What a step costs.", measure, lambda r: (titled(r), cells(r)), 110, arguments)
+    one_table("variants", "What a step costs.", measure, lambda r: (titled(r), cells(r)), 110, arguments)
 
 
 if __name__ == "__main__":

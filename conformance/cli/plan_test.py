@@ -11,22 +11,18 @@ import jax
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import psgd_jax_backend
 import psgd_torch_backend
-from conformance import cli
+from conformance.cli import plan
+from conformance.internal.testing import psgd
 from psgd.methods import METHODS
-from psgd_jax_backend import transform
+from psgd_jax_backend import _summary
 from psgd_torch_backend import optimizer
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 METHOD = "kron"
 TOTALS = ("bytes", "state", "apply", "fit", "counters")
-
-
-def psgd(*arguments: object):
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
 
 
 @pytest.fixture
@@ -82,9 +78,9 @@ def test_a_model_of_eight_billion_is_what_both_frameworks_say(planned, method):
 
 
 def test_counters_are_those_of_the_adapters():
-    assert cli.COUNTERS["torch"] == (optimizer.COUNTER_BYTES, True, 0)
-    assert cli.COUNTERS["jax"] == (transform.COUNTER_BYTES, False, transform.SKIPS_BYTES)
-    assert cli.COUNTERS.keys() == {"torch", "jax"}
+    assert plan.COUNTERS["torch"] == (optimizer.COUNTER_BYTES, True, 0)
+    assert plan.COUNTERS["jax"] == (_summary.COUNTER_BYTES, False, _summary.SKIPS_BYTES)
+    assert plan.COUNTERS.keys() == {"torch", "jax"}
 
 
 def test_the_file_says_dtypes_and_layers(planned, shapes_file):

@@ -1,4 +1,4 @@
-"""What is timed: a function that does one step of many equal layers, for each method, framework and way of stepping."""
+"""What is timed: a function that does one step of many equal layers, for each method and framework in variants."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Layers:
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One way to step. `start` makes the function that does it; the first call of that compiles what is compiled.
+class StepVariant:
+    """One variant of a step. `start` makes the function that does it; the first call of that compiles what is compiled.
 
     slow_to_start: its compiler takes many seconds.
     """
 
     framework: str
-    variant: str
+    name: str
     start: Callable[[Layers], Run]
     slow_to_start: bool = False
 
@@ -98,23 +98,23 @@ def jax_run(transform: optax.GradientTransformationExtraArgs, layers: Layers) ->
     return run
 
 
-def contenders(method: type[Method]) -> list[Contender]:
-    """The ways to step with a method; of each framework, the plainest first."""
+def step_variants(method: type[Method]) -> list[StepVariant]:
+    """The variants of a method's step; of each framework, the plainest first."""
     torch_class = getattr(psgd_torch_backend, method.title)
     jax_alias = getattr(psgd_jax_backend, method.name)
 
-    def in_torch(variant: str, *, compile: bool | str = False, **flags: bool) -> Contender:
+    def in_torch(variant: str, *, compile: bool | str = False, **flags: bool) -> StepVariant:
         make = partial(torch_class, compile=compile, **flags)
-        return Contender("torch", variant, partial(torch_run, make), slow_to_start=bool(compile))
+        return StepVariant("torch", variant, partial(torch_run, make), slow_to_start=bool(compile))
 
-    def in_jax(variant: str, **flags: bool) -> Contender:
-        return Contender("jax", variant, partial(jax_run, jax_alias(**flags)))
+    def in_jax(variant: str, **flags: bool) -> StepVariant:
+        return StepVariant("jax", variant, partial(jax_run, jax_alias(**flags)))
 
     return [
         in_torch("one tensor at a time", stack=False),
         in_torch("stacked", stack=True),
         in_torch("stacked, compiled", stack=True, compile="full"),
-        Contender("torch", "AdamW, for scale", partial(torch_run, torch.optim.AdamW)),
+        StepVariant("torch", "AdamW, for scale", partial(torch_run, torch.optim.AdamW)),
         in_jax("jitted, one leaf at a time", stack=False),
         in_jax("jitted, stacked", stack=True),
     ]
