@@ -12,16 +12,24 @@ Dtype = Any  # of such a library
 Number = int | float | Array
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Inexact
+    from jaxtyping import Bool, Float, Inexact, Int
 
     Matrix = Inexact[Array, "n n"]  # a dense factor, or a Gram matrix
-    Diagonal = Inexact[Array, "n"]  # a diagonal factor
+    Vector = Inexact[Array, "n"]
+    Diagonal = Vector | Inexact[Array, ""]  # a diagonal factor; that of a 0-d tensor is 0-d
     Scalar = Float[Array, ""]  # 0-d
-    Factor = Matrix | Diagonal | Scalar  # of one axis; a 0-d tensor's is 0-d
+    Flag = Bool[Array, ""]  # a decision that is an array, 0-d
+    Index = Int[Array, ""]  # 0-d
+    Factor = Matrix | Diagonal  # of one axis; in one signature all are of one length
+    AxisFactor = Inexact[Array, "_ _"] | Inexact[Array, "_"] | Inexact[Array, ""]  # of an axis of any length
     Rows = Inexact[Array, "k n"]  # k vectors
+    Row = Inexact[Array, "1 n"]
+    Columns = Inexact[Array, "n k"]  # k vectors
+    PerRow = Inexact[Array, "k 1"]  # a number for each row
     Tensor = Inexact[Array, "..."]  # a gradient, a probe: any number of axes
 else:  # jaxtyping serves type checkers and tests alone
-    Matrix = Diagonal = Scalar = Factor = Rows = Tensor = Array
+    Matrix = Vector = Diagonal = Scalar = Flag = Index = Factor = AxisFactor = Array
+    Rows = Row = Columns = PerRow = Tensor = Array
 
 
 class Factors(NamedTuple):

@@ -10,7 +10,7 @@ from functools import partial
 from math import prod
 
 from psgd._xp import by_inverse, conj, matmul, namespace, real, times
-from psgd.arrays import Factor, Matrix, Tensor
+from psgd.arrays import AxisFactor, Factor, Rows, Tensor
 from psgd.structured import (
     adjoint_from_left,
     adjoint_from_right,
@@ -92,7 +92,7 @@ def along_inverse_adjoint(q: Factor, x: Tensor, axis: int, *, donate: bool = Fal
     return _by_rows(lambda rows: by_inverse(rows, conj(q)), x, axis)
 
 
-def _by_rows(work: Callable[[Matrix], Matrix], x: Tensor, axis: int) -> Tensor:
+def _by_rows(work: Callable[[Rows], Rows], x: Tensor, axis: int) -> Tensor:
     """Apply `work`, which maps the rows of a matrix (k, n), to x with its axis of length n moved last and back."""
     xp, order = namespace(x), (*(i for i in range(x.ndim) if i != axis), axis)
     last = xp.permute_dims(x, order)
@@ -100,7 +100,7 @@ def _by_rows(work: Callable[[Matrix], Matrix], x: Tensor, axis: int) -> Tensor:
     return xp.permute_dims(done, tuple(order.index(i) for i in range(x.ndim)))
 
 
-def along_all(qs: Sequence[Factor | None], x: Tensor, act: Act = along, *, donate: bool = False) -> Tensor:
+def along_all(qs: Sequence[AxisFactor | None], x: Tensor, act: Act = along, *, donate: bool = False) -> Tensor:
     """Every factor applied to its axis: the Kronecker product of the factors times vec(x), q_1 x_1 (q_2 x_2 (... x)).
 
     Args:
@@ -121,14 +121,14 @@ def along_all(qs: Sequence[Factor | None], x: Tensor, act: Act = along, *, donat
     return xp.reshape(x, shape)
 
 
-def _joined(qs: Sequence[Factor | None], shape: tuple[int, ...]) -> tuple[list[Factor | None], tuple[int, ...]]:
+def _joined(qs: Sequence[AxisFactor | None], shape: tuple[int, ...]) -> tuple[list[AxisFactor | None], tuple[int, ...]]:
     """The factors, with dense ones of short neighbouring axes replaced by their Kronecker product (see `SHORT`), and
     the lengths of the axes that result.
     """
-    joined: list[Factor | None] = []
+    joined: list[AxisFactor | None] = []
     lengths: list[int] = []
 
-    def dense(q: Factor | None) -> bool:
+    def dense(q: AxisFactor | None) -> bool:
         return q is not None and q.ndim == 2
 
     for q, n in zip(qs, shape, strict=True):
@@ -140,7 +140,7 @@ def _joined(qs: Sequence[Factor | None], shape: tuple[int, ...]) -> tuple[list[F
     return joined, tuple(lengths)
 
 
-def _kronecker(a: Factor, b: Factor) -> Factor:
+def _kronecker(a: AxisFactor, b: AxisFactor) -> AxisFactor:
     """The Kronecker product of two square matrices, of lengths n and m: (n m, n m)."""
     n = a.shape[0] * b.shape[0]
     return namespace(a).reshape(a[:, None, :, None] * b[None, :, None, :], (n, n))

@@ -19,14 +19,14 @@ from math import prod
 from typing import NamedTuple
 
 from psgd._xp import adjoint, by_inverse, conj, identity, matmul, namespace, number, plus, real
-from psgd.arrays import Diagonal, Factor, Matrix, Scalar, Tensor
+from psgd.arrays import AxisFactor, Diagonal, Factor, Matrix, Scalar, Tensor
 from psgd.axes import along, along_adjoint_of_upper, along_all, along_inverse_adjoint, along_upper, outer
 from psgd.rotate import polished, procrustes2, symmetrised
 from psgd.spectral import SkewNorm
 from psgd.structured import gram_of_columns, gram_of_triangle, hermitian, triangle_by_triangle
 from psgd.thin import Hermitian, Thin, from_left, from_right, triangle_from_left
 
-Factors = Sequence[Factor]
+Factors = Sequence[AxisFactor]
 
 
 # ---- the factors of P: P g multiplies g by one of them along each axis ---------------------

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, final
 
 from psgd import thin
 from psgd._xp import accumulation_dtype, cast, eps, identity, make, namespace, number, real, shrinkage, times, tiny
-from psgd.arrays import Factor, Factors, Matrix, Scalar, Tensor
+from psgd.arrays import AxisFactor, Factor, Factors, Flag, Matrix, Scalar, Tensor
 from psgd.axes import gram
 from psgd.criterion import Pair
 from psgd.geometry import Geometry
@@ -71,7 +71,7 @@ def init(dense: Sequence[bool], like: Tensor, *, keep_p: bool = False) -> Factor
     """
     shapes: list[tuple[int, ...]] = [(n,) for n in like.shape] or [() for _ in dense]
 
-    def ones() -> tuple[Factor, ...]:
+    def ones() -> tuple[AxisFactor, ...]:
         return tuple(
             identity(like, *shape) if full else make(like, "ones", shape)
             for shape, full in zip(shapes, dense, strict=bool(dense))
@@ -109,7 +109,7 @@ class AxisNorm(NamedTuple):
         """The bound of a positive semidefinite term, dense or diagonal: 0-d."""
         return self.bound(t, self.draws, f"bound/{self.axis}", positive=True)
 
-    def skew(self, r: Matrix, sweep: int = 0, skip: Scalar | None = None) -> Scalar:
+    def skew(self, r: Matrix, sweep: int = 0, skip: Flag | None = None) -> Scalar:
         """The bound of r = q^H - q, the generator of rotation number `sweep`: 0-d. Unused where `skip` is true."""
         return self.bound(r, self.draws, f"turn/{self.axis}/{sweep}", positive=False, skip=skip)
 
@@ -164,7 +164,7 @@ Normaliser = Callable[[AxisNorm, Any, Any], tuple[Scalar, Any]]
 
 
 def _terms(
-    geometry: Geometry, qs: Sequence[Factor], a: Tensor, b: Tensor | None, less: Scalar, axis: int
+    geometry: Geometry, qs: Sequence[AxisFactor], a: Tensor, b: Tensor | None, less: Scalar, axis: int
 ) -> tuple[Any, Any]:
     """T1 and T2 of one factor, (n, n), (n,) or 0-d, or `Thin`; T2 is a number c where it is c I.
 
@@ -288,7 +288,7 @@ class Kronecker(Preconditioner):
         """Q times `scale` overall, see `psgd.kron.rescaled`."""
         return rescaled(self.geometry, factors, scale, split=self.split)
 
-    def balanced(self, factors: Factors, when: bool | Scalar) -> Factors:
+    def balanced(self, factors: Factors, when: bool | Flag) -> Factors:
         """Factors of equal largest entries where `when` is true, see `psgd.rotate.balanced`."""
         return factors._replace(Q=balanced(factors.Q, when))
 
@@ -303,7 +303,7 @@ class Kronecker(Preconditioner):
         rate: Scalar | float,
         beta_lipschitz: Scalar | float,
         draws: Draws,
-        side: bool | Scalar = False,
+        side: bool | Flag = False,
     ) -> Factors:
         """One step towards P h = v, see `psgd.kron.fit`. side: not used, since all factors move at once."""
         return self.with_p(fit(self.geometry, self.bound, factors, pair, rate, beta_lipschitz, draws, self.normaliser))

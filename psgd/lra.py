@@ -14,7 +14,7 @@ from math import prod, sqrt
 from typing import Any, NamedTuple, final
 
 from psgd._xp import accumulation_dtype, cast, identity, make, matmul, namespace, number, shrinkage, solve, tiny
-from psgd.arrays import Array, Factors, Scalar, Tensor
+from psgd.arrays import Array, Factors, Flag, Scalar, Tensor
 from psgd.criterion import Pair
 from psgd.noise import Draws
 from psgd.preconditioner import Preconditioner
@@ -37,7 +37,7 @@ def norm(x: Tensor) -> Scalar:
     return namespace(x).linalg.vector_norm(x)
 
 
-def select(flag: bool | Scalar, a: Array, b: Array) -> Array:
+def select(flag: bool | Flag, a: Array, b: Array) -> Array:
     """a where a decision is true, else b: at once for a Python boolean, by `where` for a 0-d array."""
     return (a if flag else b) if isinstance(flag, bool) else namespace(a).where(flag, a, b)
 
@@ -219,7 +219,7 @@ class LRA(Preconditioner):
         u, v, d = factors.Q
         return factors._replace(Q=(u, v, d * number(scale, d)))
 
-    def balanced(self, factors: Factors, when: bool | Scalar) -> Factors:
+    def balanced(self, factors: Factors, when: bool | Flag) -> Factors:
         """U / rho and V rho, of equal norms, rho^2 = ||U|| / ||V||, where `when` is true and neither is zero.
 
         Source: psgd_jax `_update_precond_UVd_math`.
@@ -243,7 +243,7 @@ class LRA(Preconditioner):
         rate: Scalar | float,
         beta_lipschitz: Scalar | float,
         draws: Draws,
-        side: bool | Scalar = False,
+        side: bool | Flag = False,
     ) -> Factors:
         r"""One step of d, and of U (`side` true) or V, towards P h = v.
 
@@ -273,7 +273,7 @@ class LRA(Preconditioner):
         z = (y - matvec(u, solve(m, dot(v, y))) if rank else y) / d
         ph = d * (x + matvec(v, dot(u, x))) if rank else d * x
 
-        def length(which: int, ell: Scalar, moved: bool | Scalar = True) -> Any:
+        def length(which: int, ell: Scalar, moved: bool | Flag = True) -> Any:
             """The step size m of U (0), V (1) or d (2), whose estimate L is renewed if it moves."""
             if self.normaliser.running:
                 xp, ell = namespace(ell), cast(ell, lipschitz[which].dtype)
@@ -302,7 +302,7 @@ class LRA(Preconditioner):
         return x, y - matvec(v, solve(m.mT, dot(u, y))), m
 
     @staticmethod
-    def _directions(side: bool | Scalar, u: Tensor, v: Tensor, m: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
+    def _directions(side: bool | Flag, u: Tensor, v: Tensor, m: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
         """x (x^T V) M of U's step, (x + V U^T x) (x^T U) of V's: (n, r). pair: x, and x^T V or x^T U."""
         x, wx = pair
         left = select(side, x, x + matvec(v, wx))
@@ -311,7 +311,7 @@ class LRA(Preconditioner):
 
     @staticmethod
     def _moved(
-        side: bool | Scalar, u: Tensor, v: Tensor, step: Tensor, ell: Scalar, length: Callable[..., Any]
+        side: bool | Flag, u: Tensor, v: Tensor, step: Tensor, ell: Scalar, length: Callable[..., Any]
     ) -> tuple[Tensor, Tensor]:
         """U or V after its step along `step` (n, r); the other, and its Lipschitz estimate, as it was."""
         if isinstance(side, bool):

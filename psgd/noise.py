@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import prod, sqrt
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from psgd._xp import is_complex, make, namespace, real_dtype
 from psgd.arrays import Array, Dtype, Number
@@ -27,6 +27,7 @@ BYTE_SUM_MEAN, BYTE_SUM_DEVIATION = 510.0, sqrt(4 * (256**2 - 1) / 12)
 Numbers = Callable[..., Array]  # (step_key, role, n, dtype, first) -> (n,)
 
 
+@runtime_checkable
 class Draws(Protocol):
     """Where a step takes its random numbers from: a counter, or a recording."""
 

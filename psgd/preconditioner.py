@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from psgd.arrays import Factors, Scalar, Tensor
+from psgd.arrays import Factors, Flag, Scalar, Tensor
 from psgd.criterion import Pair
 from psgd.noise import Draws
 from psgd.shapes import Shape
@@ -46,7 +46,7 @@ class Preconditioner(ABC):
     def rescaled(self, factors: Factors, scale: Scalar | float) -> Factors:
         """Factors with Q times `scale` overall, a number or 0-d, and so P times its square."""
 
-    def balanced(self, factors: Factors, when: bool | Scalar) -> Factors:
+    def balanced(self, factors: Factors, when: bool | Flag) -> Factors:
         """Factors of equal size with the same P, where `when` is true."""
         return factors
 
@@ -62,7 +62,7 @@ class Preconditioner(ABC):
         rate: Scalar | float,
         beta_lipschitz: Scalar | float,
         draws: Draws,
-        side: bool | Scalar = False,
+        side: bool | Flag = False,
     ) -> Factors:
         """One step of the factors towards P h = v.
 

@@ -7,7 +7,7 @@ from functools import reduce
 from operator import and_
 
 from psgd._xp import accumulation_dtype, adjoint, cast, diagonal, matmul, namespace, number, plus, real_dtype, tiny
-from psgd.arrays import Factor, Matrix, Scalar
+from psgd.arrays import AxisFactor, Flag, Matrix, Scalar
 from psgd.spectral import SkewNorm
 
 
@@ -16,7 +16,7 @@ def symmetrised(q: Matrix) -> Matrix:
     return (q + adjoint(q)) / 2
 
 
-def balanced(qs: Sequence[Factor], when: bool | Scalar = True) -> tuple[Factor, ...]:
+def balanced(qs: Sequence[AxisFactor], when: bool | Flag = True) -> tuple[AxisFactor, ...]:
     """Scale the d factors of a tensor to equal largest entries; their Kronecker product, and so P, stays as it is.
 
         q_i <- q_i (r_1 ... r_d)^(1/d) / r_i,   r_i = max|q_i|
@@ -39,7 +39,7 @@ def balanced(qs: Sequence[Factor], when: bool | Scalar = True) -> tuple[Factor, 
     return tuple(q * cast(xp.exp(mean - r), real_dtype(q)) for q, r in zip(qs, logs, strict=True))
 
 
-def _unit_skew(q: Matrix, norm: SkewNorm, sweep: int = 0, skip: Scalar | None = None) -> Matrix:
+def _unit_skew(q: Matrix, norm: SkewNorm, sweep: int = 0, skip: Flag | None = None) -> Matrix:
     """R = (q^H - q) / ||q^H - q||, (n, n), the direction of steepest ascent of Re tr(exp(aR) q) over rotations."""
     r = adjoint(q) - q
     return r / (cast(norm(r, sweep=sweep, skip=skip), real_dtype(q)) + tiny(q))
@@ -78,9 +78,7 @@ def procrustes2(q: Matrix, norm: SkewNorm, largest: float = 1 / 8) -> Matrix:
     return plus(q, a, plus(rq, a / 2, rrq))
 
 
-def procrustes3(
-    q: Matrix, norm: SkewNorm, largest: float = 1 / 3, sweep: int = 0, skip: Scalar | None = None
-) -> Matrix:
+def procrustes3(q: Matrix, norm: SkewNorm, largest: float = 1 / 3, sweep: int = 0, skip: Flag | None = None) -> Matrix:
     r"""The line search of `procrustes2` to third order, for a q that may be far from Hermitian.
 
         q <- q + a (R q + (a/2) (R^2 q + (a/4) R^3 q)),   a = min(larger root of t1 + a t2 + (3/8) a^2 t3 = 0, 1/3)

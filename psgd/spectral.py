@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from psgd._xp import accumulation_dtype, adjoint, cast, conj, matmul, namespace, real, tiny
-from psgd.arrays import Factor, Matrix, Rows, Scalar
+from psgd.arrays import Factor, Flag, Matrix, PerRow, Row, Rows, Scalar
 from psgd.noise import Draws
 from psgd.thin import Hermitian, Thin, diagonal, divided, from_right, part, row, row_norms
 
@@ -47,7 +47,7 @@ def norm_bound(a: Hermitian, probes: Rows | None, *, products: int, positive: bo
     return scale * xp.max(xp.linalg.vector_norm(from_right(a, v), axis=1))
 
 
-def _phases(probes: Rows, row: Rows) -> Rows:
+def _phases(probes: Rows, row: Row) -> PerRow:
     """sgn(<row, v>) of each probe v, (k, 1): times it, no probe points against the row."""
     xp = namespace(probes)
     overlap = matmul(conj(probes), row.mT)
@@ -100,7 +100,7 @@ class NormBound:
     offset: float = 0.0
 
     def __call__(
-        self, a: Factor | Thin, draws: Draws, role: str, *, positive: bool, skip: Scalar | None = None
+        self, a: Factor | Thin, draws: Draws, role: str, *, positive: bool, skip: Flag | None = None
     ) -> Scalar:
         """The bound of an (n, n) matrix, or the largest entry of an (n,) or 0-d diagonal.
 
@@ -131,7 +131,7 @@ class TraceBound(NormBound):
     """
 
     def __call__(
-        self, a: Factor | Thin, draws: Draws, role: str, *, positive: bool, skip: Scalar | None = None
+        self, a: Factor | Thin, draws: Draws, role: str, *, positive: bool, skip: Flag | None = None
     ) -> Scalar:
         if not positive or a.ndim < 2:
             return super().__call__(a, draws, role, positive=positive, skip=skip)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from psgd._xp import adjoint, conj, matmul, namespace
-from psgd.arrays import Matrix, Tensor
+from psgd.arrays import Columns, Matrix, Rows, Tensor
 
 # Least rows of a strip. Measured on a CPU (docs/performance.md): below 2 x 192 rows strips save less than they cost the
 # compiler, and below 2 x 256 rows copying the mirror image of a Hermitian result costs what it saves.
@@ -29,7 +29,7 @@ def edges(n: int, *, mirrored: bool = False) -> list[tuple[int, int]]:
     return list(pairwise(cuts))
 
 
-def hermitian(n: int, strip: Callable[[int, int], Matrix]) -> Matrix:
+def hermitian(n: int, strip: Callable[[int, int], Tensor]) -> Matrix:
     """An (n, n) Hermitian matrix, of which only strips of the upper triangle are computed and the rest is mirrored.
 
     Args:
@@ -49,7 +49,7 @@ def hermitian(n: int, strip: Callable[[int, int], Matrix]) -> Matrix:
     return xp.concat(rows, axis=0)
 
 
-def gram_of_rows(x: Matrix) -> Matrix:
+def gram_of_rows(x: Columns) -> Matrix:
     """x x^H of an (n, k) matrix: (n, n), Hermitian."""
     n, k = x.shape
     if k < n:  # copying the mirror image, n^2 / 2 numbers, would cost what the products of length k save
@@ -57,7 +57,7 @@ def gram_of_rows(x: Matrix) -> Matrix:
     return hermitian(n, lambda lo, hi: matmul(x[lo:hi, :], adjoint(x[lo:, :])))
 
 
-def gram_of_columns(x: Matrix) -> Matrix:
+def gram_of_columns(x: Rows) -> Matrix:
     """x^T conj(x) of a (k, n) matrix: (n, n), Hermitian."""
     return gram_of_rows(x.mT)
 

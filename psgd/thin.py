@@ -13,7 +13,7 @@ from typing import Any
 
 from psgd import _xp
 from psgd._xp import adjoint, conj, make, matmul, namespace, plus, real
-from psgd.arrays import Array, Diagonal, Matrix, Rows, Scalar, Tensor
+from psgd.arrays import Array, Columns, Factor, Index, Matrix, Row, Rows, Scalar, Tensor, Vector
 
 # An axis is long if it is at least so many times as long as all others together: a product with a few columns runs far
 # slower for its operations than one of square matrices, so that a smaller ratio gains nothing (docs/performance.md).
@@ -70,7 +70,7 @@ def gram(x: Tensor, axis: int) -> Thin:
     return Thin(columns, columns)
 
 
-def unfolded(x: Tensor, axis: int) -> Matrix:
+def unfolded(x: Tensor, axis: int) -> Columns:
     """The unfolding of x along an axis, (n, size / n): that axis as rows."""
     xp = namespace(x)
     front = xp.permute_dims(x, (axis, *(i for i in range(x.ndim) if i != axis))) if axis else x
@@ -82,7 +82,7 @@ def part(a: Hermitian) -> Array:
     return a.left if isinstance(a, Thin) else a
 
 
-def formed(a: Hermitian) -> Matrix:
+def formed(a: Hermitian) -> Factor:
     """The matrix as an array, (n, n): left right^H - shift I of a thin one."""
     if not isinstance(a, Thin):
         return a
@@ -90,7 +90,7 @@ def formed(a: Hermitian) -> Matrix:
     return plus(product, -a.shift, _xp.identity(product, product.shape[0])) if a.shift else product
 
 
-def diagonal(a: Hermitian) -> Diagonal:
+def diagonal(a: Hermitian) -> Vector:
     """The real diagonal, (n,)."""
     if not isinstance(a, Thin):
         return _xp.diagonal(a)
@@ -102,7 +102,7 @@ def divided(a: Hermitian, number: Scalar) -> Hermitian:
     return Thin(a.left / number, a.right) if isinstance(a, Thin) else a / number
 
 
-def row_norms(a: Hermitian) -> Diagonal:
+def row_norms(a: Hermitian) -> Vector:
     """The 2-norms of the rows, (n,); of a thin matrix without its shift."""
     if not isinstance(a, Thin):
         return namespace(a).linalg.vector_norm(a, axis=1)
@@ -110,7 +110,7 @@ def row_norms(a: Hermitian) -> Diagonal:
     return xp.sqrt(xp.clip(xp.sum(real(matmul(a.left, inner) * conj(a.left)), axis=1), min=0.0))
 
 
-def row(a: Hermitian, index: Scalar) -> Rows:
+def row(a: Hermitian, index: Index) -> Row:
     """The row of a 0-d index, (1, n); of a thin matrix without its shift."""
     xp, index = namespace(part(a)), namespace(part(a)).reshape(index, (1,))
     if not isinstance(a, Thin):
@@ -118,21 +118,21 @@ def row(a: Hermitian, index: Scalar) -> Rows:
     return matmul(xp.take(a.left, index, axis=0), adjoint(a.right))
 
 
-def from_left(a: Hermitian, x: Matrix) -> Matrix:
+def from_left(a: Hermitian, x: Columns) -> Columns:
     """a x of an (n, n) `a` and an (n, k) x: (n, k); two thin products if `a` is thin."""
     if not isinstance(a, Thin):
         return matmul(a, x)
     return _shifted(a, matmul(a.left, matmul(adjoint(a.right), x)), x)
 
 
-def from_right(a: Hermitian, x: Matrix) -> Matrix:
+def from_right(a: Hermitian, x: Rows) -> Rows:
     """x a of a (k, n) x and an (n, n) `a`: (k, n); two thin products if `a` is thin."""
     if not isinstance(a, Thin):
         return matmul(x, a)
     return _shifted(a, matmul(matmul(x, a.left), adjoint(a.right)), x)
 
 
-def _shifted(a: Thin, product: Matrix, x: Matrix) -> Matrix:
+def _shifted(a: Thin, product: Tensor, x: Tensor) -> Tensor:
     """A product of the thin factors with x, less shift x."""
     return plus(product, -a.shift, x, donate=True) if a.shift else product
 
@@ -162,7 +162,7 @@ def triangle_from_left(a: Thin, q: Matrix) -> Matrix:
     return _shifted(a, xp.reshape(out, (-1, n))[:n, :], q)
 
 
-def _in_blocks(x: Matrix, blocks: int) -> Tensor:
+def _in_blocks(x: Columns, blocks: int) -> Tensor:
     """The rows of a matrix in blocks of equal height, (blocks, height, columns); zeros fill the last block."""
     xp, (n, columns) = namespace(x), x.shape
     height = min(BLOCK, n)

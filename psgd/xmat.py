@@ -16,7 +16,7 @@ from math import prod
 from typing import final
 
 from psgd._xp import eps, make, namespace, number, shrinkage, tiny
-from psgd.arrays import Factors, Scalar, Tensor
+from psgd.arrays import Factors, Flag, Scalar, Tensor
 from psgd.criterion import Pair
 from psgd.noise import Draws
 from psgd.preconditioner import Preconditioner
@@ -89,7 +89,7 @@ class XShaped(Preconditioner):
         rate: Scalar | float,
         beta_lipschitz: Scalar | float,
         draws: Draws,
-        side: bool | Scalar = False,
+        side: bool | Flag = False,
     ) -> Factors:
         r"""One step towards P h = v.
 
