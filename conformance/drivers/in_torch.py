@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from conformance.drivers.base import Arrays, Driver, Snapshot, state_of_snapshot
+from conformance.drivers.base import Arrays, Driver, Snapshot
 from conformance.frameworks import FRAMEWORKS
 from psgd.methods import METHODS
 from psgd.pipeline import host_plan
@@ -75,19 +75,11 @@ class TorchEager(Driver):
         return group["skipped"], group["skipped_in_a_row"]
 
     def load(self, snapshot: Snapshot) -> None:
-        to_state = import_module("psgd_torch_backend._state").to_state
-
-        def overwritten(x: np.ndarray, like: Any) -> Any:
-            return like.copy_(self.torch.as_tensor(x.reshape(tuple(like.shape))))
-
         with self.torch.no_grad():
             for name, p in self.tensors.items():
                 p.copy_(self.torch.as_tensor(snapshot.params[name]))
-                entry = self.optimizer.state[p]
-                state_of_snapshot(name, to_state(entry), snapshot, overwritten)
-                for counter in ("step", "since"):
-                    if counter in entry:
-                        entry[counter].fill_(int(snapshot.state[f"{name}/{counter}"]))
+            for name, x in import_module("psgd_torch_backend").state_arrays(self.optimizer).items():
+                x.copy_(self.torch.as_tensor(snapshot.state[name]).reshape(x.shape))
 
 
 class TorchLoop(TorchEager):

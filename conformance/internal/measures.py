@@ -166,13 +166,18 @@ def _head(node: ast.stmt) -> ast.stmt:
 Window = tuple[tuple[str, ...], tuple[int, ...]]  # texts; each name by the place where it comes first
 
 
+FIELD = "_: _"  # of a record: without their names all records are alike
+
+
 def windows(source: Source) -> list[Window]:
-    """Every run of `WINDOW` statements of a file, but for how its variables are called."""
+    """Every run of `WINDOW` statements of a file, but for how its variables are called; no list of a record's fields."""
     tree = ast.parse(source.text)  # one of its own: names are taken out of it
     every = list(statements(tree.body, set(docstrings(tree))))
     found = []
     for i in range(len(every) - WINDOW + 1):
         run = every[i : i + WINDOW]
+        if all(statement.text == FIELD for statement in run):
+            continue
         names = [name for statement in run for name in statement.names]
         found.append((tuple(statement.text for statement in run), tuple(map(names.index, names))))
     return found

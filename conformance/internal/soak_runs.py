@@ -12,7 +12,6 @@ import numpy as np
 
 from conformance.drivers import Arrays, JaxEager, TorchEager
 from conformance.problems import Problem
-from psgd.recipe import leaves
 
 RATE = 0.01  # of learning
 RANK = 2  # of preconditioners that have one: below the four numbers of the problem
@@ -115,8 +114,9 @@ class TorchRunner(TorchEager):
     def dtypes(self) -> list[str]:
         """Of the parameter and of its state."""
         (p,) = self.tensors.values()
-        to_state = import_module("psgd_torch_backend._state").to_state
-        return [str(x.dtype) for x in [p, *leaves(to_state(self.optimizer.state[p]))]]
+        state = import_module("psgd_torch_backend").state_arrays(self.optimizer)
+        counters = ("w/step", "w/since")
+        return [str(x.dtype) for x in [p, *(x for name, x in state.items() if name not in counters)]]
 
 
 class CompiledRunner(TorchRunner):
