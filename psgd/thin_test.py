@@ -115,7 +115,9 @@ def test_a_fit_to_thin_terms_is_the_fit(kind: str, shape, axis: int, dtype: str,
 @pytest.mark.parametrize("method", DENSE)
 def test_a_newton_fit_of_one_vector_costs_a_square_unless_it_rotates(method: str, geometry: str):
     """Twice the numbers cost four times as much, where a rotation makes it eight times."""
-    once, twice = (summary.row(METHODS[method].of(dQ=geometry), "p", (n,), "float64").fit for n in (2000, 4000))
+    once, twice = (
+        summary.parameter_cost(METHODS[method].of(dQ=geometry), "p", (n,), "float64").fit for n in (2000, 4000)
+    )
     growth = 8 if GEOMETRIES[geometry].turn is not None else 4
     assert twice / once == pytest.approx(growth, rel=0.02)
 

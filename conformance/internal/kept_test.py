@@ -95,7 +95,7 @@ def test_what_is_kept_is_p(name: str):
 
 @pytest.mark.parametrize("name", KEEPING)
 def test_a_step_without_a_fit_multiplies_less(name: str):
-    rows = [summary.row(METHODS[name](keep_p=keep), "w", (256, 256)) for keep in (False, True)]
+    rows = [summary.parameter_cost(METHODS[name](keep_p=keep), "w", (256, 256)) for keep in (False, True)]
     assert rows[1].apply < 0.8 * rows[0].apply
     factors = 2 * 256 * 256 * BYTES[factors_dtype(name) or "float32"]
     assert rows[1].state == rows[0].state + factors
