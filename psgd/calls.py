@@ -66,7 +66,7 @@ def step_may_come_second(helper: Helper) -> Helper:
 
 
 def by_name(
-    owner: str, positions: Sequence[str], args: Sequence[object], given: dict[str, Any], why: str = ""
+    owner: str, positions: Sequence[str], args: Sequence[object], keywords: dict[str, Any], why: str = ""
 ) -> dict[str, Any]:
     """All arguments of a call by their names.
 
@@ -74,7 +74,7 @@ def by_name(
         owner: who is called, for errors.
         positions: the names of the positional arguments, in order.
         args: the arguments by position.
-        given: the arguments by name.
+        keywords: the arguments by name.
         why: the reason why there are no more positions, for the error.
 
     Raises:
@@ -84,7 +84,7 @@ def by_name(
         order = f"{', '.join(positions)} by position and the others by name" if positions else "arguments by name alone"
         raise TypeError(f"{owner} takes {order}{why}; name {shown(args[len(positions)])} and what follows it")
     by_position = dict(zip(positions, args, strict=False))
-    repeated = [name for name in by_position if name in given]
+    repeated = [name for name in by_position if name in keywords]
     if repeated:
         raise TypeError(f"{owner}: {repeated[0]} is given twice, by position and by name; leave one out")
-    return by_position | given
+    return by_position | keywords

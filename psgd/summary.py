@@ -287,22 +287,22 @@ def summary(pairs: Iterable[tuple[Method, ParameterCost]], counters: int = 0, sk
     return Summary(tuple(titles), tuple(row for _, row in pairs), counters, skipped, tuple(notes))
 
 
-def rotation_note(method: Method, own: Sequence[ParameterCost]) -> list[str]:
+def rotation_note(method: Method, costs: Sequence[ParameterCost]) -> list[str]:
     """A sentence on the geometries that do not rotate, where a fit of these rows is much cheaper in them.
 
-    So it is of long dense vectors, whose rotations multiply full matrices, and where rotations are repeated. own: the
+    So it is of long dense vectors, whose rotations multiply full matrices, and where rotations are repeated. costs: the
     rows of one method.
     """
     name = next((f.name for f in fields(method) if getattr(method, f.name) in tuple(GEOMETRIES)), None)
     if name is None or GEOMETRIES[getattr(method, name)].turn is None:
         return []
-    parameters = [Parameter(r.name, r.shape, r.dtype, r.layers is not None) for r in own]
+    parameters = [Parameter(r.name, r.shape, r.dtype, r.layers is not None) for r in costs]
 
     def fit(geometry: str) -> int:
         chosen: dict[str, Any] = {name: geometry}
         return sum(r.fit for r in parameter_costs(replace(method, **chosen), parameters))
 
-    now = sum(r.fit for r in own)
+    now = sum(r.fit for r in costs)
     fits = {geometry: fit(geometry) for geometry, record in GEOMETRIES.items() if record.turn is None}
     cheap = {geometry: cost for geometry, cost in fits.items() if MUCH * cost < now}
     if not cheap:

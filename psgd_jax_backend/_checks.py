@@ -87,9 +87,9 @@ def check_record(method: Method, recipe: Recipe, state: object, leaves: int) -> 
             "keep_p"
         )
     wanted = {"momentum": recipe.momentum, "since": method.schedule().counts}
-    for name, there in wanted.items() if leaves else ():
-        if there != (getattr(state, name) is not None):
-            raise ValueError(f"{method.name}: the state has {'no' if there else 'a'} {name}, as another's has; {INIT}")
+    for name, is_wanted in wanted.items() if leaves else ():
+        if is_wanted != (getattr(state, name) is not None):
+            raise ValueError(f"{method.name}: the state has {'no' if is_wanted else 'a'} {name}, as another's has; {INIT}")
     for name, shape in {"count": (), "since": (), "skipped": (2,)}.items():
         x = getattr(state, name)
         if x is None and name != "count":
@@ -143,13 +143,13 @@ def check_kept(
     """
     names = [jax.tree_util.keystr(path) or "the parameter" for path, _ in paths]
     owners = [_computed(method)] * len(names) if like is None else [[jnp.result_type(p)] for p in like]
-    for name, m, own in zip(names, momenta, owners, strict=True):
-        _check_arrays(method, recipe, name, {"momentum": () if m is None else (m,)}, own, look)
+    for name, m, dtypes in zip(names, momenta, owners, strict=True):
+        _check_arrays(method, recipe, name, {"momentum": () if m is None else (m,)}, dtypes, look)
     if recipe.joint:
-        joined = _computed(method) if like is None or not names else [_widest([own for (own,) in owners])]
+        joined = _computed(method) if like is None or not names else [_widest([dtypes for (dtypes,) in owners])]
         names, owners = ["all parameters"], [joined]
-    for name, state, own in zip(names, states, owners, strict=True):
-        _check_arrays(method, recipe, name, state.factors._asdict(), own, look)
+    for name, state, dtypes in zip(names, states, owners, strict=True):
+        _check_arrays(method, recipe, name, state.factors._asdict(), dtypes, look)
 
 
 def _is_of_others(

@@ -25,10 +25,10 @@ class Guard(NamedTuple):
 
     def finite(self, method: Method, paths: Sequence[Path], arrays: Sequence[Leaf]) -> Leaf | None:
         """Is every entry finite, or None where nobody looks? Says so where the policy is to raise."""
-        there = [x for x in arrays if x.size]
-        if self.nonfinite == "propagate" or not there:
+        filled = [x for x in arrays if x.size]
+        if self.nonfinite == "propagate" or not filled:
             return None
-        flags = jnp.stack([jnp.isfinite(x).all() for x in there])
+        flags = jnp.stack([jnp.isfinite(x).all() for x in filled])
         if self.nonfinite == "skip":
             return jnp.sum(~flags) == 0  # `all` of so many would be worked out anew wherever it is asked
         names = [
@@ -73,6 +73,8 @@ def check_skips(state: Tree, max_skips: int = MAX_SKIPS) -> None:
         >>> from psgd_jax_backend import check_skips, kron
         >>> check_skips(kron().init({"w": jnp.zeros((4, 3))}))
     """
-    worst = max((int(own.skipped[1]) for own in states(state) if own.skipped is not None), default=0)
+    worst = max(
+        (int(method_state.skipped[1]) for method_state in states(state) if method_state.skipped is not None), default=0
+    )
     if worst >= max_skips:
         raise FloatingPointError(too_many(worst))

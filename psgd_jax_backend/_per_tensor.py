@@ -161,12 +161,12 @@ class Stepper(NamedTuple):
         size = partial(pipeline.size_of, self.recipe)
         sizes: dict[int, Leaf] = {}
         for indices in self.layering.buckets(leaves, scanned):
-            own = [leaves[i] for i in indices if leaves[i].size]
-            if len(own) > 1 and not self.spread.axes:
-                sizes |= zip(indices, self._parts(jax.vmap(size)(jnp.stack(own)), len(own)), strict=True)
+            filled = [leaves[i] for i in indices if leaves[i].size]
+            if len(filled) > 1 and not self.spread.axes:
+                sizes |= zip(indices, self._parts(jax.vmap(size)(jnp.stack(filled)), len(filled)), strict=True)
             else:
                 one = jax.vmap(size) if scanned[indices[0]] else size
-                sizes |= zip(indices, map(one, own), strict=False)
+                sizes |= zip(indices, map(one, filled), strict=False)
         return [sizes[i] for i in sorted(sizes)]
 
     def _alone(self, g: Leaf, state: State, pair: Pair | None) -> tuple[Leaf, State]:
@@ -214,18 +214,18 @@ class Stepper(NamedTuple):
 
         # Leaf by leaf: operations that are equal are compiled once, but each slice of a stack is another.
         observed = [pipeline.observe(recipe, plan, g, s.momentum) for g, s in zip(gradients, states, strict=True)]
-        momenta, seen, smooth = map(list, zip(*observed, strict=True))
-        average = stacked(smooth)
+        momenta, targets, averages = map(list, zip(*observed, strict=True))
+        average = stacked(averages)
 
         def directed(factors: Factors) -> list[Leaf]:
             return unstacked(self._each(partial(pipeline.direct, recipe, plan), factors, average))
 
         def fitted(leaves: list[Factors]) -> tuple[list[Factors], list[Leaf]]:
-            def one(x: Leaf, own: Factors, pair: Pair | None) -> Factors:
-                return pipeline.fit(recipe, plan, x, own, pair=pair)
+            def one(x: Leaf, factors: Factors, pair: Pair | None) -> Factors:
+                return pipeline.fit(recipe, plan, x, factors, pair=pair)
 
             old = stacked(leaves)
-            new = self._each(one, average if seen[0] is smooth[0] else stacked(seen), old, stacked(pairs))
+            new = self._each(one, average if targets[0] is averages[0] else stacked(targets), old, stacked(pairs))
             return unstacked(new), directed(new if recipe.fit_first else old)
 
         def kept(leaves: list[Factors]) -> tuple[list[Factors], list[Leaf]]:

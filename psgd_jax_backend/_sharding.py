@@ -51,8 +51,8 @@ class Spread(NamedTuple):
                 raise ValueError(f"spread_over={over!r}: {name!r} is no axis of the mesh, which has {mesh.axis_names}")
         axes = tuple(name for name in reversed(mesh.axis_names) if name in named and mesh.shape[name] > 1)
         # Outside of jit, arrays know their devices.
-        there = [x.sharding for x in arrays if not isinstance(x, jax.core.Tracer)]
-        return cls(next((s.mesh for s in there if isinstance(s, NamedSharding)), mesh), axes)
+        shardings = [x.sharding for x in arrays if not isinstance(x, jax.core.Tracer)]
+        return cls(next((s.mesh for s in shardings if isinstance(s, NamedSharding)), mesh), axes)
 
     @property
     def devices(self) -> int:
@@ -104,8 +104,8 @@ class Spread(NamedTuple):
         mesh = self.mesh.abstract_mesh if isinstance(self.mesh, Mesh) else self.mesh
         if _is_spec(like):
             return NamedSharding(mesh, like)
-        own = jax.typeof(like).sharding
-        return NamedSharding(mesh, PartitionSpec()) if own.mesh.empty else own
+        sharding = jax.typeof(like).sharding
+        return NamedSharding(mesh, PartitionSpec()) if sharding.mesh.empty else sharding
 
     @staticmethod
     def _settled(path: Path, like: Tree, x: jax.Array) -> jax.Array:
@@ -160,8 +160,8 @@ class Spread(NamedTuple):
         """A function of stacks, layer by layer, on the devices where `apart` put them: nothing is exchanged."""
         if not self.axes:
             return many(*stacks)
-        own = PartitionSpec(self.axes)
-        return jax.shard_map(many, in_specs=own, out_specs=own)(*stacks)
+        spec = PartitionSpec(self.axes)
+        return jax.shard_map(many, in_specs=spec, out_specs=spec)(*stacks)
 
     def everywhere(self, one: Callable[..., Tree], *args: Tree) -> Tree:
         """A function of whole arrays, on every device: they are gathered once, and nothing else is exchanged."""

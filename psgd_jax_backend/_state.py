@@ -100,7 +100,7 @@ def to_trees(
     if recipe.joint:
         return counters._replace(momentum=momentum, **{name: getattr(states[0].factors, name) for name in kept})
     open_, factors = _opened(treedef), [s.factors for s in states]
-    columns = {name: open_.unflatten([getattr(own, name) for own in factors]) for name in kept}
+    columns = {name: open_.unflatten([getattr(leaf_factors, name) for leaf_factors in factors]) for name in kept}
     return counters._replace(momentum=momentum, **columns)
 
 

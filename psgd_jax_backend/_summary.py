@@ -70,5 +70,7 @@ def summary(tx: optax.GradientTransformation, params: Tree, state: Tree = None) 
         LISTENERS.reset(token)
     if not lines and not counted:
         raise ValueError("the transformation holds no PSGD method; give one made by psgd_jax_backend, or a chain of it")
-    skipped = max((int(own.skipped[0]) for own in states(state) if own.skipped is not None), default=0)
+    skipped = max(
+        (int(method_state.skipped[0]) for method_state in states(state) if method_state.skipped is not None), default=0
+    )
     return costs.summary(lines, counted, skipped)

@@ -32,9 +32,9 @@ def _whole_skips(tx: Made) -> Made:
 
     def update(updates: Tree, state: Tree, params: Tree = None, **extra_args: object) -> tuple[Tree, Tree]:
         updates, new = tx.update(updates, state, params, **extra_args)
-        (own,) = states(new)
-        if own.skipped is not None:
-            go = own.skipped[1] == 0
+        (method_state,) = states(new)
+        if method_state.skipped is not None:
+            go = method_state.skipped[1] == 0
             updates = jax.tree.map(lambda u: jnp.where(go, u, jnp.zeros_like(u)), updates)
         return updates, new
 
@@ -51,8 +51,10 @@ def _static(method: type[Method]) -> tuple[str, ...]:
 def _parameters(method: type[Method], *left_out: str) -> list[Parameter]:
     """The parameters of a function: in the published order those that have a place in it, then the others by name."""
     mask = Parameter(method.mask_name, Parameter.KEYWORD_ONLY, default=None, annotation="Any")
-    own = [Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in fields(method)]
-    every = {p.name: p for p in (*own, mask, *(x.parameter(name) for name, x in ADAPTER.items()))}
+    hyperparameters = [
+        Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in fields(method)
+    ]
+    every = {p.name: p for p in (*hyperparameters, mask, *(x.parameter(name) for name, x in ADAPTER.items()))}
     static = _static(method)
     every = {name: Default.shown(p) if name in static else p for name, p in every.items() if name not in left_out}
     if method().recipe().joint:
@@ -78,7 +80,7 @@ def _seed(value: Any) -> Any:
 
 
 def _checked(
-    function: str, method: type[Method], parameters: list[Parameter], args: Sequence[object], given: dict[str, Any]
+    function: str, method: type[Method], parameters: list[Parameter], args: Sequence[object], keywords: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a function was given, by name: arguments of the method, arguments of the adapter. Nothing unknown is among
     them, and no array where the program's shape is meant.
@@ -86,21 +88,21 @@ def _checked(
     names = [p.name for p in parameters]
     positions = [p.name for p in parameters if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
     why = "" if len(method.positional) > 1 else f", since the order of {method.source} is another"
-    given = {name: Default.meant(value) for name, value in by_name(function, positions, args, given, why).items()}
-    if "seed" in given:
-        given["seed"] = _seed(given["seed"])
-    for name in given:
+    keywords = {name: Default.meant(value) for name, value in by_name(function, positions, args, keywords, why).items()}
+    if "seed" in keywords:
+        keywords["seed"] = _seed(keywords["seed"])
+    for name in keywords:
         if name not in names and name not in ADAPTER:
             raise ValueError(unknown(method.name, name, names))
     for name in _static(method):
-        if isinstance(given.get(name), jax.Array):
+        if isinstance(keywords.get(name), jax.Array):
             raise ValueError(
                 f"{method.name}: {name} shapes the program, so it must be known before tracing and cannot be an array; "
                 f"with optax.inject_hyperparams give static_args={function}.static_args"
             )
     return (
-        {k: v for k, v in given.items() if k not in ADAPTER},
-        {k: v for k, v in given.items() if k in ADAPTER},
+        {k: v for k, v in keywords.items() if k not in ADAPTER},
+        {k: v for k, v in keywords.items() if k in ADAPTER},
     )
 
 
@@ -109,8 +111,8 @@ def scaling(method: type[Method], module: str, name: str = "") -> Callable[..., 
     """`scale_by_<name>`: the method without learning rate and weight decay."""
     parameters, name = _parameters(method, "lr", "weight_decay", method.mask_name), f"scale_by_{name or method.name}"
 
-    def scale_by(*args: object, **given: Any) -> Made:
-        hyperparameters, mapping = _checked(name, method, parameters, args, given)
+    def scale_by(*args: object, **keywords: Any) -> Made:
+        hyperparameters, mapping = _checked(name, method, parameters, args, keywords)
         return scale_by_psgd(method.of(**hyperparameters), **mapping)
 
     return _dressed(scale_by, name, method, module, parameters, SCALED)
@@ -121,11 +123,11 @@ def named_function(method: type[Method], module: str, name: str = "") -> Callabl
     parameters, name = _parameters(method), name or method.name
     (field,) = (f for f in fields(method) if f.name == "lr")
 
-    def optimizer(*args: object, **given: Any) -> Made:
-        hyperparameters, mapping = _checked(name, method, parameters, args, given)
+    def optimizer(*args: object, **keywords: Any) -> Made:
+        hyperparameters, mapping = _checked(name, method, parameters, args, keywords)
         mask = hyperparameters.pop(method.mask_name, None)
         learning_rate = hyperparameters.pop("learning_rate", field.default)
-        made = method.of(**hyperparameters)
+        record = method.of(**hyperparameters)
         if not callable(learning_rate) or isinstance(learning_rate, type):
             try:
                 learning_rate = checked(method.name, field, learning_rate)
@@ -136,13 +138,13 @@ def named_function(method: type[Method], module: str, name: str = "") -> Callabl
                 f"{method.name}: {method.mask_name}={shown(mask)} must be None, a tree of booleans as the parameters "
                 "or a prefix of them, or a function of the parameters that gives one"
             )
-        decay = made.weight_decay
+        decay = record.weight_decay
         off = isinstance(decay, (int, float)) and decay == 0
         scaled, decayed = (
-            scale_by_psgd(made, **mapping),
+            scale_by_psgd(record, **mapping),
             optax.identity() if off else optax.add_decayed_weights(decay, mask),
         )
-        decoupled = made.recipe().decoupled
+        decoupled = record.recipe().decoupled
         parts = (scaled, decayed) if decoupled else (decayed, scaled)
         whole = optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
         return _whole_skips(whole) if decoupled and not off else whole
@@ -209,7 +211,7 @@ def _dressed(
     method: type[Method],
     module: str,
     parameters: list[Parameter],
-    made: str,
+    call: str,
 ) -> Callable[..., Made]:
     """A function with the name, signature and documentation that its method's record says."""
     newton = method().recipe().newton
@@ -230,7 +232,7 @@ def _dressed(
         raises=RAISES,
         note=INJECTED.format(name=name, moving=fill(f"`optax.inject_hyperparams` may change {moving}.", WIDTH)),
         example=EXAMPLE.format(
-            name=name, made=made.format(name=name), gradients=GRADIENTS[newton], pair=", **pair" if newton else ""
+            name=name, made=call.format(name=name), gradients=GRADIENTS[newton], pair=", **pair" if newton else ""
         ),
     )
     return function

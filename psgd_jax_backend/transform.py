@@ -87,8 +87,8 @@ def scale_by_psgd(
     checked_policy(method.name, *guard)
     if recipe.joint and any(map(bool, jax.tree.leaves(scanned_layers))):
         raise ValueError(f"{method.name} has one preconditioner for all parameters, no scanned_layers; leave them out")
-    made = Scaling(method, recipe, method.schedule(), layering, guard)
-    return optax.GradientTransformationExtraArgs(made.init, made.update)
+    scaling = Scaling(method, recipe, method.schedule(), layering, guard)
+    return optax.GradientTransformationExtraArgs(scaling.init, scaling.update)
 
 
 scale_by_psgd.__doc__ = filled(scale_by_psgd.__doc__, adapter=entries(ADAPTER_SENTENCES))
@@ -314,8 +314,8 @@ def _flattened(tree: Tree) -> tuple[list[Any], Any]:
 
 def _within_max_norm(recipe: Recipe, limit: Number, directions: list[Leaf]) -> list[Leaf]:
     """Directions no longer than a limit, all of them together, where the recipe says so."""
-    there = [u for u in directions if u.size]
-    if not recipe.has_max_norm or not there:
+    filled = [u for u in directions if u.size]
+    if not recipe.has_max_norm or not filled:
         return directions
-    factor = max_norm_factor(limit, there)
+    factor = max_norm_factor(limit, filled)
     return [u * factor.astype(real_dtype(u)) for u in directions]

@@ -170,7 +170,7 @@ FIELD = "_: _"  # of a record: without their names all records are alike
 
 
 def windows(source: Source) -> list[Window]:
-    """Every run of `WINDOW` statements of a file, but for how its variables are called; no list of a record's fields."""
+    """Every run of `WINDOW` statements of a file, but for how its variables are called, and for fields of records."""
     tree = ast.parse(source.text)  # one of its own: names are taken out of it
     every = list(statements(tree.body, set(docstrings(tree))))
     found = []

@@ -20,11 +20,11 @@ from psgd.spectral import NormBound
 NORM_BOUND = NormBound(probes=0, products=2)  # psgd_jax `_norm_lower_bound`
 
 
-def order_of_psgd_jax(*own: str) -> tuple[str, ...]:
-    """The published order of the arguments of the functions with a coin. own: those that only one function has."""
+def order_of_psgd_jax(*of_one: str) -> tuple[str, ...]:
+    """The published order of the arguments of the functions with a coin. of_one: those that only one function has."""
     before = ("lr", "preconditioner_update_probability", "b1", "nesterov", "weight_decay", "mask")
     after = ("precond_lr", "precond_init_scale", "update_global_norm_clip", "step_normalizer_order", "seed")
-    return (*before, *own, *after, "mu_dtype", "precision")
+    return (*before, *of_one, *after, "mu_dtype", "precision")
 
 
 @method("kron", "Kron", "psgd_jax `kron`")
