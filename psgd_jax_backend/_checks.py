@@ -89,7 +89,8 @@ def check_record(method: Method, recipe: Recipe, state: object, leaves: int) -> 
     wanted = {"momentum": recipe.momentum, "since": method.schedule().counts}
     for name, is_wanted in wanted.items() if leaves else ():
         if is_wanted != (getattr(state, name) is not None):
-            raise ValueError(f"{method.name}: the state has {'no' if is_wanted else 'a'} {name}, as another's has; {INIT}")
+            has = "no" if is_wanted else "a"
+            raise ValueError(f"{method.name}: the state has {has} {name}, as another's has; {INIT}")
     for name, shape in {"count": (), "since": (), "skipped": (2,)}.items():
         x = getattr(state, name)
         if x is None and name != "count":
