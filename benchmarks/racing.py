@@ -151,15 +151,15 @@ class Field:
         """Seconds a step of each, (rounds,). In each round all take turns, in changing order. A turn is so many steps
         that the first contender is busy for some time, at most eight, of which the median counts.
         """
-        seen: dict[Any, list[float]] = {name: [] for name in self.workers}
+        seconds: dict[Any, list[float]] = {name: [] for name in self.workers}
         steps = self._steps(busy)
         for turn in range(rounds):
             for name in turns(list(self.workers), turn):
                 try:
-                    seen[name].append(float(np.median(self.workers[name].laps(steps))))
+                    seconds[name].append(float(np.median(self.workers[name].laps(steps))))
                 except CannotRun as error:
                     self.drop(name, str(error))
-        return {name: np.array(seen[name]) for name in self.workers}
+        return {name: np.array(seconds[name]) for name in self.workers}
 
     def _steps(self, busy: float) -> int:
         first = next(iter(self.workers.values()), None)
@@ -182,11 +182,11 @@ def turns(names: list[Any], turn: int) -> list[Any]:
 def field_of(parameters: ParameterSet) -> Iterator[Field]:
     """A field for a race."""
     with TemporaryDirectory() as folder:
-        made = Field(parameters, Path(folder))
+        field = Field(parameters, Path(folder))
         try:
-            yield made
+            yield field
         finally:
-            made.clear()
+            field.clear()
 
 
 def versioned(entrants: Sequence[Entrant]) -> dict[Entrant, str]:

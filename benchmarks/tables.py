@@ -101,12 +101,12 @@ def sheet(title: str, cells: Cells) -> Sheet:
     """For a terminal; methods are set apart."""
     head, *rows = cells
     words = 1 + max((i for i, column in enumerate(head) if column in WORDS), default=0)
-    made = Sheet(head[:words], head[words:], spare=SPARE, title=title)
+    sheet = Sheet(head[:words], head[words:], spare=SPARE, title=title)
     for i, cell in enumerate(rows):
         if i and rows[i - 1][0] != cell[0]:
-            made.add_section()
-        made.add_row(*map(escape, cell))
-    return made
+            sheet.add_section()
+        sheet.add_row(*map(escape, cell))
+    return sheet
 
 
 def markdown_table(title: str, cells: Cells) -> str:
@@ -142,14 +142,14 @@ def one_table(
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
     parser.add_argument("--markdown", action="store_true", help="print the table as docs/benchmarks.md has it")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     with exits():
-        writable(given.json)
-    result = measured(Console(stderr=True), quick=given.quick)
+        writable(options.json)
+    result = measured(Console(stderr=True), quick=options.quick)
     title, cells = titled(result)
-    tell_table(title, cells, Console(width=width), as_markdown=given.markdown)
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    tell_table(title, cells, Console(width=width), as_markdown=options.markdown)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def tables_and_picture(
@@ -163,13 +163,13 @@ def tables_and_picture(
     """Be the command of a program that measures several tables and draws a picture; its own words are in `parser`."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     with exits():
-        writable(given.json, given.picture)
+        writable(options.json, options.picture)
     console = Console(width=None if sys.stdout.isatty() else width)
-    result = measured(Console(stderr=True), quick=given.quick)
-    show(result, tables(result), console, as_markdown=given.markdown)
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
-    if given.picture:
-        picture(result, given.picture)
+    result = measured(Console(stderr=True), quick=options.quick)
+    show(result, tables(result), console, as_markdown=options.markdown)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.picture:
+        picture(result, options.picture)

@@ -120,8 +120,8 @@ class InTorch(Stepping):
         self.pool = gradients(spec)
         module, name = spec["place"].split(":")
         settings = {k: self._value(v) for k, v in spec["settings"].items()}
-        made = getattr(import_module(module), name) if module else partial_muon(torch)
-        self.optimizer = made(self.params, **settings)
+        optimizer_class = getattr(import_module(module), name) if module else partial_muon(torch)
+        self.optimizer = optimizer_class(self.params, **settings)
         self._step = torch.compile(self.optimizer.step) if spec["wrapped"] else self.optimizer.step
 
     def _value(self, x: Any) -> Any:
@@ -139,12 +139,12 @@ class InTorch(Stepping):
 
     def _tensors(self) -> list[Any]:
         """Every tensor in the state, once; parameters and their gradients are not of it."""
-        own = {x.untyped_storage().data_ptr() for p in self.params for x in (p, p.grad) if x is not None}
+        pointers = {x.untyped_storage().data_ptr() for p in self.params for x in (p, p.grad) if x is not None}
         found: dict[Any, Any] = {}
 
         def gather(x: Any) -> None:
             if isinstance(x, self.torch.Tensor):
-                if x.untyped_storage().data_ptr() not in own:
+                if x.untyped_storage().data_ptr() not in pointers:
                     found.setdefault((x.untyped_storage().data_ptr(), x.storage_offset(), tuple(x.shape)), x)
             elif isinstance(x, Mapping):
                 list(map(gather, x.values()))
@@ -209,7 +209,7 @@ def partial_muon(torch: Any) -> Callable[..., Any]:
         def __init__(self, params: Sequence[Any], **settings: Any) -> None:
             matrices, others = ([p for p in params if (p.ndim == 2) is wanted] for wanted in (True, False))
             kinds = ((torch.optim.Muon, matrices), (torch.optim.AdamW, others))
-            self.optimizers = [kind(own, **settings) for kind, own in kinds if own]
+            self.optimizers = [kind(members, **settings) for kind, members in kinds if members]
             self.param_groups = [group for each in self.optimizers for group in each.param_groups]
 
         @property
@@ -243,8 +243,8 @@ class InJax(Stepping):
         self.kept = transform.init(self.params)
         self.pool = gradients(spec)
 
-        def step(given: Any, state: Any, params: Any) -> Any:
-            updates, state = transform.update(given, state, params)
+        def step(gradients: Any, state: Any, params: Any) -> Any:
+            updates, state = transform.update(gradients, state, params)
             return optax.apply_updates(params, updates), state
 
         self.jitted = jax.jit(step, donate_argnums=(1, 2))
@@ -298,7 +298,7 @@ class Products:
         sizes = [(b * m * k, b * k * n, b * m * n) for b, m, k, n, _ in self.products] or [(0, 0, 0)]
         random = np.random.default_rng(0)
         self.left, self.right, self.out = (
-            random.standard_normal(max(own), dtype=np.float32) for own in zip(*sizes, strict=True)
+            random.standard_normal(max(lengths), dtype=np.float32) for lengths in zip(*sizes, strict=True)
         )
 
     def lap(self) -> float:

@@ -13,8 +13,8 @@ from conformance.plots import PALETTE
 
 def tag(name: str, *content: str, **attributes: str) -> str:
     """An element. Content is HTML already; attributes are escaped (`class_` stands for class)."""
-    given = "".join(f' {k.rstrip("_").replace("_", "-")}="{escape(v)}"' for k, v in attributes.items())
-    return f"<{name}{given}>{''.join(content)}</{name}>"
+    written = "".join(f' {k.rstrip("_").replace("_", "-")}="{escape(v)}"' for k, v in attributes.items())
+    return f"<{name}{written}>{''.join(content)}</{name}>"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -44,8 +44,8 @@ def release(distribution: str) -> str:
 
 def releases() -> dict[str, str]:
     """Of ours, of Python, and of every package."""
-    own = {"psgd": __version__, "python": python_version()}
-    return own | {package.distribution: release(package.distribution) for package in PACKAGES.values()}
+    versions = {"psgd": __version__, "python": python_version()}
+    return versions | {package.distribution: release(package.distribution) for package in PACKAGES.values()}
 
 
 def is_there(name: str) -> bool:

@@ -103,21 +103,21 @@ class Reference:
             self.states = dict(zip(names, split_state(state, shapes), strict=True))
             return
         parts = {name: self._parts(name, g) for name, g in gradients.items()}
-        given = None
+        given_pairs = None
         if pairs is not None:
             columns = {name: [self._parts(name, x) for x in pairs[name]] for name in gradients}
-            given = [pair for name in gradients for pair in zip(*columns[name], strict=True)]
-        begun, self.known = start(self.method, [g for own in parts.values() for g in own], given)
+            given_pairs = [pair for name in gradients for pair in zip(*columns[name], strict=True)]
+        begun, self.known = start(self.method, [g for layers in parts.values() for g in layers], given_pairs)
         states = iter(begun)
-        self.states = {name: self._whole(name, [next(states) for _ in own]) for name, own in parts.items()}
+        self.states = {name: self._whole(name, [next(states) for _ in layers]) for name, layers in parts.items()}
 
     def step(self, gradients: Mapping[str, Array], pairs: Mapping[str, tuple[Array, Array]] | None = None) -> None:
         """One step of all parameters. pairs: (v, H v) of each, for methods that fit to them, where this step does.
 
         A step whose gradients or pairs are not finite is counted, and not taken.
         """
-        seen = [*gradients.values(), *(x for pair in (pairs or {}).values() for x in pair)]
-        skipped = not bool(all_finite([x for x in seen if prod(x.shape)]))
+        inputs = [*gradients.values(), *(x for pair in (pairs or {}).values() for x in pair)]
+        skipped = not bool(all_finite([x for x in inputs if prod(x.shape)]))
         self.skipped, self.skipped_in_a_row = counted(self.skipped, self.skipped_in_a_row, int(skipped))
         if skipped:
             return
@@ -162,12 +162,12 @@ class Reference:
         for name, whole in gradients.items():
             old, xp = self.states[name], namespace(whole)
             states = [layer(old, k) for k in range(whole.shape[0])] if name in self.scanned else [old]
-            given: list[Any] = [None] * len(states)
+            given_pairs: list[Any] = [None] * len(states)
             if pairs is not None:
-                given = list(zip(*(self._parts(name, x) for x in pairs[name]), strict=True))
+                given_pairs = list(zip(*(self._parts(name, x) for x in pairs[name]), strict=True))
             steps = [
                 pipeline.step(recipe, plan, g, state, pair=pair)
-                for g, state, pair in zip(self._parts(name, whole), states, given, strict=True)
+                for g, state, pair in zip(self._parts(name, whole), states, given_pairs, strict=True)
             ]
             self.states[name] = self._whole(name, [new for _, new in steps])
             us = [u for u, _ in steps]

@@ -179,8 +179,8 @@ def locked_block(c: Comparison, key: str) -> str:
     """A step-locked comparison: a line for each pair."""
     lines = []
     for pair in c.pairs:
-        seen = ", ".join(f"{kind} {number(x)}" for kind, x in pair.max_rel_diff().items())
-        lines.append(f"{pair.a} and {pair.b}: {seen}; allowed is {number(float(np.max(pair.bound)))}.")
+        differences = ", ".join(f"{kind} {number(x)}" for kind, x in pair.max_rel_diff().items())
+        lines.append(f"{pair.a} and {pair.b}: {differences}; allowed is {number(float(np.max(pair.bound)))}.")
     head = f"{tag('b', 'Step-locked')}, {c.steps} steps. The largest relative difference that one step makes: "
     return tag("p", head, prose(" ".join(lines))) + failures(c)
 
@@ -266,7 +266,7 @@ class Report:
 
 def render(comparisons: Sequence[Comparison]) -> str:
     """The page of comparisons."""
-    made = Report()
+    page = Report()
     for group in grouped(comparisons).values():
-        made.add(group)
-    return made.html()
+        page.add(group)
+    return page.html()

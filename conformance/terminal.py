@@ -180,13 +180,13 @@ class Sheet:
 
     def table(self, without: Collection[str] = ()) -> Table:
         """The table without some columns."""
-        made = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title=self.title, title_justify="left")
+        grid = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title=self.title, title_justify="left")
         heads = [*self.left, *self.right]
         kept = [i for i, head in enumerate(heads) if head not in without]
         for i in kept:
             widest, rigid = self.widest(i), self.widest(i) < LONG
             head = fill(heads[i], max(widest, *map(len, heads[i].split()))) if heads[i] else ""
-            made.add_column(
+            grid.add_column(
                 head,
                 justify="left" if heads[i] in self.left else "right",
                 no_wrap=rigid,
@@ -195,10 +195,10 @@ class Sheet:
             )
         for row in self.rows:
             if row is None:
-                made.add_section()
+                grid.add_section()
             else:
-                made.add_row(*(row[i] for i in kept))
-        return made
+                grid.add_row(*(row[i] for i in kept))
+        return grid
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         sentences = [head for i, head in enumerate(self.right, len(self.left)) if self.widest(i) >= LONG]

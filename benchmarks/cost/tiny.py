@@ -100,10 +100,10 @@ def of_one_matrix() -> type[Method]:
 def steps() -> dict[str, Callable[[Tensor], Step]]:
     """Who takes part: a parameter -> its step."""
     method = of_one_matrix()
-    made = getattr(psgd_torch_backend, method.title)
+    optimizer_class = getattr(psgd_torch_backend, method.title)
     still = next(name for name, g in GEOMETRIES.items() if g.turn is None)
     ours: dict[str, Callable[[Tensor], Step]] = {
-        f"{method.title}, {dQ}": lambda p, dQ=dQ: made([p], lr=1.0, dQ=dQ).step  # type: ignore[misc]
+        f"{method.title}, {dQ}": lambda p, dQ=dQ: optimizer_class([p], lr=1.0, dQ=dQ).step  # type: ignore[misc]
         for dQ in (method().dQ, still)  # type: ignore[attr-defined]
     }
     try:
@@ -134,12 +134,13 @@ def measure(console: Console, *, quick: bool) -> dict[str, Any]:
     runs = {name: runner(make) for name, make in steps().items()}
     for run in runs.values():
         milliseconds(run, count)
-    seen = {name: np.zeros(rounds) for name in runs}
+    seconds = {name: np.zeros(rounds) for name in runs}
     for i in range(rounds):
         for name in turns(list(runs), i):
-            seen[name][i] = milliseconds(runs[name], count)
+            seconds[name][i] = milliseconds(runs[name], count)
     rows = [
-        {"who": name, "ms": float(np.median(x)), "ratio": float(np.median(x / seen[BARE]))} for name, x in seen.items()
+        {"who": name, "ms": float(np.median(x)), "ratio": float(np.median(x / seconds[BARE]))}
+        for name, x in seconds.items()
     ]
     return {"machine": machine(), "rows": rows}
 

@@ -77,11 +77,11 @@ def fixed(title: str, rate: float, eps: float, setup: Setup) -> Panel:
     n, steps, random = setup.size, setup.fits, np.random.default_rng(0)
     h = np.eye(n) + (np.eye(n, k=1) + np.eye(n, k=-1)) / 2
     values, vectors = np.linalg.eigh(h)
-    seen = vectors * np.sqrt(values**2 + eps**2) @ vectors.T
+    perturbed = vectors * np.sqrt(values**2 + eps**2) @ vectors.T
     vs, ns = random.standard_normal((2, steps, n))
     reported = (1_000, 3_000, 10_000, 30_000)
     marks = marked(steps, setup.marks, reported)
-    return Panel(title, rate, vs, vs @ h + eps * ns, marks, np.broadcast_to(seen, (len(marks), n, n)), reported)
+    return Panel(title, rate, vs, vs @ h + eps * ns, marks, np.broadcast_to(perturbed, (len(marks), n, n)), reported)
 
 
 def drifting(title: str, rate: float, setup: Setup) -> Panel:
@@ -90,13 +90,13 @@ def drifting(title: str, rate: float, setup: Setup) -> Panel:
     us, vs = random.uniform(size=(steps, n)), random.standard_normal((steps, n))
     reported = (100, 1_000, 10_000)
     marks, h = marked(steps, setup.marks, reported), np.full((n, n), 0.25)
-    hs, seen = np.zeros((steps, n)), []
+    hs, hessians = np.zeros((steps, n)), []
     for t, (u, v) in enumerate(zip(us, vs, strict=True), start=1):
         h = h + np.outer(u, u)
         hs[t - 1] = h @ v
         if t in marks:
-            seen.append(h)
-    return Panel(title, rate, vs, hs, marks, np.stack(seen), reported)
+            hessians.append(h)
+    return Panel(title, rate, vs, hs, marks, np.stack(hessians), reported)
 
 
 def panels(setup: Setup) -> list[Panel]:
@@ -215,8 +215,8 @@ def fits(setup: Setup, progress: Console) -> list[dict[str, Any]]:
             progress.log(f"{panel.title}: {name}")
             with torch.no_grad():
                 shown = eager(learner, short, torch.from_numpy)
-            for framework, own, errors in (("torch", short, shown), ("jax", panel, scanned(learner, panel))):
-                curve = {"marks": own.marks.tolist(), "errors": errors.tolist()}
+            for framework, part, errors in (("torch", short, shown), ("jax", panel, scanned(learner, panel))):
+                curve = {"marks": part.marks.tolist(), "errors": errors.tolist()}
                 rows.append(
                     {"panel": panel.title, "method": name, "framework": framework, "reported": panel.reported, **curve}
                 )

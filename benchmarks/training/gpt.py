@@ -102,11 +102,11 @@ def windows(of: Tensor, starts: np.ndarray, context: int) -> tuple[Tensor, Tenso
 
 def batch(random: np.random.Generator, size: Size) -> tuple[Tensor, Tensor]:
     """Windows to train on, drawn anywhere."""
-    own = text(held=False)
-    return windows(own, random.integers(len(own) - size.context, size=size.batch), size.context)
+    characters = text(held=False)
+    return windows(characters, random.integers(len(characters) - size.context, size=size.batch), size.context)
 
 
 def validation(size: Size) -> tuple[Tensor, Tensor]:
     """Windows at even distances over all that is held out."""
-    own = text(held=True)
-    return windows(own, np.linspace(0, len(own) - size.context - 1, size.held).astype(int), size.context)
+    characters = text(held=True)
+    return windows(characters, np.linspace(0, len(characters) - size.context - 1, size.held).astype(int), size.context)

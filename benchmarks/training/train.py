@@ -169,7 +169,7 @@ def race(task: LongTask, rows: Sequence[Mapping[str, Any]], races: Races) -> dic
             start = process_time()
             runs[name].step()
             seconds[name][t] = process_time() - start
-    return {name: float(seen[races.uncounted :].mean()) for name, seen in seconds.items()}
+    return {name: float(times[races.uncounted :].mean()) for name, times in seconds.items()}
 
 
 def raced(records: Records, task: LongTask, rows: Sequence[Mapping[str, Any]], races: Races) -> list[dict[str, float]]:
@@ -223,8 +223,8 @@ def compared(records: Records, task: LongTask, search: EdgeSearch, races: Races)
     seconds = raced(records, task, found, races)
     first = found[0]
     for row in found:
-        row["seconds"] = float(np.median([seen[ADAMW] for seen in seconds]))
-        row["slower"] = float(np.median([seen[row["name"]] / seen[ADAMW] for seen in seconds]))
+        row["seconds"] = float(np.median([by_name[ADAMW] for by_name in seconds]))
+        row["slower"] = float(np.median([by_name[row["name"]] / by_name[ADAMW] for by_name in seconds]))
         row["share"] = reached(row["marks"], row["losses"], first["losses"][-1]) / task.steps
     return found
 

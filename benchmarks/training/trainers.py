@@ -39,8 +39,8 @@ def chosen(method: type[Method], steps: int) -> dict[str, Any]:
     takes = {f.name: f.metadata["scheduled"] for f in fields(method)}
     kind = method().recipe().preconditioner
     unsplit = isinstance(kind, Kronecker) and not kind.split
-    given = {name: x for name, x in CHOSEN.items() if name in takes and (takes[name] or not callable(x))}
-    return {name: x(steps) if callable(x) else x for name, x in given.items()} | (UNSPLIT if unsplit else {})
+    values = {name: x for name, x in CHOSEN.items() if name in takes and (takes[name] or not callable(x))}
+    return {name: x(steps) if callable(x) else x for name, x in values.items()} | (UNSPLIT if unsplit else {})
 
 
 def too_large(method: type[Method], model: nn.Module) -> str | None:
@@ -82,6 +82,6 @@ def soap(model: nn.Module, lr: float, weight_decay: float, steps: int) -> Optimi
 
 def trainers() -> list[Trainer]:
     """AdamW first."""
-    plain = Trainer(ADAMW, lambda model, *given: [adamw(model.parameters(), *given[:2])], {"betas": (0.9, 0.95)})
+    plain = Trainer(ADAMW, lambda model, *rates: [adamw(model.parameters(), *rates[:2])], {"betas": (0.9, 0.95)})
     others = Trainer("Muon", muon), Trainer("SOAP", soap, foreign=True)
     return [plain, *others, *map(ours, METHODS.values())]

@@ -85,8 +85,8 @@ def jax_walk(geometry: str, setup: Setup) -> Callable[[int], np.ndarray]:
 
     @jax.jit
     def run(seed: Array) -> Array:
-        given = settings(geometry, seed)
-        transform, schedule = getattr(psgd_jax_backend, method.name)(RATE, **given), method.of(**given).schedule()
+        options = settings(geometry, seed)
+        transform, schedule = getattr(psgd_jax_backend, method.name)(RATE, **options), method.of(**options).schedule()
 
         def step(carry: Any, t: Array) -> Any:
             x, state = carry

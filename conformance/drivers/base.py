@@ -67,8 +67,8 @@ class Driver(ABC):
     ) -> Snapshot:
         """Step on given gradients, and on (v, H v) of each parameter where a method fits to them at this step."""
         self.before = self.params()
-        own = None if pairs is None else {name: (self.array(v), self.array(h)) for name, (v, h) in pairs.items()}
-        self.advance({name: self.array(g) for name, g in gradients.items()}, own)
+        arrays = None if pairs is None else {name: (self.array(v), self.array(h)) for name, (v, h) in pairs.items()}
+        self.advance({name: self.array(g) for name, g in gradients.items()}, arrays)
         return self.snapshot()
 
     def snapshot(self) -> Snapshot:

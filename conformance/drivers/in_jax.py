@@ -39,9 +39,9 @@ def jax_optimizer(
 
     recipe: the method's, for one whose geometry was replaced in the registry is another.
     """
-    made = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "lr"}
+    hyperparameters = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "lr"}
     layers = {name: name in scanned for name in names}
-    transform = jax_alias(method.name)(method.lr, **made, scanned_layers=layers)
+    transform = jax_alias(method.name)(method.lr, **hyperparameters, scanned_layers=layers)
     return transform.init, jit(transform.update)
 
 
@@ -90,8 +90,8 @@ class JaxJit(Driver):
         extra: dict[str, Any] = {}
         if self.method.recipe().newton:
             zeros = {name: (0 * p, 0 * p) for name, p in self.tree.items()}
-            given = zeros if pairs is None else pairs
-            vector, hvp = ({name: pair[k] for name, pair in given.items()} for k in (0, 1))
+            fitted = zeros if pairs is None else pairs
+            vector, hvp = ({name: pair[k] for name, pair in fitted.items()} for k in (0, 1))
             flag = import_module("jax.numpy").asarray(pairs is not None)
             extra = {"Hvp": hvp, "vector": vector, "update_preconditioner": flag}
         updates, self.inner = self.update(gradients, self.inner, self.tree, **extra)
@@ -101,14 +101,14 @@ class JaxJit(Driver):
         return {name: self.framework.numpy(p) for name, p in self.tree.items()}
 
     def _states(self) -> tuple[Any, dict[str, State]]:
-        own = self._own()
-        momentum = dict.fromkeys(self.tree) if own.momentum is None else own.momentum
+        kept = self._own()
+        momentum = dict.fromkeys(self.tree) if kept.momentum is None else kept.momentum
         if not self.method.recipe().joint:
-            p = dict.fromkeys(self.tree, ()) if own.P is None else own.P
-            return own, {n: State(momentum[n], Factors(own.Q[n], own.L[n], p[n])) for n in self.tree}
+            p = dict.fromkeys(self.tree, ()) if kept.P is None else kept.P
+            return kept, {n: State(momentum[n], Factors(kept.Q[n], kept.L[n], p[n])) for n in self.tree}
         names = sorted(self.tree)
-        rows = split_state(State(None, Factors(own.Q, own.L)), [tuple(self.tree[n].shape) for n in names])
-        return own, {n: State(momentum[n], state.factors) for n, state in zip(names, rows, strict=True)}
+        rows = split_state(State(None, Factors(kept.Q, kept.L)), [tuple(self.tree[n].shape) for n in names])
+        return kept, {n: State(momentum[n], state.factors) for n, state in zip(names, rows, strict=True)}
 
     def _own(self) -> Any:
         """The optimizer's own state among those of the transformations it is chained with."""
@@ -123,7 +123,7 @@ class JaxJit(Driver):
         return int(total), int(row)
 
     def load(self, snapshot: Snapshot) -> None:
-        own, states = self._states()
+        kept, states = self._states()
         jnp = import_module("jax.numpy")
 
         def cast(x: np.ndarray, like: Any) -> Any:
@@ -131,20 +131,20 @@ class JaxJit(Driver):
 
         filled = {name: state_of_snapshot(name, state, snapshot, cast) for name, state in states.items()}
         self.tree = {name: self.array(snapshot.params[name]) for name in self.tree}
-        momentum = None if own.momentum is None else {name: s.momentum for name, s in filled.items()}
+        momentum = None if kept.momentum is None else {name: s.momentum for name, s in filled.items()}
         first = next(iter(self.tree))
         count, since = (
             None if old is None else jnp.asarray(int(snapshot.state[f"{first}/{name}"]), old.dtype)
-            for name, old in (("step", own.count), ("since", own.since))
+            for name, old in (("step", kept.count), ("since", kept.since))
         )
-        kinds: Any = [kind for kind in Factors._fields if getattr(own, kind) is not None]
+        kinds: Any = [kind for kind in Factors._fields if getattr(kept, kind) is not None]
         if self.method.recipe().joint:
             whole = join_states([filled[name] for name in sorted(filled)]).factors
             factors = {kind: getattr(whole, kind) for kind in kinds}
         else:
             factors = {kind: {name: getattr(s.factors, kind) for name, s in filled.items()} for kind in kinds}
-        new = own._replace(count=count, since=since, momentum=momentum, **factors)
-        self.inner = tuple(new if part is own else part for part in self.inner)
+        new = kept._replace(count=count, since=since, momentum=momentum, **factors)
+        self.inner = tuple(new if part is kept else part for part in self.inner)
 
 
 class JaxEager(JaxJit):

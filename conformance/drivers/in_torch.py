@@ -32,10 +32,10 @@ class TorchEager(Driver):
     def begin(self, params: dict[str, Any]) -> None:
         self.torch = import_module("torch")
         self.tensors = {name: self.torch.nn.Parameter(p) for name, p in params.items()}
-        made = {f.name: getattr(self.method, f.name) for f in fields(self.method)}
+        hyperparameters = {f.name: getattr(self.method, f.name) for f in fields(self.method)}
         layers = tuple(sorted(self.scanned))
         self.optimizer = torch_class(self.method.name)(
-            self.tensors.items(), **made, **self.flags, scanned_layers=layers or False
+            self.tensors.items(), **hyperparameters, **self.flags, scanned_layers=layers or False
         )
 
     def gradient(self, data: Mapping[str, np.ndarray]) -> tuple[float, Arrays]:
@@ -59,8 +59,8 @@ class TorchEager(Driver):
             self.optimizer.step()
             return
         zeros = {name: (self.torch.zeros_like(p), self.torch.zeros_like(p)) for name, p in self.tensors.items()}
-        given = zeros if pairs is None else pairs
-        vector, hvp = ({name: pair[k] for name, pair in given.items()} for k in (0, 1))
+        fitted = zeros if pairs is None else pairs
+        vector, hvp = ({name: pair[k] for name, pair in fitted.items()} for k in (0, 1))
         self.optimizer.step(Hvp=hvp, vector=vector, update_preconditioner=pairs is not None)
 
     def params(self) -> Arrays:

@@ -134,8 +134,8 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
         item.user_properties += [("contract", name) for name in names]
         kept += [item] if set(names) & set(config.getoption("--contract") or CONTRACTS) else []
     if config.getoption("--contracts"):
-        there = set(kept)
-        config.hook.pytest_deselected(items=[item for item in items if item not in there])
+        shown = set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item not in shown])
         items[:] = kept
 
 
@@ -185,9 +185,9 @@ def verdicts(outcomes: Sequence[dict[str, str]]) -> Iterator[Verdict]:
     counts: dict[tuple[str, str], dict[str, int]] = {}
     for one in outcomes:
         key = one["contract"], one["test"].partition("[")[0]
-        own = counts.setdefault(key, {})
-        own[one["outcome"]] = own.get(one["outcome"], 0) + 1
+        words = counts.setdefault(key, {})
+        words[one["outcome"]] = words.get(one["outcome"], 0) + 1
     for contract in CONTRACTS:
-        for (name, test), own in counts.items():
+        for (name, test), words in counts.items():
             if name == contract:
-                yield Verdict(contract, test, **own)
+                yield Verdict(contract, test, **words)

@@ -183,10 +183,10 @@ FAULTS: tuple[Fault, ...] = (
 
 def table(results: Mapping[str, tuple[str, str] | None]) -> Table:
     """Faults by name, and what caught each."""
-    made = Table("fault", "caught by", "what it noticed", title="Seeded faults")
+    grid = Table("fault", "caught by", "what it noticed", title="Seeded faults")
     for name, notice in results.items():
-        made.add_row(name, *(notice or ("nothing", "")))
-    return made
+        grid.add_row(name, *(notice or ("nothing", "")))
+    return grid
 
 
 def main() -> int:

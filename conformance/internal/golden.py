@@ -185,7 +185,7 @@ def replay_kwns4(player: Player) -> Iterator[Compared]:
 def replay_class(player: Player) -> Iterator[Compared]:
     """psgd_torch's other optimizers; the last word of the family is the class."""
     title = player.case["family"].removeprefix("class_")
-    method = next(made for made in METHODS.values() if made.title == title)
+    method = next(method_class for method_class in METHODS.values() if method_class.title == title)
     return replay_optimizer(player, method, {"lr_params": "lr"})
 
 

@@ -100,8 +100,8 @@ def _by_formula(_: Any, x: Any, params: Sequence[Any], v: Sequence[Any]) -> tupl
 
 
 def _by_torch(hessian: Any, x: Any, params: Sequence[Any], v: Sequence[Any]) -> tuple[Any, ...]:
-    own = [p.clone().requires_grad_() for p in params]
-    loss, grads, hvp = hessian.exact(lambda: _helper_loss(x, own), own, v)
+    leaves = [p.clone().requires_grad_() for p in params]
+    loss, grads, hvp = hessian.exact(lambda: _helper_loss(x, leaves), leaves, v)
     return loss.detach(), grads, hvp
 
 

@@ -315,16 +315,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("path", nargs="?", type=Path, default=ROOT, metavar="PATH", help="a checkout; this one else")
     parser.add_argument("--against", type=Path, metavar="PATH", help="the checkout of before")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all counts, with names, to this file")
-    told = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     with exits():
-        writable(told.json)
-        paths = {"before": told.against, "after": told.path} if told.against else {"now": told.path}
+        writable(options.json)
+        paths = {"before": options.against, "after": options.path} if options.against else {"now": options.path}
         for path in paths.values():
             if not (path / "psgd").is_dir():
                 refuse(f"{path} holds no folder psgd, so it is no checkout of this repository")
         columns = {title: measure(read(path)) for title, path in paths.items()}
         show(columns)
-        write_json(told.json, {title: asdict(counts) for title, counts in columns.items()})
+        write_json(options.json, {title: asdict(counts) for title, counts in columns.items()})
 
 
 if __name__ == "__main__":

@@ -92,8 +92,8 @@ def counts(rows: Sequence[RunResult]) -> Cells:
     """How many exchanges there are in a compiled step: from the fewest of any method to the most."""
     cells = [["mesh", "axes", "layout", *KINDS[:-1]]]
     for key in dict.fromkeys((r.mesh, r.mode, r.layout) for r in rows):
-        own = [r.exchanges for r in rows if (r.mesh, r.mode, r.layout) == key]
-        found = [[counted.get(kind, 0) for counted in own] for kind in KINDS[:-1]]
+        exchanged = [r.exchanges for r in rows if (r.mesh, r.mode, r.layout) == key]
+        found = [[counted.get(kind, 0) for counted in exchanged] for kind in KINDS[:-1]]
         cells.append([*key, *(f"{min(n)} to {max(n)}" if min(n) < max(n) else str(n[0]) for n in found)])
     return cells
 

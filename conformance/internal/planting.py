@@ -76,9 +76,9 @@ class Fault:
             )
         flags = __future__.annotations.compiler_flag
         code = compile(source.replace(self.old, self.new), f"<fault: {self.name}>", "exec", flags, dont_inherit=True)
-        made: dict[str, Any] = {}
-        exec(code, place.__globals__, made)
-        return _function(made[place.__name__])
+        scope: dict[str, Any] = {}
+        exec(code, place.__globals__, scope)
+        return _function(scope[place.__name__])
 
 
 def _forget(place: FunctionType) -> None:
@@ -87,8 +87,8 @@ def _forget(place: FunctionType) -> None:
     for kept in (torch_class, jax_alias, jax_optimizer, jax_derivatives):
         kept.cache_clear()
     if place.__module__.split(".")[0] == "psgd":
-        for seen in (_noise_differs, _golden_differs):
-            seen.cache_clear()
+        for catcher in (_noise_differs, _golden_differs):
+            catcher.cache_clear()
 
 
 def _function(place: Any) -> FunctionType:

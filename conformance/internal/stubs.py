@@ -74,13 +74,17 @@ def default(method: type[Method], name: str) -> Any:
 
 def torch_class(method: type[Method]) -> str:
     """The class of a method."""
-    own, (placed, named) = keys(method), by_position_and_name(method)
-    written = {key: "        " + argument(f).lstrip().replace(f.name, key, 1) for key, f in own.items()}
+    by_key, (placed, named) = keys(method), by_position_and_name(method)
+    written = {key: "        " + argument(f).lstrip().replace(f.name, key, 1) for key, f in by_key.items()}
     written["lr"] = f"        lr: float | Tensor = {default(method, 'lr')},\n"
-    there = signature(getattr(psgd_torch_backend, method.title)).parameters
-    flags = "".join(f"        {flag}: {x.type} = {shown(x.default)},\n" for flag, x in ADAPTER.items() if flag in there)
+    parameters_of_class = signature(getattr(psgd_torch_backend, method.title)).parameters
+    flags = "".join(
+        f"        {flag}: {x.type} = {shown(x.default)},\n"
+        for flag, x in ADAPTER.items()
+        if flag in parameters_of_class
+    )
     # A hyperparameter with a key of its own may also be given by its name.
-    other = "".join(f"        {f.name}: {f.type} = ...,\n" for key, f in own.items() if key != f.name)
+    other = "".join(f"        {f.name}: {f.type} = ...,\n" for key, f in by_key.items() if key != f.name)
     return (
         f"\nclass {method.title}(PSGD):\n    def __init__(\n        self,\n        params: Iterable[Any] | Tensor,\n"
         f"{''.join(written[key] for key in placed)}        *,\n{''.join(written[key] for key in named)}"
