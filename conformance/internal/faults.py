@@ -173,7 +173,7 @@ FAULTS: tuple[Fault, ...] = (
         "jax: a scale for each",
         jax_per_tensor.Stepper.started,
         "scales, known = scales_of(self._sizes(gradients, scanned)",
-        "scales, known = scales_of(self._sizes(gradients, scanned)[:1] * len(there)",
+        "scales, known = scales_of(self._sizes(gradients, scanned)[:1] * len(filled)",
         LOCKED,
     ),
     Fault("jax: scaled at every step", Scaling._start, "due & go", "go", LOCKED),
