@@ -139,7 +139,7 @@ FAULTS: tuple[Fault, ...] = (
         "torch: momentum of another parameter",
         _joint.Joint.__call__,
         "split_state(new, shapes)",
-        "split_state(new._replace(momentum=state.momentum), shapes)",
+        "split_state(new._replace(momentum=None if new.momentum is None else 0 * new.momentum), shapes)",
         LOCKED,
     ),
     Fault("torch: order of the group", _joint._members, "_by_part(named[0])", "0", LOCKED),
