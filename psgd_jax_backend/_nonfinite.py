@@ -50,7 +50,8 @@ class Guard(NamedTuple):
         """The counters after a step; too many in a row are an error where that can be seen."""
         if state.skipped is None or finite is None:
             return state.skipped
-        skipped = jnp.stack(counted(state.skipped[0], state.skipped[1], (~finite).astype(jnp.int32)))
+        total, in_a_row = counted(state.skipped[0], state.skipped[1], (~finite).astype(jnp.int32))
+        skipped = jnp.stack([jnp.maximum(total, state.skipped[0]), in_a_row])  # the largest int32 has no next
         if not isinstance(skipped, jax.core.Tracer):
             check_skips(state._replace(skipped=skipped), self.max_skips)
         return skipped

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 
 from psgd.arrays import Factors
-from psgd.hyperparameters import Method
 from psgd.joint import split_state
 from psgd.recipe import Recipe, State
 
@@ -19,6 +18,9 @@ Path = tuple[Any, ...]  # of a leaf in its tree
 Paths = list[tuple[Path, Any]]  # of all leaves, with them
 Flag = Leaf | bool  # a decision, which may be traced
 Pair = tuple[Leaf, Leaf]  # (v, H v)
+
+
+_LEAF = jax.tree.structure(0)
 
 
 class PSGDState(NamedTuple):
@@ -59,11 +61,12 @@ def state_arrays(state: Tree, params: Tree) -> dict[str, Leaf]:
 
     Returns:
         "NAME/step", "NAME/since" (where the method counts it), "NAME/momentum", "NAME/Q/0", "NAME/L/0" and "NAME/P/0"
-        (where it is kept) with a number for each factor, NAME being the path of a parameter, joined by dots. Of one
-        preconditioner for all parameters each has its rows.
+        (where it is kept) with a number for each factor, NAME being the path of a parameter, joined by dots, and
+        "parameter" of a single array. Of one preconditioner for all parameters each has its rows.
 
     Raises:
-        ValueError: if there is no state of a PSGD method in `state`, or more than one.
+        ValueError: if there is no state of a PSGD method in `state`, or more than one; if it is that of other
+            parameters; if two paths come to one name.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,14 +78,19 @@ def state_arrays(state: Tree, params: Tree) -> dict[str, Leaf]:
     found = states(state)
     if len(found) != 1:
         raise ValueError(f"state_arrays: the state holds {len(found)} PSGD states; give it the state of one method")
-    (kept,), treedef = found, jax.tree.structure(params)
-    is_one = isinstance(kept.Q, tuple) and all(isinstance(x, jax.Array) for x in kept.Q)
-    joint = is_one and not jax.tree_util.treedef_is_leaf(treedef)
-    momenta, parts = to_states(kept, treedef, joint)
-    parts = split_state(parts[0], [x.shape for x in jax.tree.leaves(params)]) if joint else parts
+    (kept,), (paths, treedef) = found, jax.tree_util.tree_flatten_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") or "parameter" for path, _ in paths]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"state_arrays: two parameters are called {twice!r}; give each a name of its own")
+    # The factors of one tensor, or of all parameters as one, are arrays in a tuple; others are tuples in a tree.
+    joint = isinstance(kept.Q, tuple) and jax.tree_util.all_leaves(kept.Q) and _opened(treedef) != _LEAF
+    momenta, parts = checked_states(
+        "state_arrays", kept, treedef, joint, "params", "give the params that init was given"
+    )
+    parts = split_state(parts[0], [x.shape for _, x in paths]) if joint else parts
     arrays: dict[str, Leaf] = {}
-    for (path, _), momentum, part in zip(jax.tree_util.tree_leaves_with_path(params), momenta, parts, strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator=".") or "parameter"
+    for name, momentum, part in zip(names, momenta, parts, strict=True):
         single = {"step": kept.count, "since": kept.since, "momentum": momentum}
         arrays |= {f"{name}/{kind}": x for kind, x in single.items() if x is not None}
         factors = part.factors._asdict().items()
@@ -129,13 +137,17 @@ def to_states(state: PSGDState, treedef: TreeDef, joint: bool) -> tuple[list[Any
     return momenta, [State(m, f) for m, f in zip(owners, factors, strict=True)]
 
 
-def checked_states(method: Method, state: PSGDState, treedef: TreeDef, recipe: Recipe) -> tuple[list[Any], list[State]]:
-    """`to_states` of a state that may be of other trees than the gradients."""
+def checked_states(
+    owner: str,
+    state: PSGDState,
+    treedef: TreeDef,
+    joint: bool,
+    whose: str = "the gradients",
+    remedy: str = "give update the tree that init was given",
+) -> tuple[list[Any], list[State]]:
+    """`to_states` of a state that may be of another tree than it must be; whose that is, and the remedy, for errors."""
     try:
-        return to_states(state, treedef, recipe.joint)
+        return to_states(state, treedef, joint)
     except (ValueError, TypeError) as error:
         said = " ".join(str(error).split())
-        raise ValueError(
-            f"{method.name}: the state is of another tree than the gradients ({said}); give update the tree that init "
-            "was given"
-        ) from error
+        raise ValueError(f"{owner}: the state is of another tree than {whose} ({said}); {remedy}") from error

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -149,3 +150,11 @@ def test_an_ensemble_skips_each_by_itself():
 def test_a_wrong_policy_is_refused(options: dict):
     with pytest.raises(ValueError, match=f"kron: {next(iter(options))}="):
         kron(**options)
+
+
+def test_the_largest_count_of_skipped_steps_stays():
+    params = {"w": jnp.ones((4, 3))}
+    tx, largest = scale_by_kron_whiten(), np.iinfo(np.int32).max
+    state = tx.init(params)._replace(skipped=jnp.asarray([largest, 0], jnp.int32))
+    _, state = tx.update({"w": params["w"] * jnp.nan}, state, params)
+    assert state.skipped.tolist() == [largest, 1]

@@ -173,9 +173,12 @@ class Scaling(NamedTuple):
         leaves, treedef = _flattened(updates)
         like = leaves if params is None else treedef.flatten_up_to(params)
         flags, paths = self.layering.flags(updates), jax.tree_util.tree_leaves_with_path(updates)
+        gradients = list(map(jnp.asarray, leaves))
+        for (path, g), scanned in zip(paths, flags, strict=True):
+            check_leaf(self.method, path, g, scanned)
         pair = check_pair(self.method, paths, treedef, Hvp, vector, update_preconditioner)
-        self._check(treedef, flags, paths, state, like, has_params=params is not None)
-        gradients, like = list(map(jnp.asarray, leaves)), list(map(jnp.asarray, like))
+        self._check_state(treedef, flags, paths, gradients, state, like, has_params=params is not None)
+        like = list(map(jnp.asarray, like))
         state = jax.tree.map(jnp.asarray, state)  # what was read from a file may be of NumPy
         spread = Spread.of([*gradients, *like], self.layering.spread_over)
 
@@ -191,22 +194,24 @@ class Scaling(NamedTuple):
             directions, new = spread.run(work, lambda: (like, state), gradients, state, pair, self.numbers())
         return treedef.unflatten(directions), new
 
-    def _check(
+    def _check_state(
         self,
         treedef: TreeDef,
         flags: list[bool],
         paths: Paths,
+        gradients: list[Leaf],
         state: PSGDState,
         like: Sequence[Tree],
         *,
         has_params: bool,
     ) -> None:
-        """Refuse what does not go together, before anything is traced. like: the parameters, or else the gradients."""
-        method, recipe, gradients = self.method, self.recipe, [jnp.asarray(g) for _, g in paths]
-        for (path, g), scanned in zip(paths, flags, strict=True):
-            check_leaf(method, path, g, scanned)
+        """Refuse state and parameters that do not go with the gradients, before anything is traced.
+
+        like: the parameters, or else the gradients.
+        """
+        method, recipe = self.method, self.recipe
         check_record(method, recipe, state, len(paths))
-        arrays = checked_states(method, state, treedef, recipe)
+        arrays = checked_states(method.name, state, treedef, recipe.joint)
         check_shapes(method, recipe, paths, flags, gradients, *arrays)
         check_parameters(method, paths, like)
         look = self.guard.nonfinite != "propagate"
