@@ -143,11 +143,6 @@ def init(recipe: Recipe, like: Array, scale: Number | None = None, draws: Draws 
     return state if scale is None else rescaled(recipe, state, scale)
 
 
-def with_p(recipe: Recipe, factors: Factors) -> Factors:
-    """The factors with P formed of Q, where P is kept."""
-    return recipe.preconditioner.with_p(factors)
-
-
 def size_of(recipe: Recipe, x: Array) -> Array:
     """The size of a gradient or H v, (mean|x|^p)^(1/p), 0-d, from which `initial_scales` takes the first scale."""
     return recipe.initial_scale.size(working(recipe, x))

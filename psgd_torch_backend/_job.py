@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -112,7 +112,7 @@ def complete_entry(job: Job, p: Tensor) -> None:
     entry = job.state[p]
     if entry.get("Q") and job.recipe.keeps_p != ("P" in entry):
         entry.pop("P", None)
-        with_p = partial(pipeline.with_p, job.recipe)
+        with_p = job.recipe.preconditioner.with_p
         kept = (torch.vmap(with_p) if id(p) in job.layered else with_p)(to_state(entry).factors)
         entry.update(to_entry(State(None, kept)))
     if job.recipe.momentum and "momentum" not in entry:

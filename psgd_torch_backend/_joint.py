@@ -143,7 +143,8 @@ def _joined_pair(job: Job, members: list[Tensor]) -> tuple[Tensor, Tensor] | Non
     if job.pairs is None or not job.pairs.fit:
         return None
     nothing = {id(p): (torch.zeros_like(p), torch.zeros_like(p)) for p in members}  # of a frozen parameter
-    vs, hs = zip(*((nothing | job.pairs.by_parameter)[id(p)] for p in members), strict=True)
+    pairs = nothing | job.pairs.by_parameter
+    vs, hs = zip(*(pairs[id(p)] for p in members), strict=True)
     return join(vs), join(hs)
 
 
