@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from typer.testing import CliRunner, Result
 
 from conformance.compare import KINDS, Comparison, Pair
 from conformance.problems import PROBLEMS
 from conformance.tolerances import ENVELOPE, LOCKED
+from psgd.methods import METHODS
 
+METHOD = next(iter(METHODS))
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RECORDED = ROOT / "conformance/internal/golden"
+QUICK = ["compare", "--method", METHOD, "--problem", "least-squares", "--steps", "2", "--drivers", "torch,numpy"]
 STEPS = 6  # of an invented comparison
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from conformance import report
+from conformance._testing import STEPS, comparison
 from conformance.compare import Comparison
-from conformance.internal.testing import STEPS, comparison
 from conformance.packages import PACKAGES, release
 from psgd.methods import METHODS
 

@@ -7,18 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from conformance.frameworks import FRAMEWORKS, Framework, double_precision
+from conformance.frameworks import FRAMEWORKS, Framework
 from psgd._xp import PRECISIONS, cast, dtype_name, matmul, products
 
 HALVED = [name for name, f in FRAMEWORKS.items() if "bfloat16" in f.dtypes]
 # Sums of squares of these take more than the 8 bits of bfloat16.
 A, B = (np.random.default_rng(seed).standard_normal((8, 8)) for seed in (0, 1))
-
-
-@pytest.fixture(params=FRAMEWORKS.values(), ids=FRAMEWORKS)
-def framework(request: pytest.FixtureRequest):
-    with double_precision(request.param.name):
-        yield request.param
 
 
 def product(framework: Framework, dtype: str = "float32") -> np.ndarray:

@@ -9,18 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from conformance.frameworks import FRAMEWORKS, Framework, double_precision
+from conformance.frameworks import FRAMEWORKS, Framework
 from psgd.axes import along, along_all, along_inverse_adjoint, gram, outer
 
 SHAPES = [(), (3,), (4, 3), (1, 3), (3, 4, 2), (2, 3, 1, 4), (2, 3, 2, 1, 3)]
 PLACES = [(shape, axis) for shape in SHAPES for axis in range(max(len(shape), 1))]
 DTYPES = ["float64", "complex128"]
-
-
-@pytest.fixture(params=FRAMEWORKS.values(), ids=FRAMEWORKS)
-def framework(request: pytest.FixtureRequest):
-    with double_precision(request.param.name):
-        yield request.param
 
 
 @pytest.fixture(params=DTYPES)

@@ -5,17 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from conformance.frameworks import FRAMEWORKS, Framework, double_precision
+from conformance.frameworks import Framework
 from psgd.criterion import newton, proportional, relative, undamped, whitening
 
 X = np.array([4.0, -2.0, 0.0, 1e6])
 E = np.array([1.0, 3.0, -2.0, -1.0])
-
-
-@pytest.fixture(params=FRAMEWORKS.values(), ids=FRAMEWORKS)
-def framework(request: pytest.FixtureRequest):
-    with double_precision(request.param.name):
-        yield request.param
 
 
 def damped(framework: Framework, rule, amount: float, dtype: str = "float64", x=X, e=E) -> np.ndarray:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conformance.frameworks import FRAMEWORKS, Framework, double_precision
+from conformance.frameworks import FRAMEWORKS, Framework
 from psgd import lra, noise, pipeline
+from psgd._testing import normals
 from psgd._xp import dtype_name, namespace
 from psgd.arrays import Factors
 from psgd.criterion import Pair
@@ -33,19 +34,9 @@ KINDS = {
 N = 8
 
 
-@pytest.fixture(params=FRAMEWORKS.values(), ids=FRAMEWORKS)
-def framework(request: pytest.FixtureRequest):
-    with double_precision(request.param.name):
-        yield request.param
-
-
 @pytest.fixture(params=KINDS)
 def order(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-def normals(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
 def some(kind: LRA, n: int = N) -> Factors:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conformance.frameworks import FRAMEWORKS, Framework, double_precision
+from conformance.frameworks import FRAMEWORKS, Framework
 from psgd import noise
 from psgd._xp import dtype_of, namespace
 
@@ -31,12 +31,6 @@ NORMALS = [
     [0.6292263830717703, -1.5493853948756493, 0.10825400138869165, 0.06765875086793229],
     [1.630575895917168, 0.39918663012080047, -0.6359922581585634, -0.1691468771698307],
 ]
-
-
-@pytest.fixture(params=FRAMEWORKS.values(), ids=FRAMEWORKS)
-def framework(request: pytest.FixtureRequest):
-    with double_precision(request.param.name):
-        yield request.param
 
 
 def numpy_normal(n: int, seed: int = 0, step: int = 1, role: str = "damping", dtype=np.float64) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One step: its momentum rules, decisions, clipping and scales, and what it does at the edges of the number range."""
+"""One step: its momentum rules, decisions, and what it does at the edges of the number range."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from conformance.frameworks import FRAMEWORKS, Framework, double_precision
 from psgd import noise, pipeline
+from psgd._testing import normals
 from psgd._xp import dtype_name, namespace
 from psgd.arrays import Factors
 from psgd.criterion import Pair, undamped
@@ -28,16 +29,6 @@ from psgd.schedule import Averaging, StepInfo, capped_average, coin, corrected, 
 
 QUAD = Kronecker(GEOMETRIES["QUAD"])
 SPIKE = "the Gram product of one step overflows to inf, and 0 * inf in the move makes every factor NaN"
-
-
-@pytest.fixture(params=FRAMEWORKS.values(), ids=FRAMEWORKS)
-def framework(request: pytest.FixtureRequest):
-    with double_precision(request.param.name):
-        yield request.param
-
-
-def normals(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
 # ---- momentum -----------------------------------------------------------------------------

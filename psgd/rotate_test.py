@@ -8,7 +8,7 @@ from functools import reduce
 import numpy as np
 import pytest
 
-from conformance.frameworks import FRAMEWORKS, Framework, double_precision
+from conformance.frameworks import FRAMEWORKS, Framework
 from psgd import noise
 from psgd._xp import namespace
 from psgd.rotate import balanced, polished, procrustes2, procrustes3, symmetrised
@@ -19,12 +19,6 @@ TURNS = {"procrustes2": procrustes2, "procrustes3": procrustes3}
 # |aR| is at most 1/8 or 1/3, or 0.15 and 0.39 where the norm bound is loose: errors (aR)^4/4 and (aR)^6/64 of U^H U.
 ORTHOGONAL = {"procrustes2": 1.2e-4, "procrustes3": 6e-5}
 DTYPES = ["float64", "complex128"]
-
-
-@pytest.fixture(params=FRAMEWORKS.values(), ids=FRAMEWORKS)
-def framework(request: pytest.FixtureRequest):
-    with double_precision(request.param.name):
-        yield request.param
 
 
 def random_q(dtype: str, seed: int = 0) -> np.ndarray:

@@ -7,7 +7,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from conformance.frameworks import FRAMEWORKS, Framework, double_precision
+from conformance.frameworks import FRAMEWORKS, Framework
+from psgd._testing import normals
 from psgd._xp import dtype_name
 from psgd.geometry import GEOMETRIES
 from psgd.kron import Kronecker
@@ -15,16 +16,6 @@ from psgd.scaling import Clip, InitialScale, max_norm_factor
 
 QUAD = Kronecker(GEOMETRIES["QUAD"])
 SPIKE = "the Gram product of one step overflows to inf, and 0 * inf in the move makes every factor NaN"
-
-
-@pytest.fixture(params=FRAMEWORKS.values(), ids=FRAMEWORKS)
-def framework(request: pytest.FixtureRequest):
-    with double_precision(request.param.name):
-        yield request.param
-
-
-def normals(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
 # ---- clipping and scales ------------------------------------------------------------------

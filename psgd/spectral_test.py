@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conformance.frameworks import FRAMEWORKS, Framework, double_precision
+from conformance.frameworks import FRAMEWORKS, Framework
 from psgd import noise
 from psgd._xp import namespace
 from psgd.spectral import NormBound, TraceBound, general_bound
@@ -17,12 +17,6 @@ from psgd.spectral import NormBound, TraceBound, general_bound
 BOUNDS = {NormBound(): 0.85, NormBound(4, 6, 1e-9): 0.8, NormBound(0, 2): 0.68}
 IDS = ["k32m4", "k4m6", "k0m2"]
 N = 6  # one size for all frameworks: each new shape costs JAX a compilation
-
-
-@pytest.fixture(params=FRAMEWORKS.values(), ids=FRAMEWORKS)
-def framework(request: pytest.FixtureRequest):
-    with double_precision(request.param.name):
-        yield request.param
 
 
 def random_matrix(n: int, dtype: str, seed: int = 0) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from conformance.frameworks import FRAMEWORKS, Framework, double_precision
+from conformance.frameworks import Framework
 from psgd import xmat
 from psgd._xp import dtype_name
 from psgd.arrays import Factors
@@ -14,12 +14,6 @@ from psgd.xmat import XShaped
 
 KINDS = {"1st": XShaped(xmat.by_difference), "2nd": XShaped()}
 LENGTHS = pytest.mark.parametrize("n", [1, 2, 5, 6])
-
-
-@pytest.fixture(params=FRAMEWORKS.values(), ids=FRAMEWORKS)
-def framework(request: pytest.FixtureRequest):
-    with double_precision(request.param.name):
-        yield request.param
 
 
 @pytest.fixture(params=KINDS)

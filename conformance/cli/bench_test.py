@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from conformance._testing import psgd
 from conformance.cli import bench
-from conformance.internal.testing import psgd
-from psgd.methods import METHODS
-
-METHOD = next(iter(METHODS))
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-RECORDED = ROOT / "conformance/internal/golden"
-QUICK = ["compare", "--method", METHOD, "--problem", "least-squares", "--steps", "2", "--drivers", "torch,numpy"]
 
 
 def test_benchmarks_are_listed_and_loaded_when_they_are_asked_for():

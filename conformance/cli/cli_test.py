@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 
@@ -17,15 +16,9 @@ from benchmarks import tables
 from benchmarks.cost import step
 from benchmarks.training import train_figures
 from conformance import cli, packages, terminal
+from conformance._testing import METHOD, RECORDED, ROOT, psgd
 from conformance.internal import contracts, soak
-from conformance.internal.testing import psgd
 from psgd.methods import METHODS
-
-METHOD = next(iter(METHODS))
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-RECORDED = ROOT / "conformance/internal/golden"
-QUICK = ["compare", "--method", METHOD, "--problem", "least-squares", "--steps", "2", "--drivers", "torch,numpy"]
 
 
 def test_help_loads_no_framework():

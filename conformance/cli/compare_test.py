@@ -5,21 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from math import inf
-from pathlib import Path
 
 import pytest
 
 from conformance import tolerances
+from conformance._testing import METHOD, QUICK, psgd
 from conformance.cli import compare, options
 from conformance.compare import KINDS
-from conformance.internal.testing import psgd
 from psgd.methods import METHODS
-
-METHOD = next(iter(METHODS))
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-RECORDED = ROOT / "conformance/internal/golden"
-QUICK = ["compare", "--method", METHOD, "--problem", "least-squares", "--steps", "2", "--drivers", "torch,numpy"]
 
 
 @pytest.mark.parametrize("locked", [False, True])

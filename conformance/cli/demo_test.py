@@ -10,16 +10,10 @@ from pathlib import Path
 import pytest
 
 from conformance import demo
+from conformance._testing import METHOD, README, ROOT, comparison, psgd
 from conformance.cli import demo as command
-from conformance.internal.testing import comparison, psgd
 from conformance.problems import PROBLEMS
 from psgd.methods import METHODS
-
-METHOD = next(iter(METHODS))
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-RECORDED = ROOT / "conformance/internal/golden"
-QUICK = ["compare", "--method", METHOD, "--problem", "least-squares", "--steps", "2", "--drivers", "torch,numpy"]
 
 
 def test_demo_trains_compares_and_reports(tmp_path, monkeypatch):

@@ -9,15 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conformance._testing import RECORDED, psgd
 from conformance.internal import golden
-from conformance.internal.testing import psgd
-from psgd.methods import METHODS
-
-METHOD = next(iter(METHODS))
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-RECORDED = ROOT / "conformance/internal/golden"
-QUICK = ["compare", "--method", METHOD, "--problem", "least-squares", "--steps", "2", "--drivers", "torch,numpy"]
 
 
 def folder_of(tmp_path: Path, *more: dict, **changed: object) -> Path:

@@ -14,8 +14,8 @@ import torch
 
 import psgd_jax_backend
 import psgd_torch_backend
+from conformance._testing import psgd
 from conformance.cli import plan
-from conformance.internal.testing import psgd
 from psgd.methods import METHODS
 from psgd_jax_backend import _summary
 from psgd_torch_backend import optimizer
