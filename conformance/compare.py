@@ -82,7 +82,7 @@ class Comparison:
         return all(pair.passed for pair in self.pairs)
 
     def accuracy(self) -> dict[str, float]:
-        """PendingUpdate-out accuracy of each driver at the end; empty where the problem has none."""
+        """Held-out accuracy of each driver at the end; empty where the problem has none."""
         evaluate = PROBLEMS[self.problem].evaluate
         return {} if evaluate is None else {name: evaluate(params) for name, params in self.last.items()}
 

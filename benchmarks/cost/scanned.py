@@ -3,7 +3,7 @@
     python -m benchmarks.cost.scanned [--json FILE] [--markdown] [--quick]
 
 One leaf stacks all layers, each a square matrix. Compile times are of `jax.jit`, with nothing cached; depths are
-compiled in alternated rounds and a ratio is the median over rounds. Averaging is what the compiled update allocates
+compiled in alternated rounds and a ratio is the median over rounds. Memory is what the compiled update allocates
 beside its arguments and results, as the compiler itself reports it.
 """
 
