@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from conformance.internal.measures import sources
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("psgd", "psgd_torch_backend", "psgd_jax_backend", "conformance")
 
@@ -46,8 +48,8 @@ def test_it_holds_the_packages_and_neither_tests_nor_what_is_for_maintainers(whe
     for package in PACKAGES:
         assert f"{package}/__init__.py" in names and f"{package}/py.typed" in names
     assert {"psgd_torch_backend/__init__.pyi", "psgd_jax_backend/__init__.pyi"} <= set(names)
-    product = {str(path.relative_to(ROOT)) for path in (ROOT / "conformance").rglob("*.py")}
-    product = {n for n in product if not n.startswith("conformance/internal/") and not n.endswith("_test.py")}
+    product = {str(path.relative_to(ROOT)) for path in sources(ROOT, "conformance")}
+    product = {n for n in product if not n.startswith("conformance/internal/")}
     assert {n for n in names if n.startswith("conformance/") and n.endswith(".py")} == product
     assert not [n for n in names if "_test" in n or "conftest" in n or "internal" in n or n.endswith(".npz")]
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == set(PACKAGES)
